@@ -1,0 +1,78 @@
+"""Configuration of one pipeline: frozen, complete, and strict (an unknown key is an error that names its path)."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Base of all our configuration: no unknown keys, no changes afterwards, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelArgs(Strict):
+    """Which weights to serve, and as what."""
+
+    path: str = Field(description="checkpoint file or directory, or pkg:module/file for one inside a Python package")
+    name: str = Field(description="the model name that clients use")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="bfloat16", description="type of the weights; on cpu, float16 weights are multiplied in float32"
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto", description="auto: read the weights at path; dummy: random weights of the shape found there"
+    )
+    max_model_len: PositiveInt | None = Field(
+        default=None, description="longest prompt + output, in tokens; default: what the model was trained for"
+    )
+
+
+class PipelineArgs(Strict):
+    """How the model is spread over stages."""
+
+    stages: PositiveInt = Field(default=1, description="number of stage actors")
+    split: Literal["auto"] | list[PositiveInt] = Field(
+        default="auto", description="layers per stage, e.g. [41, 39]; auto balances by weight"
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cuda", description="where stages compute")
+    threads: PositiveInt = Field(default=1, description="CPU threads per stage")
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="a step that takes longer has failed, and its stage with it"
+    )
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="longest time for placing, loading and linking all stages"
+    )
+    network_interface: str | None = Field(
+        default=None, description="interface for stage traffic; default: the one with the node's Ray address"
+    )
+
+
+class CacheArgs(Strict):
+    """The paged KV cache of each stage."""
+
+    block_size: PositiveInt = Field(default=16, description="tokens per KV block")
+    memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="KV memory per stage in GB; default on cuda: memory_fraction; required on cpu"
+    )
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="share of the GPU's memory to use in all (weights, activations, KV)"
+    )
+    prefix_caching: bool = Field(default=True, description="reuse KV blocks of equal prompt beginnings")
+
+
+class SchedulerArgs(Strict):
+    """How requests share the pipeline."""
+
+    max_num_seqs: PositiveInt = Field(default=256, description="sequences running at once")
+    max_num_batched_tokens: PositiveInt = Field(default=2048, description="tokens in one batch, prompt and decode")
+
+
+class EngineConfig(Strict):
+    """Everything one pipeline needs to know."""
+
+    model: ModelArgs
+    pipeline: PipelineArgs = PipelineArgs()
+    cache: CacheArgs = CacheArgs()
+    scheduler: SchedulerArgs = SchedulerArgs()

@@ -1,0 +1,207 @@
+"""One replica's engine: a scheduler and a pipeline, driven by one thread.
+
+The loop reads as its sentence: take in requests, fill the pipeline while `schedule` gives batches, then take the
+oldest result, update, emit.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.errors import CaravanError, EngineStopped, StageDied
+from cluster.pipeline import Pipeline
+from cluster.scheduler import Scheduler
+from cluster.sequence import Request, TokenEvent
+from model.batch import Batch, StageTiming, StepOutput
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0  # how often an idle engine looks up
+MAX_DEATHS = 3  # stage deaths in a row, without one finished step between, before the engine gives up
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one finished step says to metrics."""
+
+    num_tokens: int  # tokens computed
+    num_seqs: int
+    scheduler_seconds: float  # scheduler time of this step, schedule and update
+    queue_waits: list[float]  # seconds from arrival to admission, of requests this step admitted
+
+
+class Listener(Protocol):
+    """Where the engine reports to, from its own thread: once per step, not per token."""
+
+    def on_tokens(self, events: list[TokenEvent]) -> None: ...
+    def on_step(self, report: StepReport) -> None: ...
+    def on_timing(self, timing: StageTiming) -> None: ...
+    def on_failure(self, error: CaravanError) -> None:
+        """The engine has stopped; no request that is still open gets any more tokens."""
+        ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A batch on its way through the stages."""
+
+    batch: Batch
+    deadline: float
+    scheduler_seconds: float
+    queue_waits: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Scheduler + pipeline + thread. `add` and `abort` are safe from any thread."""
+
+    def __init__(
+        self, scheduler: Scheduler, pipeline: Pipeline, listener: Listener, *, step_timeout_s: float = 60.0
+    ) -> None:
+        self.scheduler = scheduler
+        self.pipeline = pipeline
+        self.last_progress = time.monotonic()  # when a step last finished, or the engine last was idle
+        self.stats = scheduler.stats()  # as of the last turn of the loop
+        self._listener = listener
+        self._step_timeout_s = step_timeout_s
+        self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
+        self._arrived: dict[str, float] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._deaths = 0  # since the last finished step
+        self._recovering: StageDied | None = None
+        self._closing = False
+        self._failure: CaravanError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def failure(self) -> CaravanError | None:
+        """Why the engine stopped by itself, or None while it works."""
+        return self._failure
+
+    @property
+    def recovering(self) -> StageDied | None:
+        """The stage death that the pipeline is being rebuilt after, or None."""
+        return self._recovering
+
+    @property
+    def oldest_step_age(self) -> float:
+        """Seconds since work last moved; 0 when nothing is in flight."""
+        return time.monotonic() - self.last_progress if self._in_flight else 0.0
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its tokens go to the listener. Raises `RequestRejected` or `EngineStopped` at once."""
+        if self._failure is not None or self._closing:
+            raise EngineStopped(str(self._failure or "the engine is shutting down"))
+        self.scheduler.validate(request)
+        self._arrived[request.request_id] = time.monotonic()
+        self._inbox.append(request)
+        self.pipeline.wake()
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, whether it waits, runs or is done already."""
+        self._inbox.append(request_id)
+        self.pipeline.wake()
+
+    def close(self) -> None:
+        """Stop the loop and end the pipeline. Requests still open get no more tokens."""
+        self._closing = True
+        self.pipeline.wake()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.pipeline.close()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                try:
+                    self._take_inbox()
+                    self._fill()
+                    self.stats = self.scheduler.stats()
+                    self._take_result()
+                except StageDied as death:
+                    self._recover(death)
+        except CaravanError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the engine failed")
+            self._fail(EngineStopped(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Request):
+                self.scheduler.add(item)
+            else:
+                self._arrived.pop(item, None)
+                self.scheduler.abort(item)
+
+    def _fill(self) -> None:
+        """One batch more than there are stages, so that the first stage always finds work waiting."""
+        while len(self._in_flight) <= self.pipeline.depth:
+            started = time.monotonic()
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            if not self._in_flight:
+                self.last_progress = started
+            now = time.monotonic()
+            waits = [now - self._arrived.pop(i) for i in self.scheduler.admitted if i in self._arrived]
+            self._in_flight.append(InFlight(batch, now + self._step_timeout_s, now - started, waits))
+            self.pipeline.submit(batch)
+
+    def _take_result(self) -> None:
+        message = self.pipeline.receive(self._patience())
+        if isinstance(message, StepOutput):
+            self._finish_step(message)
+        elif isinstance(message, StageTiming):
+            self._listener.on_timing(message)
+        elif self._in_flight and time.monotonic() > self._in_flight[0].deadline:
+            step = self._in_flight[0].batch.step_id
+            raise StageDied(f"step {step} was not finished within pipeline.step_timeout_s = {self._step_timeout_s:g} s")
+
+    def _patience(self) -> float:
+        if not self._in_flight:
+            return IDLE_WAIT_S
+        return max(0.0, self._in_flight[0].deadline - time.monotonic()) + 0.001
+
+    def _finish_step(self, output: StepOutput) -> None:
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or (output.epoch, output.step_id) != (step.batch.epoch, step.batch.step_id):
+            raise StageDied(f"the last stage answered step {output.step_id} of epoch {output.epoch}, out of order")
+        self._in_flight.popleft()
+        self._deaths = 0
+        started = time.monotonic()
+        events = self.scheduler.update(step.batch, output)
+        self.last_progress = time.monotonic()
+        seconds = step.scheduler_seconds + self.last_progress - started
+        if events:
+            self._listener.on_tokens(events)
+        self._listener.on_step(StepReport(step.batch.num_tokens, step.batch.num_seqs, seconds, step.queue_waits))
+
+    def _recover(self, death: StageDied) -> None:
+        """Rebuild the pipeline and compute every open sequence again: its stream goes on with the same tokens."""
+        self._recovering = death
+        self._deaths += 1
+        self._in_flight.clear()
+        log.error("%s; %d sequences are recomputed", death, self.scheduler.stats().running)
+        if self._deaths > MAX_DEATHS:
+            raise EngineStopped(f"{MAX_DEATHS} stage deaths in a row, the last one: {death}") from death
+        self.scheduler.restart()
+        try:
+            self.pipeline.recover(self.scheduler.epoch)
+        except StageDied as again:
+            return self._recover(again)
+        self._recovering = None
+
+    def _fail(self, error: CaravanError) -> None:
+        self._failure = error
+        self._in_flight.clear()
+        log.error("engine stopped: %s", error)
+        self._listener.on_failure(error)

@@ -1,0 +1,23 @@
+"""Everything that can go wrong in a pipeline, as exceptions.
+
+CaravanError
+├── RequestRejected   the request can never run here (a `ValueError`: the client must change it)
+├── EngineStopped     the engine is closing or has failed; the request may run elsewhere
+└── StageDied         a stage exited, hung past its deadline or answered nonsense
+"""
+
+
+class CaravanError(Exception):
+    """Base of every error Caravan raises on purpose."""
+
+
+class RequestRejected(CaravanError, ValueError):
+    """The request can never run on this engine; the message says why."""
+
+
+class EngineStopped(CaravanError):
+    """The engine no longer takes or finishes requests; the message gives the first cause."""
+
+
+class StageDied(CaravanError):
+    """A stage can no longer compute; the message names the stage, its node and the first cause."""

@@ -1,0 +1,76 @@
+"""From a configuration to a running engine on a placement group."""
+
+import logging
+
+from ray.util.placement_group import PlacementGroup
+
+from cluster.block_manager import BlockManager
+from cluster.config import EngineConfig
+from cluster.engine import Engine, Listener
+from cluster.pipeline import Pipeline
+from cluster.ray_pipeline import Progress, RayPipeline
+from cluster.scheduler import Scheduler
+from model.config import ModelConfig, StageLayers, split_layers
+from model.weights import read_config, resolve_path
+
+log = logging.getLogger(__name__)
+
+
+def launch_engine(
+    config: EngineConfig,
+    group: PlacementGroup,
+    first_bundle: int,
+    listener: Listener,
+    on_progress: Progress = lambda share: None,
+) -> Engine:
+    """Start the stages in `group` from bundle `first_bundle` on, and the engine that drives them.
+
+    Raises `ValueError` for a configuration or checkpoint that cannot work, `StageDied` if a stage does not come up.
+    """
+    model = read_config(resolve_path(config.model.path))
+    max_model_len = model_len(config, model)
+    pipeline = RayPipeline(config, stage_layers(config, model), max_model_len, group, first_bundle, on_progress)
+    try:
+        return make_engine(config, pipeline, pipeline.num_blocks, max_model_len, listener)
+    except BaseException:
+        pipeline.close()
+        raise
+
+
+def make_engine(
+    config: EngineConfig, pipeline: Pipeline, num_blocks: int, max_model_len: int, listener: Listener
+) -> Engine:
+    """A started engine on a ready pipeline. Raises `ValueError` if the cache cannot hold one whole sequence."""
+    room = num_blocks * config.cache.block_size
+    if room < max_model_len:
+        raise ValueError(
+            f"the KV cache holds {room} tokens, fewer than one sequence of model.max_model_len = {max_model_len}: "
+            "raise cache.memory_gb (or cache.memory_fraction), use more stages, or lower model.max_model_len"
+        )
+    log.info("KV cache: %d blocks of %d tokens", num_blocks, config.cache.block_size)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, config.cache.block_size, config.cache.prefix_caching),
+        depth=pipeline.depth,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    engine = Engine(scheduler, pipeline, listener, step_timeout_s=config.pipeline.step_timeout_s)
+    engine.start()
+    return engine
+
+
+def model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """Longest sequence to serve. Raises `ValueError` if the model was not made for it."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > model.max_position_embeddings:
+        raise ValueError(
+            f"model.max_model_len is {wanted}, but the model was trained for {model.max_position_embeddings} tokens"
+        )
+    return wanted or model.max_position_embeddings
+
+
+def stage_layers(config: EngineConfig, model: ModelConfig) -> list[StageLayers]:
+    """Which layers each stage gets."""
+    split = config.pipeline.split
+    return split_layers(model, config.pipeline.stages, None if split == "auto" else split)

@@ -1,0 +1,90 @@
+"""What the engine needs of a pipeline, and the one that runs in this process.
+
+`LocalPipeline` and `RayPipeline` (ray_pipeline.py) stand behind one protocol: whatever the engine does with one it
+does with the other.
+"""
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from model.batch import Batch, StageTiming, StepOutput
+
+if TYPE_CHECKING:  # torch is only needed by whoever builds the stages
+    from model.stage import Stage
+
+
+class Pipeline(Protocol):
+    """Stages that execute batches strictly in order. Every method but `wake` is for the engine's thread alone."""
+
+    @property
+    def depth(self) -> int:
+        """Number of stages: how many batches can be computed at once."""
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Hand a batch to all stages; does not wait. Raises `StageDied`."""
+        ...
+
+    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
+        """The next message; None after `wake` or `timeout` seconds (None: no limit). Raises `StageDied`."""
+        ...
+
+    def wake(self) -> None:
+        """Make a `receive` in progress return. Safe from any thread."""
+        ...
+
+    def recover(self, epoch: int) -> None:
+        """After `StageDied`: make all stages ready for step 0 of `epoch` with an empty cache. Raises `StageDied`."""
+        ...
+
+    def close(self) -> None:
+        """End all stages; afterwards nothing of the pipeline is left. Never raises."""
+        ...
+
+
+class LocalPipeline:
+    """All stages in this process, one after another in the thread that calls `receive`."""
+
+    def __init__(self, stages: "list[Stage]") -> None:
+        self._stages = stages
+        self._batches: deque[Batch] = deque()
+        self._timings: deque[StageTiming] = deque()
+        self._woken = threading.Event()
+
+    @property
+    def depth(self) -> int:
+        return len(self._stages)
+
+    def submit(self, batch: Batch) -> None:
+        self._batches.append(batch)
+
+    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
+        if self._timings:
+            return self._timings.popleft()
+        if self._batches:
+            return self._run(self._batches.popleft())
+        self._woken.wait(timeout)
+        self._woken.clear()
+        return None
+
+    def _run(self, batch: Batch) -> StepOutput:
+        result = None
+        for index, stage in enumerate(self._stages):
+            started = time.monotonic()
+            result = stage.run(batch, result)  # type: ignore[arg-type]  # only the last stage gives a StepOutput
+            finished = time.monotonic()
+            self._timings.append(StageTiming(batch.epoch, batch.step_id, index, started, finished, 0.0, 0.0))
+        assert isinstance(result, StepOutput)
+        return result
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def recover(self, epoch: int) -> None:
+        """Nothing survives a failure in this process that would have to be rebuilt."""
+        self._batches.clear()
+
+    def close(self) -> None:
+        self._batches.clear()

@@ -1,0 +1,292 @@
+"""Which tokens the next batch computes. Pure bookkeeping: no clock, no thread, no Ray, no tensors.
+
+Micro-batches need no name here: a sequence whose next token is being sampled has nothing to compute, so successive
+calls of `schedule` form the cohorts that fill the pipeline by themselves. They stay balanced because one batch takes
+at most its share of the decoding sequences, and prompts are spread over batches by what waits.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.block_manager import BlockManager
+from cluster.errors import RequestRejected
+from cluster.sequence import Request, Sequence, TokenEvent
+from model.batch import Batch, Penalties, SampleRow, StepOutput, uniform
+
+MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot for metrics, routing and autoscaling."""
+
+    running: int
+    running_tokens: int  # prompt and output tokens of running requests
+    waiting: int
+    waiting_tokens: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions: int  # since the start
+    prefix_queried_tokens: int  # since the start
+    prefix_hit_tokens: int  # since the start
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill under one token budget, balanced cohorts, preemption by recompute."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        depth: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.blocks = blocks
+        self.depth = depth  # number of stages: as many cohorts keep the pipeline full
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
+        self.epoch = 0
+        self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
+        self._waiting: deque[Sequence] = deque()
+        self._running: OrderedDict[str, Sequence] = OrderedDict()  # least recently scheduled first
+        self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
+        self._cohorts: set[int] = set()  # step ids in flight that decode
+        self._next_step = 0
+        self._arrivals = 0
+        self._preemptions = self._prefix_queried = self._prefix_hits = 0
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def validate(self, request: Request) -> None:
+        """Raise `RequestRejected` if the request can never run here, however empty the engine is."""
+        needed = len(request.token_ids) + request.sampling.max_tokens
+        if not request.token_ids:
+            raise RequestRejected("the prompt is empty: send at least one token")
+        if needed > self.max_model_len:
+            raise RequestRejected(
+                f"prompt and max_tokens need {needed} tokens, this engine holds {self.max_model_len}: shorten them"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestRejected` as `validate` does."""
+        self.validate(request)
+        self._waiting.append(Sequence(request, self._arrivals))
+        self._arrivals += 1
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks; unknown ids are ignored, for it may just have finished.
+
+        Safe while in flight: stages work in order, so what the running step still writes to a freed block comes
+        before anything its next owner writes there.
+        """
+        seq = self._running.pop(request_id, None)
+        if seq is not None:
+            self.blocks.free(seq)
+        else:
+            self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            running=len(self._running),
+            running_tokens=sum(s.num_tokens for s in self._running.values()),
+            waiting=len(self._waiting),
+            waiting_tokens=sum(s.num_tokens for s in self._waiting),
+            kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
+            kv_blocks_total=self.blocks.num_blocks,
+            preemptions=self._preemptions,
+            prefix_queried_tokens=self._prefix_queried,
+            prefix_hit_tokens=self._prefix_hits,
+        )
+
+    def check(self) -> None:
+        """Assert that the books are right: see `BlockManager.check`."""
+        self.blocks.check(list(self._running.values()))
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next batch, or None if nothing can be computed before an `update`."""
+        scheduled: list[tuple[Sequence, int]] = []
+        self.admitted = []
+        self._schedule_decodes(scheduled)
+        num_decodes = len(scheduled)
+        self._schedule_prefills(scheduled)
+        if not scheduled:
+            return None
+        batch = self._build(scheduled)
+        if num_decodes:
+            self._cohorts.add(batch.step_id)
+        for seq, count in scheduled:
+            seq.num_computed_tokens += count
+            seq.num_in_flight += 1
+            self.blocks.mark_computed(seq)
+            self._running.move_to_end(seq.request_id)
+        self._in_flight[batch.step_id] = [seq for seq, _ in scheduled]
+        self._next_step += 1
+        return batch
+
+    def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
+        """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
+        assert output.step_id == batch.step_id == min(self._in_flight), "results must come in order"
+        sequences = self._in_flight.pop(batch.step_id)
+        self._cohorts.discard(batch.step_id)
+        for seq in sequences:
+            seq.num_in_flight -= 1
+        events: list[TokenEvent] = []
+        for row, token_id, logprobs in zip(batch.samples, output.token_ids, output.logprobs, strict=True):
+            seq = sequences[row.row]
+            if self._running.get(seq.request_id) is not seq:
+                continue
+            first = seq.num_output_tokens == len(seq.request.output_ids)
+            finish_reason = seq.append(token_id)
+            if finish_reason is not None:
+                del self._running[seq.request_id]
+                self.blocks.free(seq)
+            events.append(
+                TokenEvent(
+                    seq.request_id,
+                    token_id,
+                    finish_reason,
+                    logprobs.chosen if logprobs else None,
+                    logprobs.top if logprobs else None,
+                    seq.num_cached_tokens if first else 0,
+                )
+            )
+        return events
+
+    def restart(self) -> None:
+        """Everything in flight is lost and so is the KV cache: start over at the next epoch, losing no request."""
+        self._in_flight.clear()
+        self._cohorts.clear()
+        for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
+            seq.num_in_flight = 0
+            self._preempt(seq)
+        self.blocks.forget()
+        self.epoch += 1
+        self._next_step = 0
+
+    # -- choosing ---------------------------------------------------------------------------------------------------
+
+    def _schedule_decodes(self, scheduled: list[tuple[Sequence, int]]) -> None:
+        """Up to this batch's share of the decoding sequences, least recently scheduled first."""
+        if len(self._cohorts) >= self.depth:
+            return  # one more cohort would only make all of them smaller
+        decoding = [s for s in self._running.values() if s.is_decoding]
+        share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
+        for seq in decoding:
+            if len(scheduled) == share:
+                break
+            if seq.num_uncomputed_tokens == 1 and seq.block_table and self._make_room(seq, scheduled):
+                scheduled.append((seq, 1))
+
+    def _schedule_prefills(self, scheduled: list[tuple[Sequence, int]]) -> None:
+        """Prompt chunks: what waits, spread over the cohorts, within what the budget leaves."""
+        prefilling = [s for s in self._running.values() if s.num_uncomputed_tokens > 1]
+        waiting = sum(s.num_uncomputed_tokens for s in prefilling) + sum(s.num_tokens for s in self._waiting)
+        budget = min(
+            self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth))
+        )
+        for seq in prefilling:
+            budget -= self._add_chunk(seq, budget, scheduled)
+        while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
+            if not self._admit(self._waiting[0]):
+                break
+            seq = self._waiting.popleft()
+            budget -= self._add_chunk(seq, budget, scheduled)
+
+    def _add_chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
+        count = min(seq.num_uncomputed_tokens, budget)
+        if count > 0:
+            scheduled.append((seq, count))
+        return count
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give a waiting sequence blocks for all it knows now; False if they are not to be had."""
+        prefix = self.blocks.cached_prefix(seq.token_ids)
+        if not self.blocks.can_allocate(prefix, seq.num_tokens):
+            return False
+        self.blocks.allocate(seq, prefix, seq.num_tokens)
+        seq.num_computed_tokens = len(prefix) * self.blocks.block_size
+        if seq.num_output_tokens == len(seq.request.output_ids):
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+        self._prefix_queried += seq.num_tokens
+        self._prefix_hits += seq.num_computed_tokens
+        self._running[seq.request_id] = seq
+        self.admitted.append(seq.request_id)
+        return True
+
+    def _make_room(self, seq: Sequence, scheduled: list[tuple[Sequence, int]]) -> bool:
+        """Grow `seq` to hold all its tokens, preempting the youngest idle sequence as long as it must.
+
+        False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
+        """
+        chosen = {id(s) for s, _ in scheduled}
+        while not self.blocks.can_grow(seq, seq.num_tokens):
+            idle = [s for s in self._running.values() if s.num_in_flight == 0 and id(s) not in chosen]
+            victim = max(idle, key=lambda s: s.arrival) if idle else None
+            if victim is None or (victim is seq and len(self._running) > len(idle)):
+                return False  # others will finish or become idle: wait rather than throw work away
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        self.blocks.grow(seq, seq.num_tokens)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Free the blocks and requeue at the head: the tokens are kept, their KV is computed again."""
+        del self._running[seq.request_id]
+        self.blocks.free(seq)
+        seq.num_computed_tokens = 0
+        self._waiting.appendleft(seq)
+        self._preemptions += 1
+
+    # -- the message ------------------------------------------------------------------------------------------------
+
+    def _build(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
+        width = max(len(seq.block_table) for seq, _ in scheduled)
+        tables = np.zeros((len(scheduled), width), np.int32)
+        token_ids: list[int] = []
+        samples: list[SampleRow] = []
+        for row, (seq, count) in enumerate(scheduled):
+            tables[row, : len(seq.block_table)] = seq.block_table
+            token_ids += seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]
+            if count == seq.num_uncomputed_tokens:
+                samples.append(_sample_row(row, seq))
+        return Batch(
+            epoch=self.epoch,
+            step_id=self._next_step,
+            token_ids=np.array(token_ids, np.int32),
+            query_lens=np.array([count for _, count in scheduled], np.int32),
+            num_computed_tokens=np.array([seq.num_computed_tokens for seq, _ in scheduled], np.int32),
+            block_tables=tables.reshape(-1),
+            samples=samples,
+        )
+
+
+def _sample_row(row: int, seq: Sequence) -> SampleRow:
+    p = seq.request.sampling
+    penalties = (
+        Penalties(p.repetition_penalty, p.presence_penalty, p.frequency_penalty, seq.output_counts)
+        if p.needs_counts
+        else None
+    )
+    return SampleRow(
+        row=row,
+        uniform=uniform(p.seed, seq.num_tokens) if p.temperature > 0 else 0.0,
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        logprobs=-1 if p.logprobs is None else p.logprobs,
+        logit_bias=p.logit_bias or None,
+        penalties=penalties,
+    )

@@ -1,0 +1,104 @@
+"""A request as the client sent it, the engine's state for it, and what leaves the engine."""
+
+from typing import Literal
+
+import msgspec
+
+from model.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt to continue. `output_ids` holds what an earlier attempt already emitted (see `resume`)."""
+
+    request_id: str
+    token_ids: list[int]  # the prompt
+    sampling: SamplingParams
+    output_ids: list[int] = []
+
+    def resume(self, emitted: list[int]) -> "Request":
+        """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""
+        return msgspec.structs.replace(self, output_ids=[*self.output_ids, *emitted])
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one request. The last event of a request carries its `finish_reason`."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None  # natural log of the probability before temperature and filters
+    top_logprobs: list[tuple[int, float]] | None = None  # (token id, logprob), best first
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache; set on the first event only
+
+
+class Sequence:
+    """The engine's state of one request, counted rather than flagged.
+
+    waiting: no blocks. running: has blocks. in flight: `num_in_flight` batches hold it. decoding: one token is left to
+    compute. `num_computed_tokens` advances when a batch is scheduled: stages work strictly in order, so whatever is
+    scheduled later finds it computed.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_table",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_full_blocks",
+        "num_in_flight",
+        "num_prompt_tokens",
+        "output_counts",
+        "request",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, arrival: int = 0) -> None:
+        self.request = request
+        self.arrival = arrival  # order of arrival: the youngest is preempted first
+        self.token_ids = [*request.token_ids, *request.output_ids]
+        self.num_prompt_tokens = len(request.token_ids)
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.num_cached_tokens = 0  # taken from the prefix cache at first admission
+        self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
+        self.block_table: list[int] = []
+        self.output_counts: dict[int, int] = {}  # token -> occurrences; kept only where penalties need it
+        if request.sampling.needs_counts:
+            self.output_counts = dict.fromkeys(request.token_ids, 0)
+            for token_id in request.output_ids:
+                self._count(token_id)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens that no batch has been given yet; 0 while the next token is being sampled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_uncomputed_tokens <= 1 and self.num_computed_tokens > 0
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; says whether it was the last one."""
+        self.token_ids.append(token_id)
+        if self.request.sampling.needs_counts:
+            self._count(token_id)
+        if token_id in self.request.sampling.stop_token_ids:
+            return "stop"
+        return "length" if self.num_output_tokens >= self.request.sampling.max_tokens else None
+
+    def _count(self, token_id: int) -> None:
+        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1

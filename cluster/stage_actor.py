@@ -1,0 +1,150 @@
+"""One stage as a Ray actor: load, link, then run until told to stop.
+
+The engine calls `load`, `listen`, `link` once and then `run`, whose end (or the actor's death) is how it learns that
+something went wrong. A stage executes batches in order, checks epoch and step id, and decides nothing.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from cluster.config import EngineConfig
+from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
+from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
+from model.batch import Batch, StageTiming, StepOutput
+from model.config import StageLayers
+from model.kv_cache import KVCache
+from model.llama import Decoder
+from model.stage import Stage
+from model.weights import Checkpoint, open_checkpoint, read_config, resolve_path
+from model.weights.dummy import DummyCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """What one stage is."""
+
+    index: int
+    layers: StageLayers
+    config: EngineConfig
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a stage holds once its weights are loaded."""
+
+    node: str  # address of its node
+    pid: int
+    num_parameters: int
+    num_blocks: int  # KV blocks it has memory for
+
+
+class StageActor:
+    """The body of the actor; `ray.remote` is applied where it is placed."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        pipeline = spec.config.pipeline
+        torch.set_num_threads(pipeline.threads)
+        self._spec = spec
+        self._device = torch.device(pipeline.device)
+        self._host = (
+            interface_address(pipeline.network_interface)
+            if pipeline.network_interface
+            else ray.util.get_node_ip_address()
+        )
+        self._loaded = 0.0
+        self._rendezvous: Rendezvous | None = None
+        self._upstream: Link | None = None
+        self._downstream: Link | None = None
+
+    def progress(self) -> float:
+        """Share of the weights loaded, 0 to 1."""
+        return self._loaded
+
+    def load(self) -> LoadReport:
+        """Read this stage's share of the checkpoint; raises `ValueError` naming what is wrong with it."""
+        spec, config = self._spec, self._spec.config
+        path = resolve_path(config.model.path)
+        dummy = config.model.load_format == "dummy"
+        checkpoint: Checkpoint = DummyCheckpoint(read_config(path)) if dummy else open_checkpoint(path)
+        names = spec.layers.tensor_names(checkpoint.config)
+
+        def count() -> None:
+            self._loaded += 1 / len(names)
+
+        dtype = getattr(torch, config.model.dtype)
+        tensors = checkpoint.tensors(names)
+        self._decoder = Decoder(
+            checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count
+        )
+        self._loaded = 1.0
+        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
+
+    def _num_blocks(self) -> int:
+        """KV blocks that fit into the memory set aside for them."""
+        decoder, cache = self._decoder, self._spec.config.cache
+        per_block = KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, decoder.dtype)
+        if cache.memory_gb is not None:
+            return int(cache.memory_gb * 1e9) // per_block
+        if self._device.type == "cpu":
+            raise ValueError("cache.memory_gb must be set on cpu: how much memory each stage may use for its KV cache")
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(free - (1 - cache.memory_fraction) * total) // per_block
+
+    def listen(self) -> tuple[str, int]:
+        """Open the meeting point for the link to the next stage."""
+        self._rendezvous = Rendezvous(self._host, self._spec.config.pipeline.start_timeout_s)
+        return self._rendezvous.address
+
+    def link(self, epoch: int, upstream: tuple[str, int] | None, num_blocks: int) -> None:
+        """Allocate the cache and connect to the neighbours; returns when both ends of each link are up."""
+        pipeline = self._spec.config.pipeline
+        self._stage = Stage(self._decoder, num_blocks, self._spec.config.cache.block_size)
+        if upstream is not None:
+            store = join(upstream, pipeline.start_timeout_s)
+            self._upstream = Link(store, DOWNSTREAM, self._host, epoch, pipeline.step_timeout_s)
+        if self._rendezvous is not None:
+            self._downstream = Link(self._rendezvous.store, UPSTREAM, self._host, epoch, pipeline.step_timeout_s)
+
+    def run(self, control: ControlAddress, epoch: int) -> None:
+        """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""
+        client = ControlClient(control, self._spec.index)
+        client.send(Ready(epoch, self._spec.index))
+        expected, idle_since = 0, time.monotonic()
+        try:
+            while (batch := client.receive()) is not None:
+                if (batch.epoch, batch.step_id) != (epoch, expected):
+                    raise RuntimeError(f"got step {batch.step_id} of epoch {batch.epoch}, expected {expected}, {epoch}")
+                idle_since = self._step(client, batch, idle_since)
+                expected += 1
+            if self._downstream is not None:
+                self._downstream.flush()
+        finally:
+            client.close()
+
+    def _step(self, client: ControlClient, batch: Batch, idle_since: float) -> float:
+        """Receive, compute, pass on, report; returns when this stage became idle again."""
+        hidden = self._receive(batch)
+        started = time.monotonic()
+        result = self._stage.run(batch, hidden)
+        finished = time.monotonic()
+        if isinstance(result, StepOutput):
+            client.send(result)
+        else:
+            assert self._downstream is not None
+            self._downstream.send(result)
+        sent = time.monotonic()
+        # Waiting for the stage before counts as waiting, not as transfer: that is what a pipeline bubble is.
+        wait, transfer = started - idle_since, sent - finished
+        client.send(StageTiming(batch.epoch, batch.step_id, self._spec.index, started, finished, wait, transfer))
+        return sent
+
+    def _receive(self, batch: Batch) -> torch.Tensor | None:
+        if self._upstream is None:
+            return None
+        shape = self._stage.hidden_shape(batch)
+        return self._upstream.receive(torch.empty(shape, dtype=self._decoder.dtype, device=self._device))

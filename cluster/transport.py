@@ -1,0 +1,164 @@
+"""How stages are reached: small control messages over ZMQ, hidden states over torch.distributed.
+
+Control: the engine binds one ROUTER on the node's cluster address; every stage connects a DEALER. Both ends are
+CURVE-authenticated with keys made for this pipeline and handed out through Ray, so nobody else can speak or listen.
+Messages are msgpack with a fixed schema (msgspec), never pickle.
+
+Data: one process group per pair of neighbours, so that traffic of one pair never waits for another's.
+"""
+
+import socket
+import struct
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from model.batch import Batch, StageTiming, StepOutput, decode_array, encode_array
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """A stage's first message: it listens, so no batch can be lost."""
+
+    epoch: int
+    stage: int
+
+
+FromStage = Ready | StepOutput | StageTiming
+STOP = b""  # to a stage: leave the loop
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
+_batch_decoder = msgspec.msgpack.Decoder(Batch, dec_hook=decode_array)
+_reply_decoder: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromStage)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlAddress:
+    """All a stage needs to reach its engine."""
+
+    endpoint: str
+    server_key: bytes
+    public_key: bytes
+    secret_key: bytes
+
+
+class ControlServer:
+    """The engine's end of the control channel: one message to all stages at once, replies of all in one queue."""
+
+    def __init__(self, host: str, num_stages: int) -> None:
+        self._context = zmq.Context()
+        self._keys = [zmq.curve_keypair() for _ in range(num_stages)]
+        self._auth = ThreadAuthenticator(self._context)
+        self._auth.start()
+        self._auth.configure_curve_callback("*", credentials_provider=_Allowed({public for public, _ in self._keys}))
+        self._server_public, server_secret = zmq.curve_keypair()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.curve_server = True
+        self._router.curve_publickey, self._router.curve_secretkey = self._server_public, server_secret
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unknown stage is an error, not a lost message
+        if ":" in host:
+            self._router.setsockopt(zmq.IPV6, 1)
+        port = self._router.bind_to_random_port(f"tcp://{bracketed(host)}")
+        self._endpoint = f"tcp://{bracketed(host)}:{port}"
+        self._wake_in, self._wake_out = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._wake_in.bind("inproc://wake")
+        self._wake_out.connect("inproc://wake")
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_in, zmq.POLLIN)
+
+    def address(self, stage: int) -> ControlAddress:
+        """What stage number `stage` connects with."""
+        public, secret = self._keys[stage]
+        return ControlAddress(self._endpoint, self._server_public, public, secret)
+
+    def send(self, batch: Batch | None) -> None:
+        """To all stages: a batch, or None to stop. Raises `zmq.ZMQError` if one is not connected."""
+        payload = STOP if batch is None else _encoder.encode(batch)
+        for stage in range(len(self._keys)):
+            self._router.send_multipart([_identity(stage), payload])
+
+    def receive(self, timeout: float | None) -> FromStage | None:
+        """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.ValidationError` on nonsense."""
+        ready = dict(self._poller.poll(None if timeout is None else timeout * 1000))
+        if self._wake_in in ready:
+            self._wake_in.recv()
+        if self._router in ready:
+            identity, payload = self._router.recv_multipart()
+            message = _reply_decoder.decode(payload)
+            if not isinstance(message, StepOutput) and identity != _identity(message.stage):
+                raise msgspec.ValidationError(f"{identity!r} speaks as stage {message.stage}")
+            return message
+        return None
+
+    def wake(self) -> None:
+        """Make `receive` return. One thread at a time: the caller holds a lock."""
+        self._wake_out.send(b"")
+
+    def close(self) -> None:
+        self._auth.stop()
+        self._context.destroy(linger=0)
+
+
+class ControlClient:
+    """A stage's end of the control channel."""
+
+    def __init__(self, address: ControlAddress, stage: int) -> None:
+        self._context = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.IDENTITY, _identity(stage))
+        self._dealer.setsockopt(zmq.LINGER, 1000)
+        if "[" in address.endpoint:
+            self._dealer.setsockopt(zmq.IPV6, 1)
+        self._dealer.curve_serverkey = address.server_key
+        self._dealer.curve_publickey, self._dealer.curve_secretkey = address.public_key, address.secret_key
+        self._dealer.connect(address.endpoint)
+
+    def receive(self) -> Batch | None:
+        """Wait for the next batch; None means stop."""
+        payload = self._dealer.recv()
+        return None if payload == STOP else _batch_decoder.decode(payload)
+
+    def send(self, message: FromStage) -> None:
+        self._dealer.send(_encoder.encode(message))
+
+    def close(self) -> None:
+        self._context.destroy(linger=1000)
+
+
+class _Allowed:
+    """ZAP credentials: only the keys of this pipeline's stages."""
+
+    def __init__(self, keys: set[bytes]) -> None:
+        self._keys = keys
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return zmq.utils.z85.encode(key) in self._keys if len(key) == 32 else key in self._keys
+
+
+def _identity(stage: int) -> bytes:
+    return b"stage-%d" % stage
+
+
+def bracketed(host: str) -> str:
+    """An IPv6 address in brackets, as URLs want it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def interface_address(interface: str) -> str:
+    """IPv4 address of a network interface. Raises `ValueError` naming it if it has none."""
+    import fcntl
+
+    siocgifaddr = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            packed = fcntl.ioctl(probe.fileno(), siocgifaddr, struct.pack("256s", interface.encode()[:15]))
+        except OSError as error:
+            names = ", ".join(name for _, name in socket.if_nameindex())
+            raise ValueError(
+                f"pipeline.network_interface: {interface} has no IPv4 address here; this node has {names}"
+            ) from error
+    return socket.inet_ntoa(packed[20:24])
+

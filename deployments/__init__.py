@@ -1,0 +1,1 @@
+"""How the model is offered: Ray Serve deployments, the OpenAI-compatible API, the command line."""

@@ -1,0 +1,293 @@
+"""One pipeline as a Ray Serve replica: streams in, token events out, one wake-up per step."""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+from ray.serve import metrics as serve_metrics
+
+from cluster.engine import Engine, StepReport
+from cluster.errors import CaravanError, EngineStopped, RequestRejected
+from cluster.launch import launch_engine
+from cluster.sequence import Request, TokenEvent
+from deployments import status
+from deployments.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
+from deployments.config import parse_app_config
+from deployments.status import ReplicaStatus
+from model.batch import StageTiming
+from model.sampling_params import SamplingParams
+from ops import logs
+from ops.metrics import Recorder
+
+log = logging.getLogger(__name__)
+
+PUBLISH_PERIOD_S = 1.0
+PROBE_PERIOD_S = 5.0  # how often an idle pipeline proves itself with one token
+PROBE_PREFIX = "probe-"
+
+_decode_request = msgspec.msgpack.Decoder(Request).decode
+_encode_events = msgspec.msgpack.Encoder().encode
+
+
+class Stream:
+    """The events of one request, between the engine's thread and the coroutine that sends them on."""
+
+    def __init__(self) -> None:
+        self.events: list[TokenEvent] = []
+        self.error: CaravanError | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, event: TokenEvent) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    def fail(self, error: CaravanError) -> None:
+        self.error = error
+        self._changed.set()
+
+    async def next(self) -> list[TokenEvent]:
+        """All events since the last call; raises once they are out and the engine has failed."""
+        await self._changed.wait()
+        self._changed.clear()
+        events, self.events = self.events, []
+        if not events and self.error is not None:
+            raise self.error
+        if self.error is not None:
+            self._changed.set()
+        return events
+
+
+class EngineReplica:
+    """The Serve deployment `Engine`. Its first bundle is this process, the others are its stages."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        logs.configure()
+        context = serve.get_replica_context()
+        self._app, self._replica = context.app_name, context.replica_id.unique_id
+        self._config = parse_app_config(args)
+        self._metrics = Recorder(serve_metrics, "engine")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, Stream] = {}
+        self._engine: Engine | None = None
+        self._loaded = 0.0
+        self._last_token = time.monotonic()
+        self._probe_sent = 0.0
+        self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
+        self._reports: deque[StepReport | StageTiming] = deque()
+        self._stopping = threading.Event()
+        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        self._housekeeper.start()
+        group = ray.util.get_current_placement_group()
+        if group is None:
+            raise ValueError("the Engine deployment needs placement_group_bundles: use the application builder's")
+        try:
+            self._engine = launch_engine(self._config, group, 1, self, self._on_progress)
+            self._await_probe()
+        except BaseException:
+            self._shut_down()
+            raise
+
+    # -- what the gateway and Serve call ------------------------------------------------------------------------------
+
+    async def generate(self, payload: bytes) -> AsyncGenerator[bytes, None]:
+        """Run one encoded `Request`; yields encoded lists of `TokenEvent`. Cancelling it frees the sequence."""
+        assert self._engine is not None
+        self._loop = self._loop or asyncio.get_running_loop()
+        request = _decode_request(payload)
+        if request.request_id in self._streams:
+            raise RequestRejected(f"a request with id {request.request_id} is running already")
+        stream = self._streams[request.request_id] = Stream()
+        finished = False
+        try:
+            self._engine.add(request)
+            while not finished:
+                events = await stream.next()
+                finished = bool(events) and events[-1].finish_reason is not None
+                if events:
+                    yield _encode_events(events)
+        finally:
+            del self._streams[request.request_id]
+            if not finished:
+                self._engine.abort(request.request_id)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine has stopped for good."""
+        current = self._status()
+        if current.state in ("failed", "stalled"):
+            raise RuntimeError(f"engine {self._replica} is {current.state}: {current.reason}")
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For `MostRoomRouter`."""
+        assert self._engine is not None
+        stats = self._engine.stats
+        kv_use = stats.kv_blocks_used / stats.kv_blocks_total
+        return {"kv_use": kv_use, "waiting": stats.waiting, "report": time.time()}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `TokenPolicy`."""
+        assert self._engine is not None
+        stats = self._engine.stats
+        return {
+            TOKENS_IN_FLIGHT: float(stats.running_tokens + stats.waiting_tokens),
+            WAITING_TOKENS: float(stats.waiting_tokens),
+            KV_USE: stats.kv_blocks_used / stats.kv_blocks_total,
+        }
+
+    def __del__(self) -> None:
+        self._shut_down()
+
+    # -- what the engine calls, from its thread -----------------------------------------------------------------------
+
+    def on_tokens(self, events: list[TokenEvent]) -> None:
+        self._last_token = time.monotonic()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def on_step(self, report: StepReport) -> None:
+        self._reports.append(report)
+
+    def on_timing(self, timing: StageTiming) -> None:
+        self._reports.append(timing)
+
+    def on_failure(self, error: CaravanError) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._deliver_failure, error)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:  # probes have none, and clients may have left
+                stream.push(event)
+
+    def _deliver_failure(self, error: CaravanError) -> None:
+        for stream in self._streams.values():
+            stream.fail(EngineStopped(str(error)))
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def _on_progress(self, share: float) -> None:
+        self._loaded = share
+
+    def _status(self) -> ReplicaStatus:
+        engine = self._engine
+        if engine is None:
+            return self._make_status("loading", f"loading {self._loaded:.0%}".replace("%", " %"))
+        if engine.failure is not None:
+            return self._make_status("failed", str(engine.failure))
+        if engine.recovering is not None:
+            return self._make_status("loading", f"rebuilding after: {engine.recovering}")
+        timeout = self._config.pipeline.step_timeout_s
+        age = time.monotonic() - self._last_token
+        if engine.oldest_step_age > timeout:
+            return self._make_status("stalled", f"no step has finished for {engine.oldest_step_age:.0f} s")
+        if age > timeout + 2 * PROBE_PERIOD_S:
+            return self._make_status("stalled", f"no token has come out of the last stage for {age:.0f} s")
+        return self._make_status("ready", "")
+
+    def _make_status(self, state: status.State, reason: str) -> ReplicaStatus:
+        stats = self._engine.stats if self._engine is not None else None
+        return ReplicaStatus(
+            replica=self._replica,
+            state=state,
+            reason=reason,
+            loaded=self._loaded,
+            updated_at=time.time(),
+            running=stats.running if stats else 0,
+            waiting=stats.waiting if stats else 0,
+            waiting_tokens=stats.waiting_tokens if stats else 0,
+            kv_blocks_used=stats.kv_blocks_used if stats else 0,
+            kv_blocks_total=stats.kv_blocks_total if stats else 0,
+            max_model_len=self._engine.scheduler.max_model_len if self._engine else 0,
+        )
+
+    def _await_probe(self) -> None:
+        """A replica is ready when a token has come out of its last stage, not when its processes exist."""
+        before = self._last_token
+        self._probe()
+        deadline = time.monotonic() + self._config.pipeline.step_timeout_s
+        while self._last_token == before:
+            assert self._engine is not None
+            if self._engine.failure is not None:
+                raise self._engine.failure
+            if time.monotonic() > deadline:
+                raise EngineStopped("the first token did not come out of the pipeline in time")
+            time.sleep(0.02)
+
+    def _probe(self) -> None:
+        assert self._engine is not None
+        self._probe_sent = time.monotonic()
+        params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        self._engine.add(Request(request_id=f"{PROBE_PREFIX}{os.urandom(4).hex()}", token_ids=[0], sampling=params))
+
+    # -- once a second ------------------------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        """Publish the status, record metrics, probe an idle pipeline."""
+        while not self._stopping.wait(PUBLISH_PERIOD_S):
+            try:
+                status.publish(self._app, self._status())
+                self._record()
+                self._probe_if_idle()
+            except EngineStopped:
+                pass  # the status says so already
+            except Exception:
+                log.exception("housekeeping failed; trying again")
+
+    def _probe_if_idle(self) -> None:
+        engine, now = self._engine, time.monotonic()
+        if engine is None or engine.failure is not None or engine.recovering is not None:
+            return
+        if min(now - self._last_token, now - self._probe_sent) > PROBE_PERIOD_S and engine.oldest_step_age == 0.0:
+            self._probe()
+
+    def _record(self) -> None:
+        m = self._metrics
+        m.set("weights_loaded_ratio", self._loaded)
+        while self._reports:
+            report = self._reports.popleft()
+            if isinstance(report, StageTiming):
+                stage = str(report.stage)
+                m.inc("stage_steps_total", stage=stage)
+                m.inc("stage_busy_seconds_total", report.finished - report.started, stage=stage)
+                m.inc("stage_wait_seconds_total", report.wait, stage=stage)
+                m.inc("stage_transfer_seconds_total", report.transfer, stage=stage)
+                m.observe("stage_step_seconds", report.finished - report.started, stage=stage)
+            else:
+                m.observe("step_tokens", report.num_tokens)
+                m.observe("scheduler_seconds", report.scheduler_seconds)
+                for wait in report.queue_waits:
+                    m.observe("queue_wait_seconds", wait)
+        if self._engine is not None:
+            self._record_stats(self._engine)
+
+    def _record_stats(self, engine: Engine) -> None:
+        m, stats = self._metrics, engine.stats
+        m.set("running", stats.running)
+        m.set("waiting", stats.waiting)
+        m.set("waiting_tokens", stats.waiting_tokens)
+        m.set("kv_blocks_used", stats.kv_blocks_used)
+        m.set("kv_blocks_total", stats.kv_blocks_total)
+        m.set("last_token_age_seconds", time.monotonic() - self._last_token)
+        for name, total in (
+            ("preemptions_total", stats.preemptions),
+            ("prefix_cache_queried_tokens_total", stats.prefix_queried_tokens),
+            ("prefix_cache_hit_tokens_total", stats.prefix_hit_tokens),
+        ):
+            m.inc(name, total - self._counted.get(name, 0))
+            self._counted[name] = total
+
+    def _shut_down(self) -> None:
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        if self._engine is not None:
+            self._engine.close()
+        status.remove(self._app, self._replica)

@@ -1,0 +1,108 @@
+"""The only messages between scheduler and stages: what to compute in one step, and what came out.
+
+Legend: T tokens in the batch, S sequences in the batch, W width of the block tables.
+
+A batch says everything a stage needs; stages keep no per-request state and decide nothing. There is no prefill/decode
+flag: a sequence that computes one token decodes, one that computes many prefills, and both may share a batch.
+"""
+
+import hashlib
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Penalties(msgspec.Struct, frozen=True, array_like=True):
+    """Penalties of one sequence. `counts` maps each token seen so far to its occurrences in the output."""
+
+    repetition: float
+    presence: float
+    frequency: float
+    counts: dict[int, int]
+
+
+class SampleRow(msgspec.Struct, frozen=True, array_like=True):
+    """How to draw the next token of one sequence in the batch."""
+
+    row: int  # index of the sequence in the batch
+    uniform: float  # the draw, in [0, 1): a function of (seed, position), so that any stage and batch draws the same
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    logprobs: int = -1  # -1: none; k: the chosen token's and the k best
+    logit_bias: dict[int, float] | None = None
+    penalties: Penalties | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """One step for the whole pipeline."""
+
+    epoch: int
+    step_id: int
+    token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all sequences one after another
+    query_lens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens to compute now
+    num_computed_tokens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens whose KV is in the cache already
+    block_tables: np.ndarray[Any, np.dtype[np.int32]]  # [S * W] KV blocks of each sequence, padded with 0
+    samples: list[SampleRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.query_lens)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logs of raw probabilities: the chosen token's, and (token id, logprob) of the best ones."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="output"):
+    """What the last stage sampled: one token per `SampleRow`, in their order."""
+
+    epoch: int
+    step_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):
+    """Where one stage spent its time in one step, in seconds of the host's monotonic clock."""
+
+    epoch: int
+    step_id: int
+    stage: int
+    started: float  # computing began
+    finished: float  # computing ended
+    wait: float  # idle since the previous step: no work, or the stage before was not done
+    transfer: float  # blocked in sending or receiving the hidden state
+
+
+def uniform(seed: int, position: int) -> float:
+    """A draw in [0, 1) that depends on (seed, position) alone."""
+    digest = hashlib.blake2b(struct.pack("<Qq", seed % 2**64, position), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def encode_array(value: Any) -> bytes:
+    """msgspec hook: an int32 array travels as its bytes."""
+    if isinstance(value, np.ndarray) and value.dtype == np.int32:
+        return value.tobytes()
+    raise NotImplementedError(f"cannot send a {type(value).__name__}")
+
+
+def decode_array(kind: Any, value: Any) -> Int32Array:
+    """msgspec hook: the inverse of `encode_array`."""
+    if isinstance(value, bytes) and len(value) % 4 == 0:
+        return np.frombuffer(value, dtype=np.int32)
+    raise NotImplementedError(f"cannot receive a {kind}")

@@ -1,0 +1,138 @@
+"""The Llama decoder, built per stage: only layers [start, stop), the embedding on the first, the head on the last.
+
+Legend: T tokens, C model dim, H query heads, K KV heads, D head dim, F feed-forward dim, V vocabulary.
+Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn.functional import embedding, rms_norm, silu
+
+from model.attention import AttentionMetadata, paged_attention
+from model.config import LAYER_TENSORS, ModelConfig, StageLayers
+from model.kv_cache import KVCache
+from model.layers import Linear, apply_rotary, compute_dtype, make_linear, rotary_table
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Layer:
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual."""
+
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        _check_shapes(config, weights)
+        compute = compute_dtype(dtype, device)
+        self.attention_norm = weights["attention_norm"].to(device, compute)
+        self.ffn_norm = weights["ffn_norm"].to(device, compute)
+        # Products that read the same input are one product: fewer, larger reads of the weights.
+        qkv = torch.cat([weights.pop(f"attention.w{x}") for x in "qkv"])
+        self.wqkv = make_linear(qkv, dtype, device)
+        self.wo = make_linear(weights.pop("attention.wo"), dtype, device)
+        self.w13 = make_linear(torch.cat([weights.pop(f"feed_forward.w{x}") for x in "13"]), dtype, device)
+        self.w2 = make_linear(weights.pop("feed_forward.w2"), dtype, device)
+
+    @property
+    def num_parameters(self) -> int:
+        linears: tuple[Linear, ...] = (self.wqkv, self.wo, self.w13, self.w2)
+        return sum(x.num_parameters for x in linears) + self.attention_norm.numel() + self.ffn_norm.numel()
+
+    def __call__(
+        self, x: torch.Tensor, rotation: torch.Tensor, kv: KVCache, index: int, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """x [T, C] -> [T, C]; keys and values go to layer `index` of `kv`."""
+        config = self.config
+        h, k, d = config.n_heads, config.n_kv_heads, config.head_dim
+        qkv = self.wqkv(rms_norm(x, (config.dim,), self.attention_norm, config.norm_eps)).view(-1, h + 2 * k, d)
+        qk = apply_rotary(qkv[:, : h + k], rotation)
+        kv.write(index, qk[:, h:], qkv[:, h + k :], metadata.slot_mapping)
+        attended = paged_attention(qk[:, :h], kv.k[index], kv.v[index], metadata)  # [T, H, D]
+        x = x + self.wo(attended.flatten(1))
+        gate, up = self.w13(rms_norm(x, (config.dim,), self.ffn_norm, config.norm_eps)).chunk(2, dim=-1)  # [T, F] each
+        return x + self.w2(silu(gate) * up)
+
+
+class Decoder:
+    """One stage's share of the model. `tensors` yields its weights by name, in any order within a layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        stage: StageLayers,
+        tensors: Tensors,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        on_tensor: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.stage, self.dtype, self.device = config, stage, compute_dtype(dtype, device), device
+        self.rotary = rotary_table(max_model_len, config.head_dim, config.rope_theta, device)
+        self.layers: list[Layer] = []
+        parts: dict[str, torch.Tensor] = {}
+        outer: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            on_tensor()
+            if not name.startswith("layers."):
+                outer[name] = tensor
+                continue
+            parts[name.split(".", 2)[2].removesuffix(".weight")] = tensor
+            if len(parts) == len(LAYER_TENSORS):
+                self.layers.append(Layer(config, parts, dtype, device))
+                parts = {}
+        assert not parts and len(self.layers) == stage.stop - stage.start
+        self._build_ends(outer, dtype)
+
+    def _build_ends(self, outer: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        if self.stage.is_first:
+            self.tok_embeddings = outer["tok_embeddings.weight"].to(self.device, self.dtype)
+        if self.stage.is_last:
+            self.norm = outer["norm.weight"].to(self.device, self.dtype)
+            name = "tok_embeddings.weight" if self.config.tie_word_embeddings else "output.weight"
+            self.output = make_linear(outer[name], dtype, self.device)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights held, a tied head counted once."""
+        count = sum(layer.num_parameters for layer in self.layers)
+        count += self.tok_embeddings.numel() if self.stage.is_first else 0
+        if self.stage.is_last:
+            shared = self.config.tie_word_embeddings and self.stage.is_first
+            count += self.norm.numel() + (0 if shared else self.output.num_parameters)
+        return count
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> [T, C]; first stage only."""
+        return embedding(token_ids, self.tok_embeddings)
+
+    def forward(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
+        """x [T, C] through this stage's layers -> [T, C]."""
+        rotation = self.rotary[metadata.positions]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, kv, index, metadata)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, C] -> [rows, V] float32; last stage only."""
+        return self.output(rms_norm(x, (self.config.dim,), self.norm, self.config.norm_eps)).float()
+
+
+def _check_shapes(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    c, f = config.dim, config.hidden_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    expected = {
+        "attention_norm": (c,),
+        "attention.wq": (q, c),
+        "attention.wk": (kv, c),
+        "attention.wv": (kv, c),
+        "attention.wo": (c, q),
+        "ffn_norm": (c,),
+        "feed_forward.w1": (f, c),
+        "feed_forward.w2": (c, f),
+        "feed_forward.w3": (f, c),
+    }
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}, the model's config needs {shape}")

@@ -1,0 +1,53 @@
+"""What a client may ask of the sampler, checked once, where a request enters."""
+
+import math
+
+import msgspec
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the next token is chosen and when to stop. Raises `ValueError` naming the field that is out of range.
+
+    Equal seeds give equal draws: randomness is a function of (seed, position) and of nothing else.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # divides (or multiplies negative) logits of tokens in prompt and output
+    presence_penalty: float = 0.0  # subtracted once for a token in the output
+    frequency_penalty: float = 0.0  # subtracted for each occurrence in the output
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: no logprobs; k: the chosen token's and the k best
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, math.inf)
+        _check("seed", self.seed, -(2**63), 2**64 - 1)
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_p", self.top_p, 0.0, 1.0)
+        _check("top_k", self.top_k, 0, math.inf)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for token_id, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether sampling looks at which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN fails every comparison, so it is refused too
+        allowed = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")

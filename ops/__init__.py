@@ -1,0 +1,1 @@
+"""How the service is watched, loaded and proven. Imports none of the other folders."""

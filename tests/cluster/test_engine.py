@@ -1,0 +1,130 @@
+"""The same tokens, however they are computed: stages, chunks, preemption, prefix hits, company, aborts."""
+
+import random
+
+import numpy as np
+import pytest
+
+from cluster.errors import RequestRejected
+from model.batch import Batch, SampleRow, uniform
+from tests.conftest import TINY, MakeEngine, make_stages, request
+
+PROMPTS = [
+    [random.Random(i).randrange(3, TINY.vocab_size) for _ in range(n)] for i, n in enumerate([1, 2, 5, 16, 17, 63, 100])
+]
+
+
+def naive(prompt: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
+    """Every token from a forward pass over the whole sequence with an empty cache."""
+    (stage,) = make_stages(num_blocks=64)
+    tokens = list(prompt)
+    for _ in range(count):
+        n = len(tokens)
+        row = SampleRow(0, uniform(seed, n), temperature, 0, 1.0, 0.0)
+        ids, zero = np.array(tokens, np.int32), np.zeros(1, np.int32)
+        batch = Batch(0, 0, ids, np.array([n], np.int32), zero, np.arange(64, dtype=np.int32), [row])
+        tokens += stage.run(batch, None).token_ids  # type: ignore[union-attr]
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return [naive(p, 16) for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stages": 2},
+        {"stages": 3, "prefix_caching": False},
+        {"stages": 6},
+        {"max_num_batched_tokens": 7},
+        {"stages": 2, "max_num_batched_tokens": 7},
+        {"stages": 2, "num_blocks": 30},
+        {"num_blocks": 30},
+        {"stages": 3, "max_num_seqs": 2},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_equal_the_naive_forward(
+    make_engine: MakeEngine, expected: list[list[int]], options: dict[str, int]
+) -> None:
+    engine, collector = make_engine(**options)
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(request(str(i), prompt))
+    tokens = collector.wait([str(i) for i in range(len(PROMPTS))])
+    assert [tokens[str(i)] for i in range(len(PROMPTS))] == expected
+    if options.get("num_blocks") == 30:
+        assert engine.scheduler.stats().preemptions > 0, "the small cache should have forced preemption"
+    assert engine.scheduler.stats().kv_blocks_used == 0
+
+
+def test_prefix_hit_gives_the_same_tokens(make_engine: MakeEngine, expected: list[list[int]]) -> None:
+    engine, collector = make_engine(stages=2)
+    for name in ("first", "second"):
+        engine.add(request(name, PROMPTS[6]))
+        assert collector.wait([name])[name] == expected[6]
+    assert engine.scheduler.stats().prefix_hit_tokens >= 96
+    assert collector.events["second"][0].num_cached_tokens >= 96
+    assert collector.events["first"][0].num_cached_tokens == 0
+
+
+def test_seeded_sampling_is_the_same_in_any_company(make_engine: MakeEngine) -> None:
+    alone = {i: naive(p, 16, temperature=0.9, seed=i) for i, p in enumerate(PROMPTS)}
+    for options in ({"stages": 2}, {"num_blocks": 30}, {"max_num_batched_tokens": 5, "stages": 3}):
+        engine, collector = make_engine(**options)
+        for i, prompt in enumerate(PROMPTS):
+            engine.add(request(str(i), prompt, temperature=0.9, seed=i))
+        tokens = collector.wait([str(i) for i in alone])
+        assert {int(i): t for i, t in tokens.items()} == alone
+
+
+def test_resumed_request_continues_with_the_same_tokens(make_engine: MakeEngine) -> None:
+    engine, collector = make_engine(stages=2)
+    whole = request("whole", PROMPTS[4], temperature=0.8, seed=5, presence_penalty=0.5, repetition_penalty=1.1)
+    engine.add(whole)
+    tokens = collector.wait(["whole"])["whole"]
+    rest = request("rest", PROMPTS[4], temperature=0.8, seed=5, presence_penalty=0.5, repetition_penalty=1.1)
+    engine.add(rest.resume(tokens[:6]))
+    assert collector.wait(["rest"])["rest"] == tokens[6:]
+
+
+def test_abort_frees_blocks_and_leaves_others_alone(make_engine: MakeEngine, expected: list[list[int]]) -> None:
+    engine, collector = make_engine(stages=2)
+    engine.add(request("victim", PROMPTS[5], max_tokens=400))
+    engine.add(request("other", PROMPTS[4]))
+    engine.abort("victim")
+    engine.abort("never heard of")
+    assert collector.wait(["other"])["other"] == expected[4]
+    engine.add(request("after", PROMPTS[3]))
+    assert collector.wait(["after"])["after"] == expected[3]
+    assert len(collector.tokens("victim")) < 400
+    assert engine.scheduler.stats().kv_blocks_used == 0
+
+
+def test_stop_token_ends_the_request(make_engine: MakeEngine, expected: list[list[int]]) -> None:
+    engine, collector = make_engine()
+    stop = expected[4][5]
+    engine.add(request("r", PROMPTS[4], stop_token_ids=(stop,)))
+    tokens = collector.wait(["r"])["r"]
+    assert tokens == expected[4][: expected[4].index(stop) + 1]
+    assert collector.events["r"][-1].finish_reason == "stop"
+
+
+def test_requests_that_can_never_run_are_rejected_at_once(make_engine: MakeEngine) -> None:
+    engine, _ = make_engine(num_blocks=8)
+    with pytest.raises(RequestRejected, match="empty"):
+        engine.add(request("r", []))
+    with pytest.raises(RequestRejected, match="holds 32"):
+        engine.add(request("r", [1] * 20, max_tokens=20))
+
+
+def test_cohorts_fill_the_pipeline(make_engine: MakeEngine) -> None:
+    """Eight streams on two stages: in steady decode every batch takes four of them."""
+    engine, collector = make_engine(stages=2)
+    for i in range(8):
+        engine.add(request(str(i), PROMPTS[3], max_tokens=64))
+    collector.wait([str(i) for i in range(8)])
+    sizes = [r.num_seqs for r in collector.reports[8:-8]]
+    assert sizes.count(4) >= 0.9 * len(sizes), sizes

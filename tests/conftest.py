@@ -1,0 +1,140 @@
+"""Small models and engines that tests share."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from cluster.block_manager import BlockManager
+from cluster.engine import Engine, StepReport
+from cluster.errors import CaravanError
+from cluster.pipeline import LocalPipeline
+from cluster.scheduler import Scheduler
+from cluster.sequence import Request, TokenEvent
+from model.batch import StageTiming
+from model.config import ModelConfig, split_layers
+from model.llama import Decoder
+from model.sampling_params import SamplingParams
+from model.stage import Stage
+from model.weights.dummy import DummyCheckpoint
+
+TINY = ModelConfig(
+    dim=48,
+    n_layers=6,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=96,
+    vocab_size=300,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+def make_stages(
+    config: ModelConfig = TINY, stages: int = 1, num_blocks: int = 128, block_size: int = 4, seed: int = 0
+) -> list[Stage]:
+    checkpoint = DummyCheckpoint(config, seed)
+    return [
+        Stage(
+            Decoder(
+                config,
+                part,
+                checkpoint.tensors(part.tensor_names(config)),
+                torch.float32,
+                torch.device("cpu"),
+                config.max_position_embeddings,
+            ),
+            num_blocks,
+            block_size,
+        )
+        for part in split_layers(config, stages)
+    ]
+
+
+class Collector:
+    """A listener that keeps everything."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[TokenEvent]] = {}
+        self.timings: list[StageTiming] = []
+        self.reports: list[StepReport] = []
+        self.failure: CaravanError | None = None
+        self._changed = threading.Condition()
+
+    def on_tokens(self, events: list[TokenEvent]) -> None:
+        with self._changed:
+            for event in events:
+                self.events.setdefault(event.request_id, []).append(event)
+            self._changed.notify_all()
+
+    def on_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_timing(self, timing: StageTiming) -> None:
+        self.timings.append(timing)
+
+    def on_failure(self, error: CaravanError) -> None:
+        with self._changed:
+            self.failure = error
+            self._changed.notify_all()
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [e.token_id for e in self.events.get(request_id, [])]
+
+    def wait(self, request_ids: list[str], timeout: float = 120.0) -> dict[str, list[int]]:
+        """Wait until all of these are finished; returns their tokens."""
+
+        def done() -> bool:
+            if self.failure is not None:
+                raise self.failure
+            return all(i in self.events and self.events[i][-1].finish_reason for i in request_ids)
+
+        with self._changed:
+            assert self._changed.wait_for(done, timeout), f"not finished: {set(request_ids) - set(self.events)}"
+        return {i: self.tokens(i) for i in request_ids}
+
+
+def request(request_id: str, token_ids: list[int], max_tokens: int = 16, **sampling: object) -> Request:
+    params = {"temperature": 0.0, "seed": 0, "max_tokens": max_tokens, **sampling}
+    return Request(request_id=request_id, token_ids=token_ids, sampling=SamplingParams(**params))  # type: ignore[arg-type]
+
+
+MakeEngine = Callable[..., tuple[Engine, Collector]]
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    """A factory of local engines on the tiny model; all are closed and their books checked at the end."""
+    engines: list[Engine] = []
+
+    def make(
+        stages: int = 1,
+        num_blocks: int = 128,
+        block_size: int = 4,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        prefix_caching: bool = True,
+        config: ModelConfig = TINY,
+    ) -> tuple[Engine, Collector]:
+        pipeline = LocalPipeline(make_stages(config, stages, num_blocks, block_size))
+        scheduler = Scheduler(
+            BlockManager(num_blocks, block_size, prefix_caching),
+            depth=stages,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=config.max_position_embeddings,
+        )
+        collector = Collector()
+        engine = Engine(scheduler, pipeline, collector)
+        engine.start()
+        engines.append(engine)
+        return engine, collector
+
+    yield make
+    for engine in engines:
+        engine.close()
+        engine.scheduler.check()

@@ -1,0 +1,63 @@
+"""Paged attention against plain attention over each sequence, at odd sizes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.attention import paged_attention, prepare
+from model.batch import Batch, SampleRow
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+
+BLOCK = 4
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last len(q) tokens, [Tq, H, D] over [L, K, D], in float64, one head at a time."""
+    tq, heads, d = q.shape
+    length, kv_heads, _ = k.shape
+    out = torch.empty(tq, heads, d, dtype=torch.float64)
+    for h in range(heads):
+        kh, vh = k[:, h // (heads // kv_heads)].double(), v[:, h // (heads // kv_heads)].double()
+        scores = q[:, h].double() @ kh.T / math.sqrt(d)
+        visible = torch.arange(length) <= torch.arange(length - tq, length).unsqueeze(1)
+        out[:, h] = scores.masked_fill(~visible, -math.inf).softmax(-1) @ vh
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 1, 32), (4, 4, 128)])
+@pytest.mark.parametrize(
+    "sequences",  # (tokens computed before, tokens to compute now)
+    [[(0, 1)], [(0, 5)], [(3, 1), (4, 1), (7, 1)], [(0, 4), (4, 4), (8, 1)], [(5, 3), (0, 1), (17, 1), (0, 9), (2, 2)]],
+    ids=str,
+)
+def test_paged_attention_equals_dense(
+    heads: int, kv_heads: int, head_dim: int, sequences: list[tuple[int, int]]
+) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=8, n_layers=1, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8,
+        norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    cache = KVCache(config, 1, 64, BLOCK, torch.float32, torch.device("cpu"))
+    free = np.random.default_rng(0).permutation(64).astype(np.int32)
+    tables = np.zeros((len(sequences), 8), np.int32)
+    queries, expected = [], []
+    for i, (before, now) in enumerate(sequences):
+        tables[i] = free[i * 8 : (i + 1) * 8]
+        length = before + now
+        k, v = torch.randn(length, kv_heads, head_dim), torch.randn(length, kv_heads, head_dim)
+        slots = torch.tensor([tables[i, p // BLOCK] * BLOCK + p % BLOCK for p in range(length)]).long()
+        cache.write(0, k, v, slots)
+        queries.append(torch.randn(now, heads, head_dim))
+        expected.append(dense(queries[-1], k, v))
+    batch = Batch(
+        0, 0, np.zeros(sum(n for _, n in sequences), np.int32), np.array([n for _, n in sequences], np.int32),
+        np.array([b for b, _ in sequences], np.int32), tables.reshape(-1), [SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)],
+    )  # fmt: skip
+    metadata = prepare(batch, BLOCK, torch.device("cpu"))
+    out = paged_attention(torch.cat(queries), cache.k[0], cache.v[0], metadata)
+    assert torch.allclose(out.double(), torch.cat(expected), atol=1e-5)
+    assert metadata.positions.tolist() == [b + j for b, n in sequences for j in range(n)]
