@@ -138,3 +138,25 @@ def make_engine() -> Iterator[MakeEngine]:
     for engine in engines:
         engine.close()
         engine.scheduler.check()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One private Ray for the session: its own temp dir and ports, a token of its own, gone afterwards."""
+    import shutil
+    import tempfile
+
+    import ray
+
+    temp = tempfile.mkdtemp(prefix="cv-", dir="/tmp")  # short: unix socket paths have 107 characters
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        _temp_dir=temp,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)

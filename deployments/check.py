@@ -1,0 +1,107 @@
+"""Strict validation of a whole Serve configuration file.
+
+`serve deploy` accepts a mistyped deployment option without a word and runs without it. This does not.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from deployments.config import AppConfig, ConfigError, describe, parse_app_config
+from model.config import split_layers
+from model.weights import read_config, resolve_path
+
+IMPORT_PATH = "deployments.app:build"
+DEPLOYMENTS = ("Gateway", "Engine")
+OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env", "ray_actor_options")
+
+
+def check_file(path: Path) -> list[str]:
+    """Everything that is wrong with the file, one line each; empty if nothing is."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    except yaml.YAMLError as error:
+        return [f"{path}: not valid YAML: {' '.join(str(error).split())}"]
+    if not isinstance(content, dict):
+        return [f"{path}: must be a mapping with the key applications"]
+    return list(_check(content))
+
+
+def _check(content: dict[str, Any]) -> Iterable[str]:
+    from ray.serve.schema import ServeDeploySchema
+
+    problems = list(unknown_keys(content, ServeDeploySchema, ""))
+    yield from problems
+    if not problems:
+        try:
+            ServeDeploySchema.model_validate(content)
+        except ValidationError as error:
+            yield from describe(error)
+    applications = content.get("applications")
+    for i, application in enumerate(applications if isinstance(applications, list) else []):
+        if isinstance(application, dict):
+            yield from _check_application(application, f"applications[{i}]")
+
+
+def _check_application(application: dict[str, Any], path: str) -> Iterable[str]:
+    if application.get("import_path") != IMPORT_PATH:
+        return  # somebody else's application: only Serve's part can be checked
+    for i, deployment in enumerate(application.get("deployments") or []):
+        name = deployment.get("name") if isinstance(deployment, dict) else None
+        if name not in DEPLOYMENTS:
+            yield f"{path}.deployments[{i}].name: must be one of {', '.join(DEPLOYMENTS)}, got {name}"
+    try:
+        config = parse_app_config(application.get("args") or {})
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            yield f"{path}.args.{line}"
+        return
+    yield from (f"{path}.args.{line}" for line in _check_model(config))
+
+
+def _check_model(config: AppConfig) -> Iterable[str]:
+    """What only the checkpoint can tell. It may be on other nodes only, so it must at least be named rightly here."""
+    try:
+        model = read_config(resolve_path(config.model.path))
+        split = config.pipeline.split
+        split_layers(model, config.pipeline.stages, None if split == "auto" else split)
+        limit = model.max_position_embeddings
+        if (config.model.max_model_len or 0) > limit:
+            yield f"model.max_model_len: {config.model.max_model_len} is more than the model's {limit}"
+    except ValueError as error:
+        text = str(error)
+        yield text if text.startswith(("model.", "pipeline.")) else f"model.path: {text}"
+
+
+def unknown_keys(value: Any, schema: Any, path: str) -> Iterable[str]:
+    """Keys of `value` that the pydantic model `schema` does not have, at any depth."""
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from unknown_keys(item, schema, f"{path}[{i}]")
+    if not isinstance(value, dict) or schema is None:
+        return
+    fields = schema.model_fields
+    for key, inner in value.items():
+        here = f"{path}.{key}".lstrip(".")
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            yield f"{here}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        elif key not in OPAQUE:
+            yield from unknown_keys(inner, _model_in(fields[key].annotation, str(key)), here)
+
+
+def _model_in(annotation: Any, key: str) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `Optional[List[X]]`, if there is one."""
+    if key == "autoscaling_config":  # annotated as a plain dict
+        from ray.serve.config import AutoscalingConfig
+
+        return AutoscalingConfig
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg, ""))), None)

@@ -1,0 +1,114 @@
+"""The command line, `caravan`. Starts fast: whatever a command needs is imported in that command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="caravan",
+    help="Serve Llama models as pipelines of Ray actors: check a configuration, talk to a service, watch it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
+
+
+@app.command(epilog="Example: caravan check ray_config.yaml")
+def check(file: Annotated[Path, typer.Argument(help="the Serve configuration file")]) -> None:
+    """Validate a whole Serve configuration, ours and Serve's part: a mistyped key anywhere is an error."""
+    from deployments.check import check_file
+
+    problems = check_file(file)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{file}: all good")
+
+
+@app.command(epilog='Example: caravan chat --url http://127.0.0.1:8000 --system "Answer in one sentence."')
+def chat(
+    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
+    model: Annotated[str, typer.Option(help="model name; default: the one it serves")] = "",
+    system: Annotated[str, typer.Option(help="system prompt")] = "",
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.7,
+) -> None:
+    """Talk to a running endpoint, streaming. An empty line or Ctrl-D ends it."""
+    from deployments.chat_client import ChatFailed, Message, served_model, stream_chat
+
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    try:
+        model = model or served_model(url)
+        typer.echo(f"{model} at {url}; an empty line ends it")
+        while question := _ask():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for piece in stream_chat(url, model, messages, temperature=temperature):
+                answer += piece
+                typer.echo(piece, nl=False)
+            typer.echo()
+            messages.append({"role": "assistant", "content": answer})
+    except ChatFailed as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+@app.command(epilog="Example: caravan top --metrics http://10.0.0.1:8080/metrics --metrics http://10.0.0.2:8080/metrics")
+def top(
+    metrics: Annotated[list[str] | None, typer.Option(help="metrics endpoint of a Ray node; repeat for more")] = None,
+    interval: Annotated[float, typer.Option(help="seconds between looks")] = 2.0,
+    once: Annotated[bool, typer.Option(help="print one view and leave")] = False,
+) -> None:
+    """Live view of every replica and stage: tokens/s, queues, KV room, busy and waiting share of each stage."""
+    from ops.top import run
+
+    try:
+        raise typer.Exit(run(metrics or [DEFAULT_METRICS], interval, once))
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@app.command(epilog="Example: caravan dashboard --output caravan.json, then import the file in Grafana")
+def dashboard(
+    output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+) -> None:
+    """Print the Grafana dashboard as JSON."""
+    from ops.dashboard import dashboard_json
+
+    if output is None:
+        sys.stdout.write(dashboard_json())
+    else:
+        output.write_text(dashboard_json(), "utf-8")
+
+
+@app.command(epilog="Example: caravan version")
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        typer.echo(installed("caravan"))
+    except PackageNotFoundError:
+        typer.echo("unknown: the package is not installed")
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

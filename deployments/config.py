@@ -1,0 +1,100 @@
+"""The `args` of the application in ray_config.yaml: the engine's configuration and how it is offered."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from cluster.config import EngineConfig, PositiveInt, Strict
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message lists every key that is wrong, and why."""
+
+
+class GatewayArgs(Strict):
+    """The HTTP side."""
+
+    replicas: PositiveInt = Field(default=1, description="gateway processes")
+    max_body_bytes: PositiveInt = Field(default=8_000_000, description="longer request bodies get 413")
+    ready_max_age_s: PositiveFloat = Field(
+        default=10.0, description="a replica whose status is older than this counts as gone"
+    )
+
+
+class AutoscalingArgs(Strict):
+    """How many pipelines there are."""
+
+    min_replicas: PositiveInt = Field(default=1, description="pipelines that always run")
+    max_replicas: PositiveInt = Field(default=1, description="pipelines that may run")
+    target_tokens_in_flight: PositiveFloat = Field(
+        default=16_000, description="tokens of running and waiting requests that one pipeline should carry"
+    )
+    target_waiting_tokens: PositiveFloat = Field(
+        default=4_000, description="prompt tokens waiting for a pipeline that call for another one"
+    )
+    target_kv_use: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8, description="share of the KV cache that should be in use"
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=10.0, description="load must last this long")
+    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=600.0, description="calm must last this long")
+    look_back_period_s: PositiveFloat = Field(default=10.0, description="window over which the load is averaged")
+
+
+class ResourceArgs(Strict):
+    """What Ray reserves for each process, in CPUs; with device cuda each stage also gets one GPU."""
+
+    gateway_cpus: PositiveFloat = Field(default=1.0, description="per gateway replica")
+    engine_cpus: PositiveFloat = Field(default=1.0, description="per engine process")
+    stage_cpus: PositiveFloat = Field(default=1.0, description="per stage")
+    drain_timeout_s: PositiveFloat = Field(
+        default=600.0, description="how long a replica that goes may finish its requests"
+    )
+
+
+class AppConfig(EngineConfig):
+    """Everything under `applications[].args`."""
+
+    gateway: GatewayArgs = GatewayArgs()
+    autoscaling: AutoscalingArgs = AutoscalingArgs()
+    resources: ResourceArgs = ResourceArgs()
+
+
+def parse_app_config(args: dict[str, Any]) -> AppConfig:
+    """Raises `ConfigError` with one line per problem."""
+    try:
+        config = AppConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(error))) from None
+    if config.autoscaling.max_replicas < config.autoscaling.min_replicas:
+        raise ConfigError("autoscaling.max_replicas: must not be below autoscaling.min_replicas")
+    if config.pipeline.device == "cpu" and config.cache.memory_gb is None:
+        raise ConfigError("cache.memory_gb: required on cpu: how much memory each stage may use for its KV cache")
+    return config
+
+
+def describe(error: ValidationError) -> list[str]:
+    """pydantic's findings in plain words: `path: what is wrong`."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"] if part not in ("list[constrained-int]",))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key{suggestion(path)}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: missing")
+        else:
+            lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
+    return lines
+
+
+def suggestion(path: str) -> str:
+    """`; did you mean ...?` for a mistyped key of ours, or nothing."""
+    import difflib
+
+    model: Any = AppConfig
+    *parents, name = path.split(".")
+    for parent in parents:
+        model = getattr(model.model_fields.get(parent), "annotation", None) if model else None
+    near = difflib.get_close_matches(name, list(model.model_fields) if model else [], n=1)
+    return f"; did you mean {near[0]}?" if near else ""

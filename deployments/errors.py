@@ -1,0 +1,43 @@
+"""Every error a client can see, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from typing import Any
+
+from cluster.errors import EngineStopped, RequestRejected
+
+
+class ApiError(Exception):
+    """An HTTP error with everything its JSON body says. Text of the client's prompt never goes into it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_engine(error: Exception) -> ApiError:
+    """What the engine or the path to it raised, as the client should see it."""
+    if isinstance(error, RequestRejected):
+        return bad_request(str(error))
+    if isinstance(error, EngineStopped):
+        return ApiError(
+            503, f"{error}; try again shortly", kind="server_error", code="engine_unavailable",
+            headers={"Retry-After": "5"},
+        )  # fmt: skip
+    return ApiError(
+        500, "internal error: see the server's log for this request id", kind="server_error", code="internal_error",
+        headers={"x-should-retry": "false"},
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""OpenAI's completion requests, as far as a text model serves them.
+
+Unknown fields are ignored and null means "not given", as OpenAI does it. A known field that this service cannot honour
+is refused by name, never dropped silently.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from deployments.errors import ApiError, bad_request
+from model.sampling_params import MAX_LOGPROBS, SamplingParams
+
+
+def _number(value: Any) -> Any:
+    """JSON numbers only: no strings, no booleans, nothing that is not finite."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError("must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError("must be a whole number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stops):
+        raise ValueError("must be a string or up to 4 strings, none of them empty or longer than 1000 characters")
+    return stops
+
+
+def _biases(value: dict[str, float] | None) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if len(value) > 1024:
+        raise ValueError("has more than 1024 entries")
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except ValueError:
+        raise ValueError("keys must be token ids") from None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class SamplingFields(BaseModel):
+    """What both endpoints share."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None, AfterValidator(_biases)] | None
+    ) = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Whole | None = None
+    user: str | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def budget(self) -> int | None:
+        """Output tokens the client asked for, or None."""
+        return self.max_tokens
+
+    def sampling(self, max_tokens: int, eos_ids: frozenset[int]) -> SamplingParams:
+        """As the engine wants it. A request without a seed gets one, so that it can be resumed elsewhere."""
+
+        def given(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        top_k = given(self.top_k, 0)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=given(self.seed, secrets.randbits(63)),
+            temperature=given(self.temperature, 1.0),
+            top_p=given(self.top_p, 1.0),
+            top_k=max(top_k, 0),  # -1 means "off" to some clients
+            min_p=given(self.min_p, 0.0),
+            repetition_penalty=given(self.repetition_penalty, 1.0),
+            presence_penalty=given(self.presence_penalty, 0.0),
+            frequency_penalty=given(self.frequency_penalty, 0.0),
+            logit_bias=self.logit_bias or {},  # type: ignore[arg-type]  # AfterValidator made the keys ints
+            stop_token_ids=tuple(sorted(eos_ids)),
+            logprobs=self.num_logprobs,
+        )
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """Content as plain text. Raises `ApiError` for parts that are not text."""
+        if self.content is None:
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        texts = []
+        for part in self.content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise bad_request(f"this model reads text only, not content parts of type {kind}", "messages")
+            texts.append(part["text"])
+        return "".join(texts)
+
+    @property
+    def as_template_input(self) -> dict[str, str]:
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def budget(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+# field -> values that mean "not asked for"; anything else is refused by name
+REFUSED: dict[str, Sequence[Any]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+
+
+R = TypeVar("R", bound=SamplingFields)
+
+
+def parse(kind: type[R], body: Any) -> R:
+    """A validated request. Raises `ApiError` 400 that names the field."""
+    if not isinstance(body, dict):
+        raise bad_request(f"the body must be a JSON object, not {_kind_of(body)}")
+    for name, harmless in REFUSED.items():
+        value = body.get(name)
+        if value is not None and value not in harmless:
+            raise bad_request(f"{name} is not supported by this service with this value", name)
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+    if request.stream_options is not None and not request.stream:
+        if request.stream_options.include_usage:
+            raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    return request
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """The first finding, with the field's name; never the client's values, which may be prompt text."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))]
+    param = str(loc[0]) if loc else None
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
+    return bad_request(f"{path}: {message[:1].lower() + message[1:]}", param)
+
+
+def _kind_of(value: Any) -> str:
+    return {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

@@ -1,0 +1,93 @@
+"""From token events to the text a client sees: whole characters, and nothing from a stop string on."""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.sequence import TokenEvent
+from model.tokenizer import Detokenizer, Tokenizer
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that arrives in pieces; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.matched = False
+
+    def push(self, text: str) -> str:
+        """The part of all text so far that is safe to show and was not shown before."""
+        text = self._held + text
+        starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if starts:
+            self.matched, self._held = True, ""
+            return text[: min(starts)]
+        keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, now that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its alternatives, as text and bytes."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one or more tokens add to the answer."""
+
+    text: str = ""
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+async def pieces(
+    events: AsyncGenerator[list[TokenEvent], None], tokenizer: Tokenizer, stops: Sequence[str]
+) -> AsyncGenerator[Piece, None]:
+    """One piece per message of the engine; the last one has a finish_reason. Closing it cancels the request."""
+    detokenizer, matcher = Detokenizer(tokenizer), StopMatcher(stops)
+    try:
+        async for batch in events:
+            piece = Piece(num_tokens=len(batch), num_cached_tokens=batch[0].num_cached_tokens)
+            for event in batch:
+                if not matcher.matched:
+                    _add(piece, event, tokenizer, detokenizer, matcher)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    finally:
+        await events.aclose()
+
+
+def _add(
+    piece: Piece, event: TokenEvent, tokenizer: Tokenizer, detokenizer: Detokenizer, matcher: StopMatcher
+) -> None:
+    if event.finish_reason != "stop":  # a stop token ends the answer and is no part of it
+        piece.text += matcher.push(detokenizer.push(event.token_id))
+        if event.logprob is not None:
+            top = [(tokenizer.token_bytes(i), value) for i, value in event.top_logprobs or []]
+            piece.logprobs.append(TokenLogprob(tokenizer.token_bytes(event.token_id), event.logprob, top))
+    piece.finish_reason = event.finish_reason
+    if event.finish_reason is not None and not matcher.matched:
+        piece.text += matcher.push(detokenizer.finish())
+        piece.text += matcher.finish()
+    if matcher.matched:
+        piece.finish_reason = "stop"

@@ -1,0 +1,135 @@
+"""Load over HTTP: streams at a fixed concurrency, with what clients see of them. Field names follow llmperf."""
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+
+@dataclass(slots=True)
+class Stream:
+    """One streamed request as the client saw it, in seconds."""
+
+    ttft_s: float = 0.0
+    end_to_end_latency_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    output_tokens: int = 0
+    text: str = ""
+    error: str = ""  # why it does not count as served; empty if it does
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A whole run."""
+
+    requests: int
+    failed: int
+    seconds: float
+    output_tokens: int
+    output_throughput: float  # tokens/s
+    ttft_s: dict[str, float]
+    inter_token_latency_s: dict[str, float]
+    end_to_end_latency_s: dict[str, float]
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def table(self, title: str) -> Table:
+        table = Table("", "p50", "p95", "p99", title=title)
+        for name in ("ttft_s", "inter_token_latency_s", "end_to_end_latency_s"):
+            values = getattr(self, name)
+            table.add_row(name, *(f"{values[q] * 1000:.1f} ms" for q in ("p50", "p95", "p99")))
+        table.caption = (
+            f"{self.requests} requests, {self.failed} failed, {self.output_throughput:.1f} output tok/s "
+            f"over {self.seconds:.1f} s"
+        )
+        return table
+
+
+async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Stream:
+    """One request; whatever goes wrong is in its `error`, for a load test wants the count, not a traceback."""
+    result = Stream()
+    started = last = time.perf_counter()
+    done = False
+    try:
+        async with client.stream("POST", url, json={**body, "stream": True}) as response:
+            if response.status_code != 200:
+                result.error = f"HTTP {response.status_code}"
+                return result
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                if line == "data: [DONE]":
+                    done = True
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    result.error = str(chunk["error"].get("message"))
+                    return result
+                _take(result, chunk)
+                now = time.perf_counter()
+                if chunk.get("choices"):
+                    if result.ttft_s:
+                        result.gaps_s.append(now - last)
+                    else:
+                        result.ttft_s = now - started
+                    last = now
+    except httpx.HTTPError as error:
+        result.error = f"{type(error).__name__}: {error}"
+    result.end_to_end_latency_s = time.perf_counter() - started
+    if not done and not result.error:
+        result.error = "the stream ended without [DONE]"
+    return result
+
+
+def _take(result: Stream, chunk: dict[str, Any]) -> None:
+    for choice in chunk.get("choices", []):
+        result.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+    if chunk.get("usage"):
+        result.output_tokens = chunk["usage"]["completion_tokens"]
+
+
+async def run(url: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> tuple[Summary, list[Stream]]:
+    """All bodies, `concurrency` at a time (closed loop). Each should ask for usage in the stream."""
+    limits = httpx.Limits(max_connections=concurrency)
+    results: list[Stream] = []
+    queue = list(reversed(bodies))
+    started = time.perf_counter()
+    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+
+        async def worker() -> None:
+            while queue:
+                results.append(await stream(client, url, queue.pop()))
+
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return summarise(results, time.perf_counter() - started), results
+
+
+def summarise(results: Sequence[Stream], seconds: float) -> Summary:
+    good = [r for r in results if not r.error]
+    tokens = sum(r.output_tokens for r in good)
+    return Summary(
+        requests=len(results),
+        failed=len(results) - len(good),
+        seconds=seconds,
+        output_tokens=tokens,
+        output_throughput=tokens / seconds,
+        ttft_s=percentiles([r.ttft_s for r in good]),
+        inter_token_latency_s=percentiles([gap for r in good for gap in r.gaps_s]),
+        end_to_end_latency_s=percentiles([r.end_to_end_latency_s for r in good]),
+    )
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 of `values`, 0 where there are none."""
+    if len(values) < 2:
+        only = values[0] if values else 0.0
+        return {"p50": only, "p95": only, "p99": only}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}

@@ -1,0 +1,161 @@
+"""Every metric, said once: name, unit, help, buckets, and the panel that shows it.
+
+Exported through Ray's metrics endpoint as `ray_caravan_<name>`; inside a Serve replica Ray adds the labels application,
+deployment and replica. The dashboard (dashboard.py) and `caravan top` (top.py) are made from this table.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Kind = Literal["counter", "gauge", "histogram"]
+Owner = Literal["gateway", "engine"]
+
+PREFIX = "caravan_"
+EXPORTED_PREFIX = "ray_" + PREFIX
+
+# Edges include the service levels exactly: TTFT 2.5 s, inter-token 0.1 s.
+TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
+REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+HOST_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
+SIZE_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. `row` and `title` place its panel; `slo` draws a line."""
+
+    name: str  # without prefix; counters end in _total, as exported
+    kind: Kind
+    owner: Owner
+    unit: str  # Grafana's unit id
+    help: str
+    row: str
+    title: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    slo: float | None = None
+
+
+def counter(name: str, owner: Owner, unit: str, help: str, row: str, title: str, *labels: str) -> Metric:
+    return Metric(name, "counter", owner, unit, help, row, title, labels)
+
+
+def gauge(name: str, owner: Owner, unit: str, help: str, row: str, title: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", owner, unit, help, row, title, labels)
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "ttft_seconds", "histogram", "gateway", "s", "Time from a request's arrival to its first token",
+        "Latency", "Time to first token", (), TTFT_BUCKETS, 2.5,
+    ),
+    Metric(
+        "inter_token_seconds", "histogram", "gateway", "s", "Time between tokens of one stream",
+        "Latency", "Inter-token latency", (), TOKEN_BUCKETS, 0.1,
+    ),
+    Metric(
+        "queue_wait_seconds", "histogram", "engine", "s", "Time from arrival at the engine to the first batch",
+        "Latency", "Queue wait", (), TTFT_BUCKETS,
+    ),
+    Metric(
+        "e2e_seconds", "histogram", "gateway", "s", "Time from a request's arrival to its last token",
+        "Latency", "End to end", (), REQUEST_BUCKETS,
+    ),
+    counter(
+        "requests_total", "gateway", "reqps", "Requests by how they ended", "Demand", "Requests by outcome",
+        "endpoint", "outcome",
+    ),
+    counter("prompt_tokens_total", "gateway", "short", "Tokens in prompts", "Demand", "Prompt tokens/s"),
+    counter("generated_tokens_total", "gateway", "short", "Tokens generated", "Demand", "Output tokens/s"),
+    counter(
+        "streams_broken_total", "gateway", "short", "Streams that ended with an error after they had begun",
+        "Demand", "Broken streams/s",
+    ),
+    gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
+    gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),
+    gauge("waiting_tokens", "engine", "short", "Tokens of waiting sequences", "Demand", "Waiting tokens"),
+    gauge("kv_blocks_used", "engine", "short", "KV blocks in use", "Cache", "KV blocks in use"),
+    gauge("kv_blocks_total", "engine", "short", "KV blocks there are", "Cache", "KV blocks"),
+    counter(
+        "preemptions_total", "engine", "short", "Sequences put back to be recomputed for want of KV room",
+        "Cache", "Preemptions/s",
+    ),
+    counter(
+        "prefix_cache_queried_tokens_total", "engine", "short", "Tokens looked up in the prefix cache",
+        "Cache", "Prefix cache lookups, tokens/s",
+    ),
+    counter(
+        "prefix_cache_hit_tokens_total", "engine", "short", "Tokens found in the prefix cache",
+        "Cache", "Prefix cache hits, tokens/s",
+    ),
+    counter("stage_steps_total", "engine", "short", "Steps a stage has computed", "Pipeline", "Steps/s", "stage"),
+    counter(
+        "stage_busy_seconds_total", "engine", "percentunit", "Time a stage computed",
+        "Pipeline", "Busy share of each stage", "stage",
+    ),
+    counter(
+        "stage_wait_seconds_total", "engine", "percentunit", "Time a stage waited for work: the bubble, when loaded",
+        "Pipeline", "Waiting share of each stage", "stage",
+    ),
+    counter(
+        "stage_transfer_seconds_total", "engine", "percentunit", "Time a stage was blocked in sending",
+        "Pipeline", "Transfer share of each stage", "stage",
+    ),
+    Metric(
+        "stage_step_seconds", "histogram", "engine", "s", "Compute time of one step of one stage",
+        "Pipeline", "Step time of each stage (p95): the highest line is the sick stage", ("stage",), STEP_BUCKETS,
+    ),
+    Metric(
+        "step_tokens", "histogram", "engine", "short", "Tokens computed in one step",
+        "Pipeline", "Tokens per step", (), SIZE_BUCKETS,
+    ),
+    Metric(
+        "scheduler_seconds", "histogram", "engine", "s", "Scheduler time of one step",
+        "Pipeline", "Scheduler time per step", (), HOST_BUCKETS,
+    ),
+    gauge(
+        "last_token_age_seconds", "engine", "s", "Time since a token last came out of the last stage",
+        "Pipeline", "Age of the last token",
+    ),
+    gauge(
+        "weights_loaded_ratio", "engine", "percentunit", "Share of the weights loaded", "Pipeline", "Weights loaded"
+    ),
+)  # fmt: skip
+
+
+class Backend(Protocol):
+    """What makes the metrics: the module `ray.serve.metrics` fits."""
+
+    Counter: Any
+    Gauge: Any
+    Histogram: Any
+
+
+class Recorder:
+    """The metrics of one owner. An unknown name or label is a `KeyError` or `ValueError`: metrics are said in the table."""
+
+    def __init__(self, backend: Backend, owner: Owner) -> None:
+        self._metrics = {m.name: self._make(backend, m) for m in METRICS if m.owner == owner}
+
+    @staticmethod
+    def _make(backend: Backend, metric: Metric) -> Any:
+        # Ray adds _total to counters by itself.
+        name = PREFIX + metric.name.removesuffix("_total")
+        if metric.kind == "histogram":
+            return backend.Histogram(
+                name, description=metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels
+            )
+        maker = backend.Counter if metric.kind == "counter" else backend.Gauge
+        return maker(name, description=metric.help, tag_keys=metric.labels)
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
+        if value > 0:  # Ray's counters refuse 0
+            self._metrics[name].inc(value, tags=labels)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self._metrics[name].set(value, tags=labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self._metrics[name].observe(value, tags=labels)
