@@ -168,8 +168,7 @@ class RayPipeline:
         listening = self._get([actor.listen.remote() for actor in self._actors[:-1]], deadline)
         addresses = [None, *listening]
         refs = [
-            a.link.remote(epoch, address, self.num_blocks)
-            for a, address in zip(self._actors, addresses, strict=True)
+            a.link.remote(epoch, address, self.num_blocks) for a, address in zip(self._actors, addresses, strict=True)
         ]
         self._get(refs, deadline)
 

@@ -192,9 +192,7 @@ class Scheduler:
         """Prompt chunks: what waits, spread over the cohorts, within what the budget leaves."""
         prefilling = [s for s in self._running.values() if s.num_uncomputed_tokens > 1]
         waiting = sum(s.num_uncomputed_tokens for s in prefilling) + sum(s.num_tokens for s in self._waiting)
-        budget = min(
-            self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth))
-        )
+        budget = min(self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
         for seq in prefilling:
             budget -= self._add_chunk(seq, budget, scheduled)
         while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:

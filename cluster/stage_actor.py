@@ -78,9 +78,7 @@ class StageActor:
 
         dtype = getattr(torch, config.model.dtype)
         tensors = checkpoint.tensors(names)
-        self._decoder = Decoder(
-            checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count
-        )
+        self._decoder = Decoder(checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count)
         self._loaded = 1.0
         return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
 

@@ -161,4 +161,3 @@ def interface_address(interface: str) -> str:
                 f"pipeline.network_interface: {interface} has no IPv4 address here; this node has {names}"
             ) from error
     return socket.inet_ntoa(packed[20:24])
-

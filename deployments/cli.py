@@ -65,7 +65,9 @@ def _ask() -> str:
         return ""
 
 
-@app.command(epilog="Example: caravan top --metrics http://10.0.0.1:8080/metrics --metrics http://10.0.0.2:8080/metrics")
+@app.command(
+    epilog="Example: caravan top --metrics http://10.0.0.1:8080/metrics --metrics http://10.0.0.2:8080/metrics"
+)
 def top(
     metrics: Annotated[list[str] | None, typer.Option(help="metrics endpoint of a Ray node; repeat for more")] = None,
     interval: Annotated[float, typer.Option(help="seconds between looks")] = 2.0,

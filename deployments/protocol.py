@@ -38,7 +38,11 @@ def _stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return []
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stops):
+    if (
+        not isinstance(stops, list)
+        or len(stops) > 4
+        or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stops)
+    ):
         raise ValueError("must be a string or up to 4 strings, none of them empty or longer than 1000 characters")
     return stops
 

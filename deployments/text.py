@@ -77,9 +77,7 @@ async def pieces(
         await events.aclose()
 
 
-def _add(
-    piece: Piece, event: TokenEvent, tokenizer: Tokenizer, detokenizer: Detokenizer, matcher: StopMatcher
-) -> None:
+def _add(piece: Piece, event: TokenEvent, tokenizer: Tokenizer, detokenizer: Detokenizer, matcher: StopMatcher) -> None:
     if event.finish_reason != "stop":  # a stop token ends the answer and is no part of it
         piece.text += matcher.push(detokenizer.push(event.token_id))
         if event.logprob is not None:

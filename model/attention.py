@@ -121,9 +121,7 @@ def paged_attention(
     return out
 
 
-def _decode(
-    q: torch.Tensor, k_flat: torch.Tensor, v_flat: torch.Tensor, metadata: AttentionMetadata
-) -> torch.Tensor:
+def _decode(q: torch.Tensor, k_flat: torch.Tensor, v_flat: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     """One query token per sequence, [Sd, H, D]: the G queries of a group share their keys like G tokens would."""
     n, h, d = q.shape
     kv_heads = k_flat.shape[1]

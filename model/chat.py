@@ -5,6 +5,7 @@ that no message contains is put inside every control token's name in the message
 when the text between real control tokens is encoded.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ from model.weights.hf import read_json
 Message = Mapping[str, str]
 
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: valid text never holds them
-MAX_GROWTH = 20_000  # characters that a template may add per message
+MAX_GROWTH = 20_000  # characters that a template may add for each message
 
 
 class PromptFormatError(ValueError):
@@ -31,19 +32,39 @@ class PromptFormatError(ValueError):
 class ChatTemplate:
     """A Jinja chat template, sandboxed: it can read the messages and nothing else."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, *, bos_token: str | None = None, eos_token: str | None = None
+    ) -> None:
+        """`bos_token` and `eos_token` are what the template knows by these names; default: the tokenizer's own."""
         self._tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals = {"raise_exception": _refuse, "strftime_now": _now, "range": _short_range}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise PromptFormatError(f"the model's chat template is not valid Jinja: {error}") from error
-        names = sorted(tokenizer.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        # A name of one character could not be told apart from text, so it stays text.
+        names = sorted((n for n in tokenizer.control_tokens if len(n) > 1), key=len, reverse=True)
+        any_name = "|".join(map(re.escape, names)) or r"(?!)"
+        self._control = re.compile(any_name)
+        self._start_of_control = re.compile(f"(?=(?:{any_name}))(.)", re.DOTALL)
+        # What a message may end or begin with that could be a name together with the template's text beside it.
+        self._heads = tuple({name[:k] for name in names for k in range(1, len(name))})
+        self._tails = tuple({name[k:] for name in names for k in range(1, len(name))})
         by_id = {i: name for name, i in tokenizer.control_tokens.items()}
-        self._bos = by_id.get(tokenizer.bos_id, "") if tokenizer.bos_id is not None else ""
-        self._eos = next((by_id[i] for i in sorted(tokenizer.eos_ids) if i in by_id), "")
+        default_bos = "" if tokenizer.bos_id is None else by_id.get(tokenizer.bos_id, "")
+        default_eos = next((by_id[i] for i in sorted(tokenizer.eos_ids) if i in by_id), "")
+        # transformers gives templates these two, so they may tell "none" from "unknown"
+        self._variables = {
+            "add_generation_prompt": True,
+            "bos_token": default_bos if bos_token is None else bos_token,
+            "eos_token": default_eos if eos_token is None else eos_token,
+            "tools": None,
+            "documents": None,
+        }
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt as a person would read it. Raises `PromptFormatError`."""
@@ -74,38 +95,69 @@ class ChatTemplate:
                 return mark
         raise PromptFormatError("the messages hold every Unicode noncharacter there is: remove them")
 
-    def _render(self, messages: Sequence[Message], mark: str) -> str:
-        def disarm(text: str) -> str:
-            return self._control.sub(lambda m: m.group()[0] + mark + m.group()[1:], text)
+    def _disarm(self, text: str, mark: str) -> str:
+        """A mark inside every name, overlapping ones too, and where one may come about at the ends of the text."""
+        text = self._start_of_control.sub(rf"\1{mark}", text)
+        core = text.strip()  # as templates like to do
+        before, _, after = text.partition(core) if core else (text, "", "")
+        start = mark if core.startswith(self._tails) else ""
+        end = mark if core.endswith(self._heads) else ""
+        return before + start + core + end + after
 
-        disarmed = [{key: disarm(value) for key, value in message.items()} for message in messages]
+    def _render(self, messages: Sequence[Message], mark: str) -> str:
+        disarmed = [{key: self._disarm(value, mark) for key, value in message.items()} for message in messages]
+        room = 2 * sum(len(value) for message in disarmed for value in message.values())
+        room += MAX_GROWTH * (1 + len(messages))
+        pieces = []
         try:
-            text = self._template.render(
-                messages=disarmed, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
-            )
+            for piece in self._template.generate(messages=disarmed, **self._variables):
+                pieces.append(piece)
+                room -= len(piece)
+                if room < 0:
+                    raise PromptFormatError("the model's chat template makes far more text than the messages hold")
         except PromptFormatError:
             raise
         except Exception as error:  # whatever the template's code runs into
-            raise PromptFormatError(f"the model's chat template refuses these messages: {error}") from error
-        size = sum(len(value) for message in disarmed for value in message.values())
-        if len(text) > 2 * size + MAX_GROWTH * (1 + len(messages)):
-            raise PromptFormatError("the model's chat template makes far more text than the messages hold")
-        return text
+            raise PromptFormatError(f"the model's chat template cannot render these messages: {error}") from error
+        return "".join(pieces)
 
 
 def load_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template that comes with the checkpoint, or None if it is a base model without one."""
-    if is_gguf(path):
-        from model.weights.gguf import field
+    """The template that comes with the checkpoint, or None if it is a base model without one.
 
-        source: Any = field(path, "tokenizer.chat_template")
-    elif (path / "chat_template.jinja").is_file():
+    Raises `PromptFormatError` for a template that is not valid Jinja, `CheckpointError` for damaged files.
+    """
+    source, bos_token, eos_token = _from_gguf(path, tokenizer) if is_gguf(path) else _from_files(path)
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, tokenizer, bos_token=bos_token, eos_token=eos_token)
+
+
+def _from_gguf(path: Path, tokenizer: Tokenizer) -> tuple[Any, str | None, str | None]:
+    """Template, begin and end token of a GGUF file."""
+    from model.weights.gguf import field
+
+    by_id = {i: name for name, i in tokenizer.control_tokens.items()}
+    bos, eos = (by_id.get(field(path, f"tokenizer.ggml.{name}_token_id")) for name in ("bos", "eos"))
+    return field(path, "tokenizer.chat_template"), bos, eos
+
+
+def _from_files(path: Path) -> tuple[Any, str | None, str | None]:
+    """Template, begin and end token of a Hugging Face checkpoint; a template in its own file goes first."""
+    config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    if (path / "chat_template.jinja").is_file():
         source = (path / "chat_template.jinja").read_text("utf-8")
-    elif (path / "tokenizer_config.json").is_file():
-        source = read_json(path / "tokenizer_config.json").get("chat_template")
-    else:
-        source = None
-    return ChatTemplate(source, tokenizer) if isinstance(source, str) else None
+    bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
+    return source, bos, eos
+
+
+def _token_text(token: Any) -> str | None:
+    """A token in tokenizer_config.json is its text, or an object that holds it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _refuse(message: str) -> None:
@@ -117,8 +169,6 @@ def _now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _short_range(*args: int) -> range:
-    numbers = range(*args)
-    if len(numbers) > 100_000:
-        raise PromptFormatError("the model's chat template loops too often")
-    return numbers
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Jinja's own escapes for HTML, which a prompt is not."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

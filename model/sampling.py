@@ -68,9 +68,7 @@ def _raw_logprobs(logits: torch.Tensor, rows: list[SampleRow]) -> dict[int, torc
     return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
 
 
-def _attach(
-    logprobs: dict[int, torch.Tensor], tokens: list[int], rows: list[SampleRow]
-) -> list[TokenLogprobs | None]:
+def _attach(logprobs: dict[int, torch.Tensor], tokens: list[int], rows: list[SampleRow]) -> list[TokenLogprobs | None]:
     attached: list[TokenLogprobs | None] = [None] * len(rows)
     for i, values in logprobs.items():
         best = values.topk(rows[i].logprobs) if rows[i].logprobs else None

@@ -16,9 +16,7 @@ class Stage:
     def __init__(self, decoder: Decoder, num_blocks: int, block_size: int) -> None:
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
-        self.kv = KVCache(
-            decoder.config, len(decoder.layers), num_blocks, block_size, decoder.dtype, decoder.device
-        )
+        self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, decoder.dtype, decoder.device)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """Shape of the hidden state between stages, residual added: (T, C)."""

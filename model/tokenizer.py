@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from model.weights import CheckpointError, is_gguf
 
@@ -55,10 +55,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return GGUFTokenizer(path)
     if (path / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model")
-    raise CheckpointError(f"{path} has no tokenizer that can be read: expected tokenizer.model (sentencepiece)")
+    found = "only tokenizer.json, which is not supported yet" if (path / "tokenizer.json").is_file() else "no tokenizer"
+    raise CheckpointError(f"{path} has {found}: put the model's tokenizer.model (sentencepiece) there")
 
 
-# -- byte-level BPE -----------------------------------------------------------------------------------------------------
+# -- byte-level BPE ----------------------------------------------------------------------------------------------------
 
 # How text is cut before merging, by the name that GGUF files carry.
 PRE_TOKENIZERS = {
@@ -89,24 +90,36 @@ class GGUFTokenizer:
     """Byte-level BPE from the vocabulary inside a GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        from model.weights.gguf import field
+        from model.weights.gguf import field, required_field
 
-        kind, pre = field(path, "tokenizer.ggml.model"), field(path, "tokenizer.ggml.pre")
-        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise CheckpointError(f"{path}: tokenizer {kind} with pre-tokenizer {pre} is not supported yet")
-        tokens: list[str] = field(path, "tokenizer.ggml.tokens")
-        types: list[int] = field(path, "tokenizer.ggml.token_type", [1] * len(tokens))
-        merges = [tuple(m.split(" ", 1)) for m in field(path, "tokenizer.ggml.merges")]
+        kind, pre = required_field(path, "tokenizer.ggml.model"), field(path, "tokenizer.ggml.pre")
+        if kind != "gpt2":
+            raise CheckpointError(f"{path}: tokenizer.ggml.model = {kind} is not supported yet, only gpt2 is")
+        if pre not in PRE_TOKENIZERS:
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.pre = {pre} is not supported yet, only {', '.join(PRE_TOKENIZERS)}"
+            )
+        tokens: list[str] = required_field(path, "tokenizer.ggml.tokens")
+        types: list[int] = required_field(path, "tokenizer.ggml.token_type")
+        merges: list[str] = required_field(path, "tokenizer.ggml.merges")
+        if len(types) != len(tokens):
+            raise CheckpointError(f"{path}: {len(tokens)} tokens have {len(types)} types: the file is damaged")
         self.vocab_size = len(tokens)
-        self.control_tokens = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
+        self.control_tokens: Mapping[str, int] = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
         bos, eos = field(path, "tokenizer.ggml.bos_token_id"), field(path, "tokenizer.ggml.eos_token_id")
         self.bos_id: int | None = bos if field(path, "tokenizer.ggml.add_bos_token", False) else None
         ends = [field(path, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
         self.eos_ids = frozenset(i for i in (eos, *ends) if i is not None)
-        vocab = {t: i for i, t in enumerate(tokens)}
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=False))  # type: ignore[arg-type]
+        # Without the control tokens in its vocabulary, no merge and no text can produce one.
+        vocab = {t: i for i, t in enumerate(tokens) if types[i] != CONTROL}
+        try:
+            bpe = models.BPE(vocab=vocab, merges=[_pair(m) for m in merges], ignore_merges=pre == "llama-bpe")
+        except Exception as error:  # the library raises nothing more special
+            raise CheckpointError(f"{path}: the vocabulary is damaged: {error}") from error
+        self._bpe = tokenizers.Tokenizer(bpe)
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
-        self._bpe.decoder = decoders.ByteLevel()
+        user_defined = [t for i, t in enumerate(tokens) if types[i] == USER_DEFINED]  # found in text before any merge
+        self._bpe.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
         alphabet = _byte_alphabet()
         self._bytes = [b"" if types[i] == CONTROL else _bytes_of(t, types[i], alphabet) for i, t in enumerate(tokens)]
 
@@ -122,6 +135,11 @@ class GGUFTokenizer:
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
 
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself where printable, else the next code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -135,7 +153,7 @@ def _bytes_of(token: str, kind: int, alphabet: dict[str, int]) -> bytes:
     return bytes(alphabet[c] for c in token)
 
 
-# -- sentencepiece ------------------------------------------------------------------------------------------------------
+# -- sentencepiece -----------------------------------------------------------------------------------------------------
 
 
 class SentencePieceTokenizer:
@@ -152,7 +170,9 @@ class SentencePieceTokenizer:
         self.vocab_size = sp.vocab_size()
         self.bos_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_ids = frozenset({sp.eos_id()} if sp.eos_id() >= 0 else set())
-        self.control_tokens = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+        self.control_tokens: Mapping[str, int] = {
+            sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)
+        }
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
 
     def _piece_bytes(self, token_id: int) -> bytes:

@@ -25,7 +25,9 @@ def dashboard() -> Json:
     panels: list[Json] = []
     y = 0
     for row in ROWS:
-        panels.append({"type": "row", "title": row, "gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}, "collapsed": False})
+        panels.append(
+            {"type": "row", "title": row, "gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}, "collapsed": False}
+        )
         made = _overview() if row == "Overview" else [_panel(m) for m in METRICS if m.row == row]
         width, height = (4, 4) if row == "Overview" else (PANEL_WIDTH, PANEL_HEIGHT)
         per_line = WIDTH // width

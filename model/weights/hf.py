@@ -1,12 +1,14 @@
 """Hugging Face checkpoints: config.json beside one safetensors file or several with an index."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
-from model.weights import CheckpointError
+from model.weights import CheckpointError, check_shape, tensor_shape
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ LAYER_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
 }
 UNSUPPORTED = ("attention_bias", "mlp_bias", "quantization_config")
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -47,12 +50,17 @@ def read_config(path: Path) -> ModelConfig:
     raw = read_json(path / "config.json")
     if "LlamaForCausalLM" not in (raw.get("architectures") or []):
         raise CheckpointError(f"{path}/config.json: architectures is {raw.get('architectures')}, not LlamaForCausalLM")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"{path}/config.json: rope scaling {rope} is not supported yet")
     for key in UNSUPPORTED:
         if raw.get(key):
             raise CheckpointError(f"{path}/config.json: {key} = {raw[key]} is not supported yet")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}/config.json: hidden_act = {raw['hidden_act']} is not supported, only silu is")
+    rope = {"rope_theta": raw.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):  # before transformers 5, and since
+        given = raw.get(key) or {}
+        if not isinstance(given, dict) or given.get("rope_type", given.get("type", "default")) != "default":
+            raise CheckpointError(f"{path}/config.json: {key} = {given} is not supported yet")
+        rope |= given
     try:
         heads = raw["num_attention_heads"]
         return ModelConfig(
@@ -64,12 +72,14 @@ def read_config(path: Path) -> ModelConfig:
             hidden_dim=raw["intermediate_size"],
             vocab_size=raw["vocab_size"],
             norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+            rope_theta=rope["rope_theta"] or 10000.0,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
         raise CheckpointError(f"{path}/config.json lacks {error}") from error
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}/config.json: {error}") from error
 
 
 class HFCheckpoint:
@@ -82,51 +92,48 @@ class HFCheckpoint:
 
     def _index(self) -> dict[str, Path]:
         """File of each stored tensor."""
-        from safetensors import SafetensorError, safe_open
-
         if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map", {})
+            weight_map = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{self.path / INDEX} has no weight_map: it is damaged")
             files = {name: self.path / file for name, file in weight_map.items()}
             missing = sorted({str(f) for f in files.values() if not f.is_file()})
             if missing:
-                raise CheckpointError(f"{self.path}: {INDEX} names files that are not there: {', '.join(missing)}")
+                raise CheckpointError(f"{self.path / INDEX} names files that are not there: {', '.join(missing)}")
             return files
         file = self.path / SINGLE
         if not file.is_file():
             raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): it is damaged or truncated") from error
+        with _opened(file, "np") as stored:
+            return dict.fromkeys(stored.keys(), file)
 
     def nbytes(self, names: Sequence[str]) -> int:
-        from safetensors import safe_open
-
         total = 0
         for name in names:
             stored_name, file = self._find(name)
-            with safe_open(file, framework="pt") as opened:
-                part = opened.get_slice(stored_name)
-                size = _ITEM_SIZES.get(part.get_dtype(), 4)
-                for length in part.get_shape():
-                    size *= length
-            total += size
+            with _opened(file, "np") as stored:
+                total += self._checked_size(name, stored_name, file, stored)
         return total
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
-        from safetensors import SafetensorError, safe_open
-
         for name in names:
             stored_name, file = self._find(name)
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    tensor = opened.get_tensor(stored_name)
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: {stored_name} cannot be read ({error}): the file is damaged") from error
+            with _opened(file, "pt") as stored:
+                self._checked_size(name, stored_name, file, stored)
+                tensor = stored.get_tensor(stored_name)
             if name.endswith(("attention.wq.weight", "attention.wk.weight")):
                 tensor = interleave_rotary(tensor, self.config.head_dim)
             yield name, tensor
+
+    def _checked_size(self, name: str, stored_name: str, file: Path, stored: Any) -> int:
+        """Bytes of one tensor of an opened file, after a look at its type and shape."""
+        if stored_name not in stored.keys():  # noqa: SIM118 - not a dict
+            raise CheckpointError(f"{file} lacks the tensor {stored_name}, though {INDEX} says that it is there")
+        part = stored.get_slice(stored_name)
+        check_shape(file, stored_name, tuple(part.get_shape()), tensor_shape(self.config, name))
+        if part.get_dtype() not in ITEM_SIZES:
+            raise CheckpointError(f"{file}: tensor {stored_name} is stored as {part.get_dtype()}: not supported yet")
+        return ITEM_SIZES[part.get_dtype()] * math.prod(tensor_shape(self.config, name))
 
     def _find(self, name: str) -> tuple[str, Path]:
         if name.startswith("layers."):
@@ -139,11 +146,20 @@ class HFCheckpoint:
         return stored_name, self._files[stored_name]
 
 
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+@contextmanager
+def _opened(file: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one. Raises `CheckpointError` if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework=framework) as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): it is damaged or truncated") from error
 
 
 def interleave_rotary(weight: "torch.Tensor", head_dim: int) -> "torch.Tensor":
-    """Rows of wq or wk from Hugging Face's order (all first halves of the rotary pairs, then all second ones) to Meta's.
+    """Rows of wq or wk from Hugging Face's order (first halves of all rotary pairs, then second halves) to Meta's.
 
     weight: [heads * D, C]. transformers' converter does the opposite when it reads Meta's files.
     """

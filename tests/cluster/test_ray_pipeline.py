@@ -85,9 +85,7 @@ def test_both_stages_are_busy_at_once(two_stages: tuple[Engine, Collector]) -> N
         engine.add(request(name, [10 + i] * 20, max_tokens=48))
     collector.wait(names)
     spans = {s: [(t.started, t.finished) for t in collector.timings if t.stage == s] for s in (0, 1)}
-    overlap = sum(
-        max(0.0, min(b0, b1) - max(a0, a1)) for a0, b0 in spans[0] for a1, b1 in spans[1]
-    )
+    overlap = sum(max(0.0, min(b0, b1) - max(a0, a1)) for a0, b0 in spans[0] for a1, b1 in spans[1])
     shorter = min(sum(b - a for a, b in spans[s]) for s in (0, 1))
     assert overlap > 0.4 * shorter, f"stages overlapped for {overlap:.2f} s of {shorter:.2f} s"
 

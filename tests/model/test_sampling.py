@@ -16,7 +16,9 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def row(i: int = 0, u: float = 0.5, t: float = 1.0, k: int = 0, p: float = 1.0, min_p: float = 0.0, **rest: object) -> SampleRow:
+def row(
+    i: int = 0, u: float = 0.5, t: float = 1.0, k: int = 0, p: float = 1.0, min_p: float = 0.0, **rest: object
+) -> SampleRow:
     return SampleRow(i, u, t, k, p, min_p, **rest)  # type: ignore[arg-type]
 
 
@@ -92,7 +94,13 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
-    kinds = [row(t=0.0), row(t=0.7), row(t=0.9, k=5), row(t=1.2, p=0.8, logprobs=3), row(min_p=0.1, logit_bias={1: 2.0})]
+    kinds = [
+        row(t=0.0),
+        row(t=0.7),
+        row(t=0.9, k=5),
+        row(t=1.2, p=0.8, logprobs=3),
+        row(min_p=0.1, logit_bias={1: 2.0}),
+    ]
     alone = [sample(logits(1, seed=i), [r])[0][0] for i, r in enumerate(kinds)]
     together = torch.cat([logits(1, seed=i) for i in range(len(kinds))])
     assert sample(together, kinds)[0] == alone
