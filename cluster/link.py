@@ -6,7 +6,7 @@ Legend: T tokens, C model dim.
 from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 UPSTREAM, DOWNSTREAM = 0, 1  # ranks in the pair: the sender and the receiver
 
@@ -41,12 +41,12 @@ class Link:
 
     def __init__(self, store: TCPStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         """`host` is this node's address: left to itself gloo picks an interface by name resolution, often wrongly."""
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         self._peer = 1 - rank
         self._timeout = timedelta(seconds=timeout_s)
-        self._group: ProcessGroup = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
+        self._group = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
         self._store = store  # the group's connections last as long as their store
         self._sending: tuple[object, torch.Tensor] | None = None
 

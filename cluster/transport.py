@@ -7,6 +7,7 @@ Messages are msgpack with a fixed schema (msgspec), never pickle.
 Data: one process group per pair of neighbours, so that traffic of one pair never waits for another's.
 """
 
+import math
 import socket
 import struct
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class ControlServer:
 
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.ValidationError` on nonsense."""
-        ready = dict(self._poller.poll(None if timeout is None else timeout * 1000))
+        ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
         if self._wake_in in ready:
             self._wake_in.recv()
         if self._router in ready:

@@ -29,7 +29,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
-        return create_gateway(self._config, client, Recorder(serve_metrics, "gateway"))
+        return create_gateway(self._config, client, Recorder(serve_metrics, "gateway"), echo_request_id=False)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -101,7 +101,8 @@ def _model_in(annotation: Any, key: str) -> type[BaseModel] | None:
     if key == "autoscaling_config":  # annotated as a plain dict
         from ray.serve.config import AutoscalingConfig
 
-        return AutoscalingConfig
+        found: type[BaseModel] = AutoscalingConfig
+        return found
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _model_in(arg, ""))), None)
+    return next((inner for arg in get_args(annotation) if (inner := _model_in(arg, ""))), None)

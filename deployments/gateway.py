@@ -204,12 +204,13 @@ class Gateway:
                 raise bad_request(f"logit_bias: {token_id} is not a token id of this model", "logit_bias")
 
     async def _chat_prompt(self, request: ChatRequest) -> list[int]:
-        if self.template is None:
+        template = self.template
+        if template is None:
             raise bad_request("this model has no chat format: use /v1/completions", "messages")
         messages = [message.as_template_input for message in request.messages]
         size = sum(len(m["content"]) for m in messages)
         try:
-            return await in_thread_if(size > LONG_TEXT, lambda: self.template.encode(messages))  # type: ignore[union-attr]
+            return await in_thread_if(size > LONG_TEXT, lambda: template.encode(messages))
         except PromptFormatError as error:
             raise bad_request(str(error), "messages") from None
 
@@ -273,11 +274,16 @@ class Gateway:
         return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"Retry-After": "5"})
 
 
-def create_gateway(config: AppConfig, engine: EngineClient, recorder: MetricsRecorder) -> FastAPI:
-    """The ASGI application. Raises `ValueError` if the checkpoint's tokenizer or template cannot be read."""
+def create_gateway(
+    config: AppConfig, engine: EngineClient, recorder: MetricsRecorder, *, echo_request_id: bool = True
+) -> FastAPI:
+    """The ASGI application. Raises `ValueError` if the checkpoint's tokenizer or template cannot be read.
+
+    `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
+    """
     gateway = Gateway(config, engine, recorder)
     app = FastAPI(title="Caravan", version=package_version(), docs_url=None, redoc_url=None)
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestId, echo=echo_request_id)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(CaravanError, _caravan_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -307,7 +313,7 @@ def create_gateway(config: AppConfig, engine: EngineClient, recorder: MetricsRec
     return app
 
 
-# -- small helpers ------------------------------------------------------------------------------------------------------
+# -- small helpers ----------------------------------------------------------------------------------------------------
 
 
 def sse(body: dict[str, Any]) -> bytes:
@@ -358,8 +364,9 @@ class RequestId:
 
     _FIT = re.compile(r"[!-~]{1,128}")
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, echo: bool) -> None:
         self._app = app
+        self._echo = echo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -369,7 +376,7 @@ class RequestId:
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if self._echo and message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 

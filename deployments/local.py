@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,12 +101,14 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_metrics_report_interval_ms": "1000",  # the default of 10 s makes a live view look dead
         "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
     }
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", str(num_cpus), "--temp-dir", str(directory),
         "--port", "0", "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
-        "--dashboard-port", str(dashboard), "--metrics-export-port", str(metrics), "--ray-client-server-port", str(client),
+        "--dashboard-port", str(dashboard), "--metrics-export-port", str(metrics),
+        "--ray-client-server-port", str(client),
         "--include-dashboard", "true", "--dashboard-agent-listen-port", str(free_port()),
         "--min-worker-port", "20000", "--max-worker-port", "29999", "--object-store-memory", "200000000",
     ]  # fmt: skip
@@ -170,17 +172,13 @@ def _stop_head(head: Head) -> None:
 
 
 def _signal_group(head: Head, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(head.process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def await_ready(head: Head, url: str) -> None:
@@ -229,7 +227,8 @@ def main(
     demo: Annotated[bool, typer.Option(help="show what the service does, then stop")] = False,
 ) -> None:
     """Serve a configuration on this machine: a private Ray head, `serve deploy`, and a clean end."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    for number in (signal.SIGINT, signal.SIGTERM):  # explicit: a shell's background jobs start with SIGINT ignored
+        signal.signal(number, lambda *_: _interrupt())
     try:
         problems = check_file(config)
         if problems:

@@ -214,9 +214,8 @@ def parse(kind: type[R], body: Any) -> R:
         request = kind.model_validate(body)
     except ValidationError as error:
         raise _explain(error) from None
-    if request.stream_options is not None and not request.stream:
-        if request.stream_options.include_usage:
-            raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+    if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
+        raise bad_request("stream_options is only allowed when stream is true", "stream_options")
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     return request

@@ -55,7 +55,7 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
         for i in np.flatnonzero(batch.query_lens > 1)
     ]
 
-    def tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     return AttentionMetadata(
@@ -69,7 +69,7 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
     )
 
 
-def _slots(tables: np.ndarray, block_size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _slots(tables: np.ndarray, block_size: int) -> np.ndarray:
     """Cache slots of each table, in token order: [..., W] -> [..., W * B]."""
     slots = tables[..., None].astype(np.int64) * block_size + np.arange(block_size)
     return slots.reshape(*tables.shape[:-1], tables.shape[-1] * block_size)
@@ -79,7 +79,7 @@ def _prefill(
     start: int,
     stop: int,
     context: int,
-    table: np.ndarray,  # type: ignore[type-arg]
+    table: np.ndarray,
     block_size: int,
     device: torch.device,
 ) -> Prefill:

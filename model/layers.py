@@ -65,5 +65,5 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
 
 def apply_rotary(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[2j], x[2j + 1]) of x [T, heads, D] by rotation [T, D / 2] (Meta's interleaved layout)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

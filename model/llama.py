@@ -82,7 +82,8 @@ class Decoder:
             if len(parts) == len(LAYER_TENSORS):
                 self.layers.append(Layer(config, parts, dtype, device))
                 parts = {}
-        assert not parts and len(self.layers) == stage.stop - stage.start
+        assert not parts, "a layer is incomplete"
+        assert len(self.layers) == stage.stop - stage.start
         self._build_ends(outer, dtype)
 
     def _build_ends(self, outer: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

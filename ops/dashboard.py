@@ -61,7 +61,7 @@ def expressions(metric: Metric) -> list[tuple[str, str]]:
     if metric.kind == "histogram":
         quantiles = QUANTILES if not metric.labels else (0.95,)
         by = ", ".join(("le", *metric.labels, *(("replica",) if metric.labels else ())))
-        legend = f"stage {{{{stage}}}} {{{{replica}}}}" if metric.labels else ""
+        legend = "stage {{stage}} {{replica}}" if metric.labels else ""
         return [
             (
                 f"histogram_quantile({q}, sum by ({by}) (rate({name}_bucket{{{SELECTOR}}}[{RATE}])))",

@@ -134,21 +134,21 @@ class Backend(Protocol):
 
 
 class Recorder:
-    """The metrics of one owner. An unknown name or label is a `KeyError` or `ValueError`: metrics are said in the table."""
+    """The metrics of one owner. An unknown name is a `KeyError`, an unknown label a `ValueError`."""
 
     def __init__(self, backend: Backend, owner: Owner) -> None:
         self._metrics = {m.name: self._make(backend, m) for m in METRICS if m.owner == owner}
 
     @staticmethod
     def _make(backend: Backend, metric: Metric) -> Any:
-        # Ray adds _total to counters by itself.
-        name = PREFIX + metric.name.removesuffix("_total")
+        name = PREFIX + metric.name
         if metric.kind == "histogram":
             return backend.Histogram(
                 name, description=metric.help, boundaries=list(metric.buckets), tag_keys=metric.labels
             )
-        maker = backend.Counter if metric.kind == "counter" else backend.Gauge
-        return maker(name, description=metric.help, tag_keys=metric.labels)
+        if metric.kind == "counter":  # Ray adds _total to counters by itself
+            return backend.Counter(name.removesuffix("_total"), description=metric.help, tag_keys=metric.labels)
+        return backend.Gauge(name, description=metric.help, tag_keys=metric.labels)
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         if value > 0:  # Ray's counters refuse 0

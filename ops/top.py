@@ -125,14 +125,11 @@ def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
 
 
 def _stage(stage: str, rates: dict[str, float]) -> StageView:
-    steps = rates["stage_steps_total"]
-    return StageView(
-        stage,
-        busy=rates["stage_busy_seconds_total"],
-        waiting=rates["stage_wait_seconds_total"],
-        transfer=rates["stage_transfer_seconds_total"],
-        step_ms=1000 * rates["stage_busy_seconds_total"] / steps if steps else 0.0,
-    )
+    busy, steps = rates["stage_busy_seconds_total"], rates["stage_steps_total"]
+    waiting, transfer = rates["stage_wait_seconds_total"], rates["stage_transfer_seconds_total"]
+    # A wait is reported with the step that ends it, so the parts of a short window rarely add up to the window.
+    accounted = busy + waiting + transfer or 1.0
+    return StageView(stage, busy / accounted, waiting / accounted, transfer / accounted, 1000 * busy / (steps or 1.0))
 
 
 def quantile(q: float, name: str, previous: Sample, current: Sample) -> float:

@@ -88,7 +88,8 @@ def test_logit_bias_and_penalties() -> None:
 def test_logprobs_are_of_the_raw_logits() -> None:
     expected = logits()[0].log_softmax(-1)
     (token,), (logprobs,) = sample(logits(), [row(t=0.0, logit_bias={3: 100.0}, logprobs=2)])
-    assert token == 3 and logprobs is not None
+    assert token == 3
+    assert logprobs is not None
     assert logprobs.chosen == pytest.approx(float(expected[3]), abs=1e-6)
     assert [i for i, _ in logprobs.top] == expected.topk(2).indices.tolist()
 
