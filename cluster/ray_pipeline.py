@@ -79,7 +79,7 @@ class RayPipeline:
         self._raise_if_dead()
         try:
             message = self._control.receive(timeout)
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             raise StageDied(f"a stage sent what is no valid message: {error}") from error
         if message is None:
             self._raise_if_dead()

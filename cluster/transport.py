@@ -82,7 +82,7 @@ class ControlServer:
             self._router.send_multipart([_identity(stage), payload])
 
     def receive(self, timeout: float | None) -> FromStage | None:
-        """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.ValidationError` on nonsense."""
+        """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""
         ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
         if self._wake_in in ready:
             self._wake_in.recv()

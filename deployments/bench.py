@@ -93,7 +93,9 @@ def bench_engine(config: AppConfig, stages: int, streams: list[int], rounds: int
 
     from cluster.launch import launch_engine
 
-    config = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"stages": stages})})
+    split = config.pipeline.split if stages == config.pipeline.stages else "auto"
+    pipeline = config.pipeline.model_copy(update={"stages": stages, "split": split})
+    config = config.model_copy(update={"pipeline": pipeline})
     group = placement_group([{"CPU": 0.1}, *[{"CPU": 0.3}] * stages])
     ray.get(group.ready(), timeout=60)
     listener = Finish()

@@ -1,0 +1,188 @@
+"""Tokens and logits of the default model against transformers, which read the same file (see tests/golden.py)."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.block_manager import BlockManager
+from cluster.engine import Engine
+from cluster.pipeline import LocalPipeline
+from cluster.scheduler import Scheduler
+from model.batch import Batch, SampleRow
+from model.config import split_layers
+from model.llama import Decoder
+from model.stage import Stage
+from model.weights import open_checkpoint, resolve_path
+from tests import golden
+from tests.conftest import Collector, request
+
+SHORT = range(16)  # prompts of up to 200 tokens; the others take minutes
+BLOCK = 16
+
+
+@cache
+def decoders(stages: int) -> tuple[Decoder, ...]:
+    checkpoint = open_checkpoint(resolve_path(golden.MODEL))
+    config, cpu = checkpoint.config, torch.device("cpu")
+    return tuple(
+        Decoder(config, part, checkpoint.tensors(part.tensor_names(config)), torch.float32, cpu, 2048)
+        for part in split_layers(config, stages)
+    )
+
+
+def start(
+    stages: int, num_blocks: int = 600, max_num_batched_tokens: int = 512, prefix_caching: bool = True
+) -> tuple[Engine, Collector]:
+    pipeline = LocalPipeline([Stage(decoder, num_blocks, BLOCK) for decoder in decoders(stages)])
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK, prefix_caching),
+        depth=stages,
+        max_num_seqs=32,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=2048,
+    )
+    collector = Collector()
+    engine = Engine(scheduler, pipeline, collector)
+    engine.start()
+    return engine, collector
+
+
+def check(indices: range | list[int], **options: int) -> Engine:
+    """All prompts of `indices` at once; their tokens must be those of transformers."""
+    engine, collector = start(**options)
+    expected = golden.load()
+    try:
+        for i in indices:
+            prompt, tokens = expected[i]
+            engine.add(request(str(i), prompt, max_tokens=len(tokens)))
+        found = collector.wait([str(i) for i in indices], timeout=1500)
+        assert found == {str(i): expected[i][1] for i in indices}
+    finally:
+        engine.close()
+    engine.scheduler.check()
+    assert engine.scheduler.stats().kv_blocks_used == 0
+    return engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_are_twenty_prompts_of_1_to_1500_tokens() -> None:
+    entries = golden.load()
+    lengths = [len(prompt) for prompt, _ in entries]
+    assert len(entries) == 20
+    assert (min(lengths), max(lengths)) == (1, 1500)
+    assert all(len(tokens) == golden.NEW_TOKENS for _, tokens in entries)
+
+
+@pytest.mark.parametrize("stages", [1, 5])
+def test_short_prompts_at_once(stages: int) -> None:
+    check(SHORT, stages=stages)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_all_prompts(stages: int) -> None:
+    check(range(20), stages=stages)
+
+
+def test_prompts_in_chunks_of_seven_tokens() -> None:
+    check([2, 5, 9, 14], stages=2, max_num_batched_tokens=7)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_prompts_in_chunks_of_seven_tokens() -> None:
+    check(range(20), stages=2, max_num_batched_tokens=7)
+
+
+def test_preemption() -> None:
+    engine = check([2, 3, 4, 5, 6, 14], stages=2, num_blocks=24)
+    assert engine.scheduler.stats().preemptions > 0, "a cache of 24 blocks should have been too small"
+
+
+def test_prefix_hit() -> None:
+    engine, collector = start(stages=2)
+    prompt, tokens = golden.load()[15]
+    try:
+        for name in ("first", "second"):
+            engine.add(request(name, prompt, max_tokens=len(tokens)))
+            assert collector.wait([name])[name] == tokens
+    finally:
+        engine.close()
+    assert collector.events["second"][0].num_cached_tokens >= 190
+    assert collector.events["first"][0].num_cached_tokens == 0
+
+
+def naive_logits(tokens: list[int]) -> torch.Tensor:
+    """[1, V]: the last position of one forward pass over the whole sequence with an empty cache."""
+    (decoder,) = decoders(1)
+    n = len(tokens)
+    stage = Stage(decoder, -(-n // BLOCK), BLOCK)
+    ids, zero = np.array(tokens, np.int32), np.zeros(1, np.int32)
+    tables = np.arange(-(-n // BLOCK), dtype=np.int32)
+    seen: list[torch.Tensor] = []
+    logits = decoder.logits
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        seen.append(logits(x))
+        return seen[-1].clone()  # the sampler changes what it is given
+
+    decoder.logits = keep  # type: ignore[method-assign]
+    try:
+        row = SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)
+        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, [row]), None)
+    finally:
+        del decoder.logits  # type: ignore[method-assign]
+    return seen[0]
+
+
+def test_naive_forward_gives_the_golden_tokens() -> None:
+    """Every token from a pass over everything before it: no cache, no chunks, no company."""
+    for i in (0, 2, 9):
+        prompt, tokens = golden.load()[i]
+        for n in range(0, len(tokens), 7):
+            assert int(naive_logits(prompt + tokens[:n])[0].argmax()) == tokens[n]
+
+
+def test_logits_equal_those_of_transformers() -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_path(golden.MODEL)
+    llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    for i in (0, 2, 8, 13, 16):
+        prompt, _ = golden.load()[i]
+        with torch.inference_mode():
+            expected = llama(torch.tensor([prompt])).logits[0, -1]
+        torch.testing.assert_close(naive_logits(prompt)[0], expected, atol=1e-3, rtol=0)
+
+
+def test_seeded_sampling_is_the_same_however_it_is_computed() -> None:
+    """Alone, in a batch, after preemption, and with another number of stages."""
+    prompts = {str(i): golden.load()[i][0] for i in (2, 3, 6, 8, 14)}
+
+    def sampled(names: list[str], **options: int) -> dict[str, list[int]]:
+        engine, collector = start(**options)
+        try:
+            for name in names:
+                sampling = {"temperature": 0.9, "top_p": 0.95, "seed": int(name)}
+                engine.add(request(name, prompts[name], max_tokens=40, **sampling))
+            found = collector.wait(names)
+        finally:
+            engine.close()
+        assert (engine.scheduler.stats().preemptions > 0) == (options.get("num_blocks") == 18)
+        return found
+
+    alone = {name: sampled([name], stages=1)[name] for name in prompts}
+    assert sampled(list(prompts), stages=1) == alone
+    assert sampled(list(prompts), stages=3) == alone
+    assert sampled(list(prompts), stages=2, num_blocks=18) == alone

@@ -1,0 +1,153 @@
+"""Control messages and hidden states between real sockets: who is let in, what is refused, when waiting ends."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
+from cluster.transport import ControlAddress, ControlClient, ControlServer, Ready, interface_address
+from model.batch import Batch, Penalties, SampleRow, StageTiming, StepOutput, TokenLogprobs
+
+HOST = "127.0.0.1"
+
+
+def batch(step_id: int = 0) -> Batch:
+    penalties = Penalties(1.1, 0.2, 0.3, {5: 2, 7: 0})
+    row = SampleRow(1, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties)
+    arrays = (np.array(x, np.int32) for x in ([1, 2, 3, 2**31 - 1], [3, 1], [0, 17], [4, 0, 6, 7]))
+    return Batch(2, step_id, *arrays, [row])
+
+
+@pytest.fixture
+def server() -> Iterator[ControlServer]:
+    server = ControlServer(HOST, 2)
+    yield server
+    server.close()
+
+
+def ready(server: ControlServer, client: ControlClient, stage: int) -> None:
+    client.send(Ready(0, stage))
+    assert server.receive(5.0) == Ready(0, stage)
+
+
+def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
+    clients = [ControlClient(server.address(i), i) for i in range(2)]
+    try:
+        for stage, client in enumerate(clients):
+            ready(server, client, stage)
+        server.send(batch())
+        for client in clients:
+            received = client.receive()
+            assert received is not None
+            for field in Batch.__struct_fields__:
+                assert np.array_equal(getattr(received, field), getattr(batch(), field))
+        for message in (
+            StepOutput(2, 5, [1, 2], [None, TokenLogprobs(-0.5, [(3, -1.0)])]),
+            StageTiming(2, 5, 1, 1.0, 2.0, 0.5, 0.25),
+        ):
+            clients[1].send(message)
+            assert server.receive(5.0) == message
+        server.send(None)
+        assert [client.receive() for client in clients] == [None, None]
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_waiting_ends_by_timeout_or_wake(server: ControlServer) -> None:
+    started = time.monotonic()
+    assert server.receive(0.05) is None
+    threading.Timer(0.1, server.wake).start()
+    assert server.receive(30.0) is None
+    assert time.monotonic() - started < 10
+
+
+def test_a_stage_that_is_not_there_is_an_error(server: ControlServer) -> None:
+    with pytest.raises(zmq.ZMQError):
+        server.send(batch())
+
+
+def wrong_keys(address: ControlAddress) -> list[ControlAddress]:
+    public, secret = zmq.curve_keypair()
+    other_server, _ = zmq.curve_keypair()
+    return [
+        dataclasses.replace(address, public_key=public, secret_key=secret),  # a key that was never handed out
+        dataclasses.replace(address, server_key=other_server),  # somebody else's server
+    ]
+
+
+def test_strangers_are_not_heard(server: ControlServer) -> None:
+    for address in wrong_keys(server.address(0)):
+        client = ControlClient(address, 0)
+        client.send(Ready(0, 0))
+        assert server.receive(0.3) is None
+        client.close()
+    plain = zmq.Context()
+    socket = plain.socket(zmq.DEALER)  # no CURVE at all
+    socket.setsockopt(zmq.IDENTITY, b"stage-0")
+    socket.connect(server.address(0).endpoint)
+    socket.send(b"\x00" * 100)
+    assert server.receive(0.3) is None
+    plain.destroy(linger=0)
+
+
+def test_nonsense_from_a_stage_is_refused(server: ControlServer) -> None:
+    client = ControlClient(server.address(0), 0)
+    try:
+        ready(server, client, 0)
+        client._dealer.send(b"\xc1 no msgpack")
+        with pytest.raises(msgspec.DecodeError):
+            server.receive(5.0)
+        client.send(Ready(0, 1))  # speaks as another stage
+        with pytest.raises(msgspec.ValidationError, match="speaks as"):
+            server.receive(5.0)
+    finally:
+        client.close()
+
+
+def test_an_unknown_interface_is_named() -> None:
+    assert interface_address("lo") == "127.0.0.1"
+    with pytest.raises(ValueError, match="no-such-0"):
+        interface_address("no-such-0")
+
+
+def linked(timeout_s: float) -> tuple[Link, Link]:
+    rendezvous = Rendezvous(HOST, 5.0)
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(lambda: Link(join(rendezvous.address, 5.0), DOWNSTREAM, HOST, 0, timeout_s))
+        return Link(rendezvous.store, UPSTREAM, HOST, 0, timeout_s), receiving.result(timeout=20)
+
+
+def test_hidden_states_arrive_in_order() -> None:
+    up, down = linked(5.0)
+    sent = [torch.randn(n, 8) for n in (1, 500, 3)]
+    received = []
+    reader = threading.Thread(target=lambda: received.extend(down.receive(torch.empty(x.shape)) for x in sent))
+    reader.start()
+    for hidden in sent:
+        up.send(hidden)
+    up.flush()
+    reader.join(timeout=10)
+    assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+
+
+def test_a_silent_neighbour_is_an_error_after_the_deadline() -> None:
+    _up, down = linked(0.3)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        down.receive(torch.empty(2, 8))
+    assert time.monotonic() - started < 10
+
+
+def test_nobody_at_the_meeting_point_is_an_error_after_the_deadline() -> None:
+    rendezvous = Rendezvous(HOST, 0.5)
+    with pytest.raises(RuntimeError):
+        Link(rendezvous.store, UPSTREAM, HOST, 0, 0.5)

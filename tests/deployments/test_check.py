@@ -1,0 +1,120 @@
+"""`caravan check`: the whole file, ours and Serve's part; a mistyped key anywhere is named by its path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from deployments.check import check_file
+from deployments.cli import app
+from deployments.config import ConfigError, parse_app_config
+from tests import golden
+
+ROOT = Path(__file__).parents[2]
+Change = Callable[[dict[str, Any]], None]
+
+
+def application(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["applications"][0]
+    return found
+
+
+def changed(tmp_path: Path, change: Change) -> Path:
+    config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
+    change(config)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def put(path: str, value: Any) -> Change:
+    """Set `a.b.c` in the application's args, or from the top with a leading slash."""
+
+    def change(config: dict[str, Any]) -> None:
+        where = config if path.startswith("/") else application(config)["args"]
+        *parents, last = path.lstrip("/").split(".")
+        for parent in parents:
+            where = where[int(parent)] if parent.isdigit() else where[parent]
+        where[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize("file", ["ray_config.yaml", *sorted(map(str, (ROOT / "deployments/configs").glob("*.yaml")))])
+def test_our_own_files_are_good(file: str) -> None:
+    problems = check_file(ROOT / file)
+    missing_model = [p for p in problems if "model.path" in p]  # production checkpoints are not on every machine
+    assert problems == (missing_model if file != "ray_config.yaml" else [])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("model.pth", "x"), ["args.model.pth: unknown key", "did you mean path?"]),
+        (put("scheduler.max_num_seq", 4), ["args.scheduler.max_num_seq: unknown key", "max_num_seqs"]),
+        (put("scheduller", {}), ["args.scheduller: unknown key", "scheduler"]),
+        (put("scheduler.max_num_seqs", "many"), ["args.scheduler.max_num_seqs"]),
+        (put("scheduler.max_num_seqs", 0), ["args.scheduler.max_num_seqs"]),
+        (put("pipeline.split", [10, 10]), ["pipeline.split"]),
+        (put("pipeline.stages", 31), ["pipeline"]),
+        (put("model.max_model_len", 10**6), ["model.max_model_len", "8192"]),
+        (put("model.path", "/nowhere/model.gguf"), ["model.path", "/nowhere/model.gguf"]),
+        (put("model.dtype", "float8"), ["model.dtype"]),
+        (put("cache", {}), ["cache.memory_gb", "required on cpu"]),
+        (put("autoscaling.min_replicas", 5), ["max_replicas"]),
+        (put("/http_optoins", {}), ["http_optoins: unknown key", "http_options"]),
+        (put("/http_options.prot", 1), ["http_options.prot: unknown key", "port"]),
+        (put("/applications.0.route_prefx", "/"), ["applications[0].route_prefx", "route_prefix"]),
+        (put("/applications.0.deployments", [{"name": "Engin"}]), ["deployments[0].name", "Engine"]),
+        (put("/applications.0.deployments", [{"name": "Engine", "num_replica": 1}]), ["num_replica", "num_replicas"]),
+        (put("/http_options.port", "eighty"), ["port"]),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_every_problem_is_named_by_its_path(tmp_path: Path, change: Change, words: list[str]) -> None:
+    problems = check_file(changed(tmp_path, change))
+    assert problems
+    assert all(any(word in problem for problem in problems) for word in words), problems
+
+
+def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for one in (put("model.nme", "x"), put("cache.blocksize", 1), put("/http_options.prot", 1)):
+            one(config)
+
+    problems = "\n".join(check_file(changed(tmp_path, change)))
+    assert all(word in problems for word in ("nme", "blocksize", "prot"))
+
+
+@pytest.mark.parametrize(("text", "word"), [("a: [", "YAML"), ("", "applications"), ("- x", "mapping")])
+def test_what_is_no_configuration(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert word in "\n".join(check_file(file))
+    assert "No such file" in "\n".join(check_file(tmp_path / "none.yaml"))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    good = runner.invoke(app, ["check", str(ROOT / "ray_config.yaml")])
+    assert (good.exit_code, "all good" in good.output) == (0, True)
+    bad = runner.invoke(app, ["check", str(changed(tmp_path, put("model.pth", 1)))])
+    assert (bad.exit_code, "did you mean path?" in bad.output) == (1, True)
+    for command in ("check", "chat", "top", "dashboard", "version"):
+        assert "Example: caravan" in runner.invoke(app, [command, "--help"]).output
+    refused = runner.invoke(app, ["chat", "--url", "http://127.0.0.1:9"])
+    assert refused.exit_code == 1
+    assert "does not answer" in refused.output
+
+
+def test_configuration_is_frozen_and_lists_every_wrong_key() -> None:
+    args = {"model": {"path": golden.MODEL, "name": "x"}, "pipeline": {"device": "cpu"}, "cache": {"memory_gb": 1.0}}
+    config = parse_app_config(args)
+    with pytest.raises(ValueError, match="frozen"):
+        config.model.name = "y"
+    with pytest.raises(ConfigError) as caught:
+        parse_app_config({**args, "modle": 1, "cache": {"memory": 1}})
+    assert len(str(caught.value).splitlines()) == 2

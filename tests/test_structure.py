@@ -1,0 +1,78 @@
+"""What holds for the source as a whole."""
+
+import ast
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+# Who may import whom. Tests may import all.
+ALLOWED = {
+    "model": {"model"},
+    "cluster": {"model", "cluster"},
+    "ops": {"ops"},
+    "deployments": {"model", "cluster", "ops", "deployments"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_import_downwards_only(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        ours = {name.split(".")[0] for name in imports(file)} & set(ALLOWED)
+        assert ours <= ALLOWED[package], f"{file.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+
+
+def test_the_model_knows_nothing_of_ray_and_nobody_pickles() -> None:
+    for package in ALLOWED:
+        for file in (ROOT / package).rglob("*.py"):
+            roots = {name.split(".")[0] for name in imports(file)}
+            assert not roots & {"pickle", "cloudpickle", "marshal", "shelve"}, file
+            if package == "model":
+                assert "ray" not in roots, file
+
+
+def test_the_top_level_is_what_the_readme_says() -> None:
+    folders = {name.split("/")[0] for name in TRACKED if "/" in name}
+    assert folders <= {"cluster", "deployments", "model", "ops", "tests", ".ci"}
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{folder}/`" in readme for folder in folders - {".ci"})
+
+
+def test_commands_in_the_readme_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\n ])", readme)) <= targets
+    cli = (ROOT / "deployments/cli.py").read_text()
+    for command in re.findall(r"^caravan ([a-z]+)", readme, re.MULTILINE):
+        assert f"def {command}(" in cli
+
+
+def test_no_paths_of_a_machine() -> None:
+    for name in TRACKED:
+        file = ROOT / name
+        if file.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".lock", ""} and file.is_file():
+            assert not re.search(r"/(home|root|work|Users)/[a-z]", file.read_text("utf-8")), name
+
+
+def test_the_lock_names_no_host() -> None:
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._]+", line), line
+
+
+def test_results_are_json() -> None:
+    for file in (ROOT / "ops/results").glob("*.json"):
+        json.loads(file.read_text())
