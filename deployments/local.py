@@ -30,7 +30,7 @@ from deployments.check import check_file
 
 console = Console()
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S, READY_TIMEOUT_S, STOP_TIMEOUT_S = 90, 300, 60
+START_TIMEOUT_S, READY_TIMEOUT_S, STOP_TIMEOUT_S, KILL_AFTER_S = 90, 300, 60, 8
 METRICS_PORT = 8080
 
 
@@ -138,47 +138,41 @@ def _await_dashboard(head: Head) -> None:
     raise LocalError(f"Ray did not start within {START_TIMEOUT_S} s; its words are in {head.directory}/head.log")
 
 
-def session_processes(directory: Path) -> list[int]:
-    """Processes that belong to the Ray session in `directory`."""
+def session_processes(head: Head) -> list[int]:
+    """Living processes of this head, its own included.
+
+    They share its process session: names and environments tell nothing, for Ray's workers overwrite theirs.
+    """
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit():
             try:
-                mentions = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                state, _parent, _group, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             except OSError:
-                continue
-            if str(directory).encode() in mentions:
+                continue  # it ended just now
+            if int(session) == head.process.pid and state != "Z":
                 found.append(int(entry.name))
     return found
 
 
 def _stop_head(head: Head) -> None:
-    """SIGTERM to the head's own process group, then to whatever of its session is left."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    _signal_group(head, signal.SIGTERM)
-    while (left := session_processes(head.directory)) and time.monotonic() < deadline:
-        if time.monotonic() > deadline - STOP_TIMEOUT_S / 2:
+    """SIGTERM to the head's process group, then SIGKILL to whatever of its session is left."""
+    started = time.monotonic()
+    with suppress(ProcessLookupError):
+        os.killpg(head.process.pid, signal.SIGTERM)
+    while (left := session_processes(head)) and time.monotonic() < started + STOP_TIMEOUT_S:
+        if time.monotonic() > started + KILL_AFTER_S:
             for pid in left:
-                _kill(pid)
-        if head.process.poll() is None and time.monotonic() > deadline - STOP_TIMEOUT_S / 4:
-            _signal_group(head, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         head.process.poll()  # reap it
         time.sleep(0.2)
+    head.process.poll()
     if left:
         console.print(f"[red]these processes would not end: {left}; logs are in {head.directory}[/red]")
     else:
         console.print("Stopped: no process of the session is left.")
         shutil.rmtree(head.directory, ignore_errors=True)
-
-
-def _signal_group(head: Head, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(head.process.pid, number)
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def await_ready(head: Head, url: str) -> None:

@@ -251,9 +251,7 @@ BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "body", "param", "word"), BAD, ids=lambda x: str(x)[:40])
-def test_bad_fields_are_400_and_named(
-    run: Run, kind: str, body: dict[str, Any], param: str | None, word: str
-) -> None:
+def test_bad_fields_are_400_and_named(run: Run, kind: str, body: dict[str, Any], param: str | None, word: str) -> None:
     async def test(service: Service) -> None:
         response = await (service.chat if kind == "chat" else service.complete)(**body)
         error = response.json()["error"]
@@ -304,7 +302,9 @@ def test_context_overflow_in_the_words_clients_match(run: Run) -> None:
         for body in ({"messages": [{"role": "user", "content": "word " * 400}]}, {"max_tokens": 5000}):
             error = (await service.chat(**body)).json()["error"]
             assert error["code"] == "context_length_exceeded"
-            assert error["message"].startswith("This model's maximum context length is 256 tokens. However, you requested")
+            assert error["message"].startswith(
+                "This model's maximum context length is 256 tokens. However, you requested"
+            )
         error = (await service.complete(prompt=[5] * 256)).json()["error"]
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
@@ -434,5 +434,3 @@ def test_logs_hold_the_request_id_and_no_prompt_text(run: Run, caplog: pytest.Lo
     finished = [json.loads(line) for line in lines if "request finished" in line]
     assert [(line["request_id"], line["outcome"]) for line in finished] == [("abc", "stop")]
     assert "tangerine" not in "".join(lines)
-
-

@@ -69,9 +69,7 @@ class Backend:
                 self._metric.labels(**tags, **WHO).set(value)
 
         class Histogram:
-            def __init__(
-                self, name: str, description: str, boundaries: list[float], tag_keys: tuple[str, ...]
-            ) -> None:
+            def __init__(self, name: str, description: str, boundaries: list[float], tag_keys: tuple[str, ...]) -> None:
                 self._metric = prometheus_client.Histogram(
                     f"ray_{name}", description, [*tag_keys, *WHO], registry=outer.registry, buckets=boundaries
                 )

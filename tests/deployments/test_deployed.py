@@ -1,0 +1,318 @@
+"""The real thing: a private Ray head, `serve deploy`, real clients, load, scaling, and a clean end."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from deployments.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
+from ops import load, top
+
+ROOT = Path(__file__).parents[2]
+NAME = "smollm2-135m-instruct"
+pytestmark = pytest.mark.timeout(400)
+
+
+class Service:
+    """A deployed application and how to reach it."""
+
+    def __init__(self, head: Head, url: str, file: Path) -> None:
+        self.head, self.url, self.file = head, url, file
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.http = httpx.Client(base_url=url, timeout=120)
+
+    def gauge(self, name: str) -> float:
+        """Sum of a gauge over all engine replicas that report it."""
+        samples = top.scrape([self.head.metrics])
+        return sum(value for (sample, _), value in samples.items() if sample == name)
+
+    def replicas(self) -> int:
+        """Engine replicas that are running, as Serve says."""
+        status = yaml.safe_load(self.head.serve("status").stdout)
+        engine = status["applications"]["caravan"]["deployments"]["Engine"]
+        return int(engine["replica_states"].get("RUNNING", 0))
+
+    def processes(self, word: str) -> list[int]:
+        return [pid for pid in session_processes(self.head) if word in cmdline(pid)]
+
+
+def cmdline(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return ""
+
+
+def eventually(condition: Any, timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.5)
+
+
+def write_config(file: Path, **args: Any) -> str:
+    """ray_config.yaml on a free port, with shortened delays; returns the service's address."""
+    config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
+    port = free_port()
+    config["http_options"]["port"] = port
+    ours = config["applications"][0]["args"]
+    ours["autoscaling"] = {
+        "min_replicas": 1, "max_replicas": 2, "target_tokens_in_flight": 1500.0, "target_waiting_tokens": 4000.0,
+        "upscale_delay_s": 1.0, "downscale_delay_s": 4.0, "look_back_period_s": 2.0,
+    }  # fmt: skip
+    ours["resources"]["drain_timeout_s"] = 60.0
+    for section, values in args.items():
+        ours[section] |= values
+    file.write_text(yaml.safe_dump(config))
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    file = tmp_path_factory.mktemp("deployed") / "config.yaml"
+    url = write_config(file)
+    os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
+    try:
+        with ray_head(2) as head:
+            deployed = head.serve("deploy", str(file))
+            assert deployed.returncode == 0, deployed.stderr
+            await_ready(head, url)
+            yield Service(head, url, file)
+        assert session_processes(head) == []
+        assert not head.directory.exists()
+    finally:
+        del os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"]
+
+
+# -- real clients -----------------------------------------------------------------------------------------------------
+
+
+def test_openai_chat(service: Service) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = service.openai.chat.completions.create(model=NAME, messages=question, temperature=0, max_tokens=30)  # type: ignore[arg-type]
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    stream = service.openai.chat.completions.create(
+        model=NAME, messages=question, temperature=0, max_tokens=30, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+    )  # fmt: skip
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage == answer.usage or chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+
+
+def test_openai_completions_with_a_seed_and_logprobs(service: Service) -> None:
+    def complete(**options: Any) -> Any:
+        return service.openai.completions.create(model=NAME, prompt="Once upon a time", max_tokens=12, **options)
+
+    first, second, other = (complete(seed=s, temperature=0.9, logprobs=2) for s in (5, 5, 6))
+    assert first.choices[0].text == second.choices[0].text != other.choices[0].text
+    assert len(first.choices[0].logprobs.tokens) == 12
+    assert "".join(c.choices[0].text for c in complete(seed=5, temperature=0.9, stream=True)) == first.choices[0].text
+    assert [m.id for m in service.openai.models.list()] == [NAME]
+
+
+def test_openai_errors_are_its_exception_classes(service: Service) -> None:
+    ask = {"messages": [{"role": "user", "content": "hi"}], "model": NAME}
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        service.openai.chat.completions.create(**{**ask, "model": "gpt-4"})  # type: ignore[call-overload]
+    with pytest.raises(openai.BadRequestError) as caught:
+        service.openai.chat.completions.create(**ask, max_tokens=100_000)  # type: ignore[call-overload]
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        service.openai.chat.completions.create(**ask, temperature=-1)  # type: ignore[call-overload]
+    assert caught.value.param == "temperature"
+
+
+def test_request_ids_come_back_once(service: Service) -> None:
+    response = service.http.get("/health", headers={"X-Request-Id": "find-me"})
+    assert response.headers.get_list("x-request-id") == ["find-me"]
+    assert len(service.http.get("/health").headers.get_list("x-request-id")) == 1
+    assert service.http.get("/ready").json()["ready"] is True
+
+
+# -- bad input and bad luck -------------------------------------------------------------------------------------------
+
+
+def test_bad_input_leaves_the_engine_as_it_was(service: Service) -> None:
+    bodies: list[tuple[bytes, int]] = [
+        (b"", 400), (b"{not json", 400), (b'{"model": "%s"}' % NAME.encode(), 400),
+        (json.dumps({"model": NAME, "messages": []}).encode(), 400),
+        (json.dumps({"model": "other", "messages": [{"role": "user", "content": "x"}]}).encode(), 404),
+        (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "word " * 9000}]}).encode(), 400),
+        (b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}' % NAME.encode(), 400),
+        (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x"}], "top_k": -7}).encode(), 400),
+        (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 10**9}).encode(), 400),
+    ]  # fmt: skip
+    for content, status in bodies:
+        response = service.http.post("/v1/chat/completions", content=content)
+        assert response.status_code == status, (content[:60], response.text)
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    eventually(lambda: service.gauge("kv_blocks_used") == 0, 15, "no block is in use")
+    assert service.http.get("/ready").status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_sequence(service: Service) -> None:
+    body = {"model": NAME, "prompt": "Count: 1, 2, 3,", "max_tokens": 1500, "temperature": 0, "stream": True}
+    with service.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        eventually(lambda: service.gauge("running") >= 1, 15, "the sequence runs")
+    eventually(lambda: service.gauge("running") == 0, 15, "the sequence is gone")
+    eventually(lambda: service.gauge("kv_blocks_used") == 0, 15, "its blocks are free")
+    whole = {**body, "stream": False}
+    with pytest.raises(httpx.ReadTimeout):
+        service.http.post("/v1/completions", json=whole, timeout=2)
+    eventually(lambda: service.gauge("running") == 0, 15, "a request that is not streamed is cancelled too")
+
+
+def test_a_model_that_is_not_there_is_said_in_the_status(service: Service, tmp_path: Path) -> None:
+    """Deployed beside the service that runs, which goes on."""
+    config = yaml.safe_load(service.file.read_text())
+    broken = yaml.safe_load(yaml.safe_dump(config["applications"][0]))
+    broken |= {"name": "broken", "route_prefix": "/broken"}
+    broken["args"]["model"]["path"] = "/no/such/model.gguf"
+    config["applications"].append(broken)
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert service.head.serve("deploy", str(file)).returncode == 0
+
+    def failed() -> bool:
+        status = yaml.safe_load(service.head.serve("status").stdout)["applications"].get("broken", {})
+        return "/no/such/model.gguf" in json.dumps(status)
+
+    eventually(failed, 60, "the status names the missing file")
+    assert service.http.get("/ready").status_code == 200
+    assert service.head.serve("deploy", str(service.file)).returncode == 0
+
+
+def test_a_port_in_use_is_one_clear_error(service: Service) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.local", "--config", str(service.file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    words = " ".join(done.stdout.split())
+    assert "is in use" in words
+    assert "http_options.port" in words
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        file = service.file.with_name("taken.yaml")
+        file.write_text(yaml.safe_dump({"http_options": {"port": taken.getsockname()[1]}}))
+        with pytest.raises(LocalError, match="is in use"):
+            check_http_port(file)
+
+
+# -- metrics and scaling ----------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_their_labels(service: Service) -> None:
+    text = httpx.get(service.head.metrics).text
+    line = next(x for x in text.splitlines() if x.startswith("ray_caravan_stage_busy_seconds_total{"))
+    assert all(f'{label}="' in line for label in ("application", "deployment", "replica", "stage"))
+    for name in ("ttft_seconds_bucket", "inter_token_seconds_bucket", "e2e_seconds_bucket", "queue_wait_seconds_bucket",
+                 "kv_blocks_total", "requests_total", "last_token_age_seconds", "generated_tokens_total"):  # fmt: skip
+        assert f"ray_caravan_{name}{{" in text, name
+    assert re.search(r'ray_caravan_requests_total\{[^}]*outcome="cancelled"', text)
+
+
+def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:
+    """1 -> 2 -> 1 replicas while requests run; each gets all of its tokens."""
+    bodies = [
+        {
+            "model": NAME, "prompt": [1000 + (7 * i + j) % 20_000 for j in range(120)], "max_tokens": 48,
+            "temperature": 0, "logit_bias": {"2": -100, "0": -100}, "stream_options": {"include_usage": True},
+        }
+        for i in range(10_000)
+    ]  # fmt: skip
+    url = f"{service.url}/v1/completions"
+
+    async def main() -> tuple[list[load.Stream], int]:
+        results: list[load.Stream] = []
+        queue = iter(bodies)
+        enough = asyncio.Event()
+
+        async def worker(client: httpx.AsyncClient, last_one_long: bool) -> None:
+            while not enough.is_set():
+                results.append(await load.stream(client, url, next(queue)))
+            if last_one_long:  # still running when the second replica is told to go
+                results.append(await load.stream(client, url, {**next(queue), "max_tokens": 400}))
+
+        async with httpx.AsyncClient(timeout=None) as client:
+            workers = [asyncio.ensure_future(worker(client, i < 2)) for i in range(16)]
+            deadline = time.monotonic() + 120
+            most = 1
+            while most < 2 and time.monotonic() < deadline:
+                await asyncio.sleep(1)
+                most = max(most, await asyncio.to_thread(service.replicas))
+            await asyncio.sleep(5)  # both serve
+            enough.set()
+            await asyncio.gather(*workers)
+        return results, most
+
+    results, most = asyncio.run(main())
+    assert most == 2
+    assert [r.error for r in results if r.error] == []
+    assert {r.output_tokens for r in results} == {48, 400}
+    eventually(lambda: service.replicas() == 1, 90, "back to one replica")
+    eventually(lambda: len(service.processes("StageActor")) == 2, 30, "the second pipeline's stages are gone")
+    assert service.http.get("/ready").status_code == 200
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_shutdown_leaves_no_process_and_no_placement_group(service: Service) -> None:
+    assert len(service.processes("StageActor")) == 2
+    assert service.head.serve("shutdown", "-y").returncode == 0
+    eventually(lambda: not service.processes("StageActor"), 60, "no stage process is left")
+    headers = {"Authorization": f"Bearer {service.head.environment['RAY_AUTH_TOKEN']}"}
+
+    def groups() -> list[dict[str, Any]]:
+        answer = httpx.get(f"{service.head.dashboard}/api/v0/placement_groups", headers=headers, timeout=30).json()
+        found = answer["data"]["result"]["result"]
+        return [group for group in found if group["state"] != "REMOVED"]
+
+    eventually(lambda: groups() == [], 30, "no placement group is left")
+
+
+@pytest.mark.slow
+def test_serving_in_the_foreground_ends_with_ctrl_c(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    url = write_config(file)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deployments.local", "--config", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        eventually(lambda: ready(url), 150, "the service answers")
+        process.send_signal(signal.SIGINT)
+        words, _ = process.communicate(timeout=120)
+        assert "no process of the session is left" in words
+        assert process.returncode == 0
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=120)
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
