@@ -83,9 +83,13 @@ def test_there_are_twenty_prompts_of_1_to_1500_tokens() -> None:
     assert all(len(tokens) == golden.NEW_TOKENS for _, tokens in entries)
 
 
-@pytest.mark.parametrize("stages", [1, 5])
-def test_short_prompts_at_once(stages: int) -> None:
-    check(SHORT, stages=stages)
+def test_sixteen_short_prompts_at_once() -> None:
+    check(SHORT, stages=1)
+
+
+@pytest.mark.parametrize("stages", [3, 5])
+def test_more_stages(stages: int) -> None:
+    check([0, 2, 8, 13], stages=stages)
 
 
 @pytest.mark.slow
@@ -96,7 +100,7 @@ def test_all_prompts(stages: int) -> None:
 
 
 def test_prompts_in_chunks_of_seven_tokens() -> None:
-    check([2, 5, 9, 14], stages=2, max_num_batched_tokens=7)
+    check([1, 4, 9], stages=2, max_num_batched_tokens=7)
 
 
 @pytest.mark.slow
@@ -106,8 +110,8 @@ def test_all_prompts_in_chunks_of_seven_tokens() -> None:
 
 
 def test_preemption() -> None:
-    engine = check([2, 3, 4, 5, 6, 14], stages=2, num_blocks=24)
-    assert engine.scheduler.stats().preemptions > 0, "a cache of 24 blocks should have been too small"
+    engine = check([2, 3, 4, 5], stages=2, num_blocks=14)
+    assert engine.scheduler.stats().preemptions > 0, "a cache of 14 blocks should have been too small"
 
 
 def test_prefix_hit() -> None:
@@ -159,7 +163,7 @@ def test_logits_equal_those_of_transformers() -> None:
 
     path = resolve_path(golden.MODEL)
     llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    for i in (0, 2, 8, 13, 16):
+    for i in (0, 2, 15):
         prompt, _ = golden.load()[i]
         with torch.inference_mode():
             expected = llama(torch.tensor([prompt])).logits[0, -1]
@@ -168,21 +172,21 @@ def test_logits_equal_those_of_transformers() -> None:
 
 def test_seeded_sampling_is_the_same_however_it_is_computed() -> None:
     """Alone, in a batch, after preemption, and with another number of stages."""
-    prompts = {str(i): golden.load()[i][0] for i in (2, 3, 6, 8, 14)}
+    prompts = {str(i): golden.load()[i][0] for i in (2, 6, 9)}
 
     def sampled(names: list[str], **options: int) -> dict[str, list[int]]:
         engine, collector = start(**options)
         try:
             for name in names:
                 sampling = {"temperature": 0.9, "top_p": 0.95, "seed": int(name)}
-                engine.add(request(name, prompts[name], max_tokens=40, **sampling))
+                engine.add(request(name, prompts[name], max_tokens=24, **sampling))
             found = collector.wait(names)
         finally:
             engine.close()
-        assert (engine.scheduler.stats().preemptions > 0) == (options.get("num_blocks") == 18)
+        assert (engine.scheduler.stats().preemptions > 0) == (options.get("num_blocks") == 6)
         return found
 
     alone = {name: sampled([name], stages=1)[name] for name in prompts}
     assert sampled(list(prompts), stages=1) == alone
     assert sampled(list(prompts), stages=3) == alone
-    assert sampled(list(prompts), stages=2, num_blocks=18) == alone
+    assert sampled(list(prompts), stages=2, num_blocks=6) == alone

@@ -158,7 +158,7 @@ def test_bad_input_leaves_the_engine_as_it_was(service: Service) -> None:
         (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "word " * 9000}]}).encode(), 400),
         (b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}' % NAME.encode(), 400),
         (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x"}], "top_k": -7}).encode(), 400),
-        (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 10**9}).encode(), 400),
+        (json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x"}], "n": 10**9}).encode(), 400),
     ]  # fmt: skip
     for content, status in bodies:
         response = service.http.post("/v1/chat/completions", content=content)

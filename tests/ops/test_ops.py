@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from ops import load, logs, top
-from ops.dashboard import dashboard, dashboard_json, expressions, exported
+from ops.dashboard import dashboard, dashboard_json, exported, expressions
 from ops.metrics import METRICS, Recorder
 
 BY_NAME = {m.name: m for m in METRICS}
