@@ -85,19 +85,20 @@ class BlockManager:
 
     def mark_computed(self, seq: Sequence) -> None:
         """Make the blocks that `seq` has filled findable by their content."""
-        full = seq.num_computed_tokens // self.block_size if self.prefix_caching else 0
+        known = min(seq.num_computed_tokens, seq.num_tokens)  # the newest token may still be on its way
+        full = known // self.block_size if self.prefix_caching else 0
         for i in range(seq.num_full_blocks, full):
             before = self._blocks[seq.block_table[i - 1]].content if i else NO_CONTENT
             block = self._blocks[seq.block_table[i]]
             key = (before, self._tokens(seq.token_ids, i))
-            known = self._cached.setdefault(key, block)
+            twin = self._cached.setdefault(key, block)
             # A twin with the same tokens may be cached already: ours then takes its content id, so that what
             # follows in our sequence is found behind either of them.
-            if known is block:
+            if twin is block:
                 block.content, block.key = self._next_content, key
                 self._next_content += 1
             else:
-                block.content = known.content
+                block.content = twin.content
         seq.num_full_blocks = max(full, seq.num_full_blocks)
 
     def free(self, seq: Sequence) -> None:

@@ -7,7 +7,7 @@ does with the other.
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from model.batch import Batch, StageTiming, StepOutput
 
@@ -70,14 +70,17 @@ class LocalPipeline:
         return None
 
     def _run(self, batch: Batch) -> StepOutput:
-        result = None
+        from model.stage import to_output
+
+        result: Any = None
         for index, stage in enumerate(self._stages):
             started = time.monotonic()
-            result = stage.run(batch, result)  # type: ignore[arg-type]  # only the last stage gives a StepOutput
+            result = stage.run(batch, result)
             finished = time.monotonic()
             self._timings.append(StageTiming(batch.epoch, batch.step_id, index, started, finished, 0.0, 0.0))
-        assert isinstance(result, StepOutput)
-        return result
+        if self.depth > 1 and batch.samples:
+            self._stages[0].feed(batch, result.token_ids)
+        return to_output(batch, result)
 
     def wake(self) -> None:
         self._woken.set()

@@ -17,7 +17,7 @@ from cluster.config import EngineConfig
 from cluster.errors import StageDied
 from cluster.stage_actor import LoadReport, StageActor, StageSpec
 from cluster.transport import ControlServer, Ready, interface_address
-from model.batch import Batch, StageTiming, StepOutput
+from model.batch import Batch, SampledTokens, StageTiming, StepOutput
 from model.config import StageLayers
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,16 @@ class RayPipeline:
         if message is None:
             self._raise_if_dead()
         assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
+        if isinstance(message, StepOutput) and message.token_ids and self.depth > 1:
+            self._feed_first_stage(message)
         return message
+
+    def _feed_first_stage(self, output: StepOutput) -> None:
+        """At once, before the scheduler looks at it: a batch may be waiting there for these tokens."""
+        try:
+            self._control.send_tokens(SampledTokens(output.step_id, output.token_ids))
+        except zmq.ZMQError as error:
+            raise StageDied(f"the first stage is not reachable: {error}") from error
 
     def wake(self) -> None:
         with self._lock:

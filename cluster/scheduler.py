@@ -1,8 +1,9 @@
 """Which tokens the next batch computes. Pure bookkeeping: no clock, no thread, no Ray, no tensors.
 
-Micro-batches need no name here: a sequence whose next token is being sampled has nothing to compute, so successive
-calls of `schedule` form the cohorts that fill the pipeline by themselves. They stay balanced because one batch takes
-at most its share of the decoding sequences, and prompts are spread over batches by what waits.
+Micro-batches need no name here: a batch takes the sequences that were scheduled longest ago, at most its share of them,
+so successive calls of `schedule` form the cohorts that fill the pipeline by themselves. One cohort more than there are
+stages is in flight: its tokens are still being sampled when it is scheduled, and the first stage begins with it the
+moment they are. Prompts are spread over batches by what waits.
 """
 
 from collections import OrderedDict, deque
@@ -13,7 +14,7 @@ import numpy as np
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.sequence import Request, Sequence, TokenEvent
-from model.batch import Batch, Penalties, SampleRow, StepOutput, uniform
+from model.batch import SAMPLED, Batch, Penalties, SampleRow, StepOutput, uniform
 
 MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
 
@@ -56,6 +57,7 @@ class Scheduler:
         self._running: OrderedDict[str, Sequence] = OrderedDict()  # least recently scheduled first
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
+        self._slots = list(range(max_num_seqs))  # free ones
         self._next_step = 0
         self._arrivals = 0
         self._preemptions = self._prefix_queried = self._prefix_hits = 0
@@ -84,9 +86,9 @@ class Scheduler:
         Safe while in flight: stages work in order, so what the running step still writes to a freed block comes
         before anything its next owner writes there.
         """
-        seq = self._running.pop(request_id, None)
+        seq = self._running.get(request_id)
         if seq is not None:
-            self.blocks.free(seq)
+            self._release(seq)
         else:
             self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
 
@@ -110,6 +112,8 @@ class Scheduler:
     def check(self) -> None:
         """Assert that the books are right: see `BlockManager.check`."""
         self.blocks.check(list(self._running.values()))
+        taken = [seq.slot for seq in self._running.values()]
+        assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -122,12 +126,17 @@ class Scheduler:
         self._schedule_prefills(scheduled)
         if not scheduled:
             return None
+        scheduled.sort(key=lambda item: item[1] > 1)  # single tokens first, as Batch promises
         batch = self._build(scheduled)
         if num_decodes:
             self._cohorts.add(batch.step_id)
-        for seq, count in scheduled:
+        sampled = {row.row for row in batch.samples}
+        for row, (seq, count) in enumerate(scheduled):
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
+            if row in sampled:
+                seq.num_pending_tokens += 1
+                seq.sampled_by = batch.step_id
             self.blocks.mark_computed(seq)
             self._running.move_to_end(seq.request_id)
         self._in_flight[batch.step_id] = [seq for seq, _ in scheduled]
@@ -144,13 +153,13 @@ class Scheduler:
         events: list[TokenEvent] = []
         for row, token_id, logprobs in zip(batch.samples, output.token_ids, output.logprobs, strict=True):
             seq = sequences[row.row]
+            seq.num_pending_tokens -= 1
             if self._running.get(seq.request_id) is not seq:
                 continue
             first = seq.num_output_tokens == len(seq.request.output_ids)
             finish_reason = seq.append(token_id)
             if finish_reason is not None:
-                del self._running[seq.request_id]
-                self.blocks.free(seq)
+                self._release(seq)
             events.append(
                 TokenEvent(
                     seq.request_id,
@@ -168,7 +177,7 @@ class Scheduler:
         self._in_flight.clear()
         self._cohorts.clear()
         for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
-            seq.num_in_flight = 0
+            seq.num_in_flight = seq.num_pending_tokens = 0
             self._preempt(seq)
         self.blocks.forget()
         self.epoch += 1
@@ -178,14 +187,14 @@ class Scheduler:
 
     def _schedule_decodes(self, scheduled: list[tuple[Sequence, int]]) -> None:
         """Up to this batch's share of the decoding sequences, least recently scheduled first."""
-        if len(self._cohorts) >= self.depth:
-            return  # one more cohort would only make all of them smaller
+        if len(self._cohorts) > self.depth:
+            return
         decoding = [s for s in self._running.values() if s.is_decoding]
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
         for seq in decoding:
             if len(scheduled) == share:
                 break
-            if seq.num_uncomputed_tokens == 1 and seq.block_table and self._make_room(seq, scheduled):
+            if seq.may_decode and seq.block_table and self._make_room(seq, scheduled):
                 scheduled.append((seq, 1))
 
     def _schedule_prefills(self, scheduled: list[tuple[Sequence, int]]) -> None:
@@ -213,6 +222,7 @@ class Scheduler:
         if not self.blocks.can_allocate(prefix, seq.num_tokens):
             return False
         self.blocks.allocate(seq, prefix, seq.num_tokens)
+        seq.slot = self._slots.pop()
         seq.num_computed_tokens = len(prefix) * self.blocks.block_size
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
@@ -223,12 +233,13 @@ class Scheduler:
         return True
 
     def _make_room(self, seq: Sequence, scheduled: list[tuple[Sequence, int]]) -> bool:
-        """Grow `seq` to hold all its tokens, preempting the youngest idle sequence as long as it must.
+        """Grow `seq` to hold its next token, preempting the youngest idle sequence as long as it must.
 
         False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
         """
         chosen = {id(s) for s, _ in scheduled}
-        while not self.blocks.can_grow(seq, seq.num_tokens):
+        needed = seq.num_computed_tokens + 1
+        while not self.blocks.can_grow(seq, needed):
             idle = [s for s in self._running.values() if s.num_in_flight == 0 and id(s) not in chosen]
             victim = max(idle, key=lambda s: s.arrival) if idle else None
             if victim is None or (victim is seq and len(self._running) > len(idle)):
@@ -236,16 +247,26 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return False
-        self.blocks.grow(seq, seq.num_tokens)
+        self.blocks.grow(seq, needed)
         return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and requeue at the head: the tokens are kept, their KV is computed again."""
-        del self._running[seq.request_id]
-        self.blocks.free(seq)
+        assert seq.num_pending_tokens == 0
+        self._release(seq)
         seq.num_computed_tokens = 0
         self._waiting.appendleft(seq)
         self._preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        """Take back what a running sequence holds.
+
+        A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
+        """
+        del self._running[seq.request_id]
+        self.blocks.free(seq)
+        self._slots.append(seq.slot)
+        seq.slot = -1
 
     # -- the message ------------------------------------------------------------------------------------------------
 
@@ -254,9 +275,13 @@ class Scheduler:
         tables = np.zeros((len(scheduled), width), np.int32)
         token_ids: list[int] = []
         samples: list[SampleRow] = []
+        tokens_from = -1
         for row, (seq, count) in enumerate(scheduled):
             tables[row, : len(seq.block_table)] = seq.block_table
-            token_ids += seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]
+            known = seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]
+            token_ids += known or [SAMPLED]
+            if not known:
+                tokens_from = max(tokens_from, seq.sampled_by)
             if count == seq.num_uncomputed_tokens:
                 samples.append(_sample_row(row, seq))
         return Batch(
@@ -266,6 +291,8 @@ class Scheduler:
             query_lens=np.array([count for _, count in scheduled], np.int32),
             num_computed_tokens=np.array([seq.num_computed_tokens for seq, _ in scheduled], np.int32),
             block_tables=tables.reshape(-1),
+            slots=np.array([seq.slot for seq, _ in scheduled], np.int32),
+            tokens_from=tokens_from,
             samples=samples,
         )
 
@@ -279,7 +306,7 @@ def _sample_row(row: int, seq: Sequence) -> SampleRow:
     )
     return SampleRow(
         row=row,
-        uniform=uniform(p.seed, seq.num_tokens) if p.temperature > 0 else 0.0,
+        uniform=uniform(p.seed, seq.num_tokens + seq.num_pending_tokens) if p.temperature > 0 else 0.0,
         temperature=p.temperature,
         top_k=p.top_k,
         top_p=p.top_p,

@@ -36,9 +36,9 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
 class Sequence:
     """The engine's state of one request, counted rather than flagged.
 
-    waiting: no blocks. running: has blocks. in flight: `num_in_flight` batches hold it. decoding: one token is left to
-    compute. `num_computed_tokens` advances when a batch is scheduled: stages work strictly in order, so whatever is
-    scheduled later finds it computed.
+    waiting: no blocks. running: has blocks. in flight: `num_in_flight` batches hold it, `num_pending_tokens` of which
+    sample a token that is not known yet. decoding: one token is left to compute. `num_computed_tokens` advances when a
+    batch is scheduled: stages work strictly in order, so whatever is scheduled later finds it computed.
     """
 
     __slots__ = (
@@ -48,9 +48,12 @@ class Sequence:
         "num_computed_tokens",
         "num_full_blocks",
         "num_in_flight",
+        "num_pending_tokens",
         "num_prompt_tokens",
         "output_counts",
         "request",
+        "sampled_by",
+        "slot",
         "token_ids",
     )
 
@@ -61,6 +64,9 @@ class Sequence:
         self.num_prompt_tokens = len(request.token_ids)
         self.num_computed_tokens = 0
         self.num_in_flight = 0
+        self.num_pending_tokens = 0
+        self.sampled_by = -1  # the step that samples its newest token
+        self.slot = -1  # see Batch.slots; given with the blocks
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
@@ -80,8 +86,8 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens that no batch has been given yet; 0 while the next token is being sampled."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that no batch has been given yet, those that are still being sampled included."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -90,6 +96,19 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.num_uncomputed_tokens <= 1 and self.num_computed_tokens > 0
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether a batch may take its next token now.
+
+        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts must be
+        known.
+        """
+        if self.num_uncomputed_tokens != 1:
+            return False
+        if self.num_output_tokens + self.num_pending_tokens >= self.request.sampling.max_tokens:
+            return False
+        return self.num_pending_tokens <= (0 if self.request.sampling.needs_counts else 1)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""

@@ -5,7 +5,6 @@ something went wrong. A stage executes batches in order, checks epoch and step i
 """
 
 import os
-import time
 from dataclasses import dataclass
 
 import ray
@@ -13,8 +12,8 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
+from cluster.stage_loop import StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
-from model.batch import Batch, StageTiming, StepOutput
 from model.config import StageLayers
 from model.kv_cache import KVCache
 from model.llama import Decoder
@@ -100,8 +99,8 @@ class StageActor:
 
     def link(self, epoch: int, upstream: tuple[str, int] | None, num_blocks: int) -> None:
         """Allocate the cache and connect to the neighbours; returns when both ends of each link are up."""
-        pipeline = self._spec.config.pipeline
-        self._stage = Stage(self._decoder, num_blocks, self._spec.config.cache.block_size)
+        config, pipeline = self._spec.config, self._spec.config.pipeline
+        self._stage = Stage(self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs)
         if upstream is not None:
             store = join(upstream, pipeline.start_timeout_s)
             self._upstream = Link(store, DOWNSTREAM, self._host, epoch, pipeline.step_timeout_s)
@@ -111,38 +110,8 @@ class StageActor:
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""
         client = ControlClient(control, self._spec.index)
-        client.send(Ready(epoch, self._spec.index))
-        expected, idle_since = 0, time.monotonic()
         try:
-            while (batch := client.receive()) is not None:
-                if (batch.epoch, batch.step_id) != (epoch, expected):
-                    raise RuntimeError(f"got step {batch.step_id} of epoch {batch.epoch}, expected {expected}, {epoch}")
-                idle_since = self._step(client, batch, idle_since)
-                expected += 1
-            if self._downstream is not None:
-                self._downstream.flush()
+            client.send(Ready(epoch, self._spec.index))
+            StageLoop(self._spec.index, self._stage, client, epoch, self._upstream, self._downstream).run()
         finally:
             client.close()
-
-    def _step(self, client: ControlClient, batch: Batch, idle_since: float) -> float:
-        """Receive, compute, pass on, report; returns when this stage became idle again."""
-        hidden = self._receive(batch)
-        started = time.monotonic()
-        result = self._stage.run(batch, hidden)
-        finished = time.monotonic()
-        if isinstance(result, StepOutput):
-            client.send(result)
-        else:
-            assert self._downstream is not None
-            self._downstream.send(result)
-        sent = time.monotonic()
-        # Waiting for the stage before counts as waiting, not as transfer: that is what a pipeline bubble is.
-        wait, transfer = started - idle_since, sent - finished
-        client.send(StageTiming(batch.epoch, batch.step_id, self._spec.index, started, finished, wait, transfer))
-        return sent
-
-    def _receive(self, batch: Batch) -> torch.Tensor | None:
-        if self._upstream is None:
-            return None
-        shape = self._stage.hidden_shape(batch)
-        return self._upstream.receive(torch.empty(shape, dtype=self._decoder.dtype, device=self._device))

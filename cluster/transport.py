@@ -16,7 +16,7 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from model.batch import Batch, StageTiming, StepOutput, decode_array, encode_array
+from model.batch import Batch, SampledTokens, StageTiming, StepOutput, decode_array, encode_array
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -27,10 +27,11 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 FromStage = Ready | StepOutput | StageTiming
+ToStage = Batch | SampledTokens
 STOP = b""  # to a stage: leave the loop
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
-_batch_decoder = msgspec.msgpack.Decoder(Batch, dec_hook=decode_array)
+_order_decoder: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage, dec_hook=decode_array)
 _reply_decoder: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromStage)
 
 
@@ -42,6 +43,10 @@ class ControlAddress:
     server_key: bytes
     public_key: bytes
     secret_key: bytes
+
+
+class StopRequested(Exception):
+    """The engine wants this stage to leave its loop."""
 
 
 class ControlServer:
@@ -81,6 +86,10 @@ class ControlServer:
         for stage in range(len(self._keys)):
             self._router.send_multipart([_identity(stage), payload])
 
+    def send_tokens(self, tokens: SampledTokens) -> None:
+        """To the first stage. Raises `zmq.ZMQError` if it is not connected."""
+        self._router.send_multipart([_identity(0), _encoder.encode(tokens)])
+
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""
         ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
@@ -117,10 +126,15 @@ class ControlClient:
         self._dealer.curve_publickey, self._dealer.curve_secretkey = address.public_key, address.secret_key
         self._dealer.connect(address.endpoint)
 
-    def receive(self) -> Batch | None:
-        """Wait for the next batch; None means stop."""
-        payload = self._dealer.recv()
-        return None if payload == STOP else _batch_decoder.decode(payload)
+    def receive(self, wait: bool = True) -> ToStage | None:
+        """The next order; None if there is none yet and `wait` is False. Raises `StopRequested`."""
+        try:
+            payload = self._dealer.recv(0 if wait else zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        if payload == STOP:
+            raise StopRequested
+        return _order_decoder.decode(payload)
 
     def send(self, message: FromStage) -> None:
         self._dealer.send(_encoder.encode(message))

@@ -1,5 +1,6 @@
 """The `args` of the application in ray_config.yaml: the engine's configuration and how it is offered."""
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -98,3 +99,18 @@ def suggestion(path: str) -> str:
         model = getattr(model.model_fields.get(parent), "annotation", None) if model else None
     near = difflib.get_close_matches(name, list(model.model_fields) if model else [], n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def markdown_table() -> str:
+    """Every key with its default and meaning, as README.md shows it: `python -m deployments.config`."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for section, info in AppConfig.model_fields.items():
+        model: Any = info.annotation
+        for key, field in model.model_fields.items():
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{section}.{key}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -3,7 +3,10 @@
 Legend: T tokens in the batch, S sequences in the batch, W width of the block tables.
 
 A batch says everything a stage needs; stages keep no per-request state and decide nothing. There is no prefill/decode
-flag: a sequence that computes one token decodes, one that computes many prefills, and both may share a batch.
+flag: a sequence that computes one token decodes, one that computes many prefills, and both may share a batch, those
+that decode first.
+
+A batch may be scheduled before the tokens it continues are known: the first stage fills them in when they come.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
+SAMPLED = -1  # as a token id: the token sampled last for this sequence, which the scheduler does not know yet
 
 
 class Penalties(msgspec.Struct, frozen=True, array_like=True):
@@ -40,15 +44,17 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     penalties: Penalties | None = None
 
 
-class Batch(msgspec.Struct, frozen=True, array_like=True):
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """One step for the whole pipeline."""
 
     epoch: int
     step_id: int
-    token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all sequences one after another
+    token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all sequences one after another; see SAMPLED
     query_lens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens to compute now
     num_computed_tokens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens whose KV is in the cache already
     block_tables: np.ndarray[Any, np.dtype[np.int32]]  # [S * W] KV blocks of each sequence, padded with 0
+    slots: np.ndarray[Any, np.dtype[np.int32]]  # [S] where each sequence's newest sampled token is kept
+    tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
     samples: list[SampleRow]
 
     @property
@@ -74,6 +80,13 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="output"):
     step_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+
+
+class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
+    """To the first stage: what the last one sampled in a step, for the batches that go on from there."""
+
+    step_id: int
+    token_ids: list[int]
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):

@@ -2,28 +2,69 @@
 
 Legend: R rows (one per sequence that samples), V vocabulary.
 
-A row's token depends on that row alone: its logits, its parameters and its draw. Rows are grouped by what they need
-only where every group computes the row the same way whoever shares the batch.
+A row's token depends on that row alone: its logits, its parameters and its draw. Rows that draw are computed together,
+each along its own last dimension. Nothing here waits for the device: results stay there as a `Sampled`.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 from model.batch import Penalties, SampleRow, TokenLogprobs
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Raw logprobs of one row, still on the device."""
+
+    chosen: torch.Tensor  # []
+    values: torch.Tensor  # [k], best first
+    token_ids: torch.Tensor  # [k]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one step sampled: a token per row, and logprobs where they were asked for."""
+
+    token_ids: torch.Tensor  # [R] int64
+    logprobs: dict[int, RowLogprobs]  # by row
+
+    def to_host(self) -> "Sampled":
+        """The tokens on their way to the host, without waiting for them; logprobs stay where they are."""
+        if self.token_ids.device.type == "cpu":
+            return self
+        host = torch.empty(self.token_ids.shape, dtype=self.token_ids.dtype, pin_memory=True)
+        return Sampled(host.copy_(self.token_ids, non_blocking=True), self.logprobs)
+
+    def host_logprobs(self) -> list[TokenLogprobs | None]:
+        """Waits for the device."""
+        attached: list[TokenLogprobs | None] = [None] * len(self.token_ids)
+        for i, row in self.logprobs.items():
+            top = list(zip(row.token_ids.tolist(), row.values.tolist(), strict=True))
+            attached[i] = TokenLogprobs(float(row.chosen), top)
+        return attached
+
+
+def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
     """Draw one token per row from logits [R, V] float32 (changed in place). Logprobs are of the raw logits."""
-    logprobs = _raw_logprobs(logits, rows)
+    raw = {i: logits[i].log_softmax(-1) for i, row in enumerate(rows) if row.logprobs >= 0}
     for i, row in enumerate(rows):
         if row.penalties is not None:
             _penalise(logits[i], row.penalties)
         if row.logit_bias:
             _add_bias(logits[i], row.logit_bias)
-    tokens = logits.argmax(dim=-1).tolist()
-    for i, row in enumerate(rows):
-        if row.temperature > 0:
-            tokens[i] = _draw(logits[i], row)
-    return tokens, _attach(logprobs, tokens, rows)
+    tokens = logits.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
+    for filtered in (False, True):
+        chosen = [i for i in drawn if _is_filtered(rows[i]) == filtered]
+        if chosen:
+            draw = _draw_filtered if filtered else _draw_plain
+            tokens[chosen] = draw(logits[chosen], [rows[i] for i in chosen])
+    return Sampled(tokens, {i: _row_logprobs(values, tokens[i], rows[i].logprobs) for i, values in raw.items()})
+
+
+def _is_filtered(row: SampleRow) -> bool:
+    return row.top_k > 0 or row.top_p < 1.0 or row.min_p > 0.0
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
@@ -40,38 +81,40 @@ def _add_bias(logits: torch.Tensor, bias: dict[int, float]) -> None:
     logits[ids] += torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
 
 
-def _draw(logits: torch.Tensor, row: SampleRow) -> int:
-    """Inverse-CDF sampling of one row [V] with its uniform draw, after temperature, top-k, top-p and min-p."""
-    scaled = logits / max(row.temperature, 1e-5)
-    if row.top_k == 0 and row.top_p == 1.0 and row.min_p == 0.0:
-        return _invert(torch.softmax(scaled, -1), row.uniform)
-    if 0 < row.top_k < len(scaled):
-        values, ids = scaled.topk(row.top_k)
-    else:
-        values, ids = scaled.sort(descending=True)
-    probabilities = torch.softmax(values, -1)  # best first
+def _draw_plain(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Inverse-CDF sampling of [R, V] with each row's uniform draw -> [R]."""
+    weights = torch.softmax(logits / _column(logits, [max(r.temperature, 1e-5) for r in rows]), -1)
+    return _invert(weights, rows)
+
+
+def _draw_filtered(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """The same after top-k, top-p and min-p, which all look at the tokens best first."""
+    scaled = logits / _column(logits, [max(r.temperature, 1e-5) for r in rows])
+    values, ids = scaled.sort(descending=True, stable=True)
+    vocab = values.shape[-1]
+    rank = torch.arange(vocab, device=values.device)
+    k = _column(values, [r.top_k if 0 < r.top_k < vocab else vocab for r in rows])
+    probabilities = torch.softmax(values.masked_fill(rank >= k, -torch.inf), -1)
     before = probabilities.cumsum(-1) - probabilities  # mass of the better tokens
-    keep = (before < row.top_p) & (probabilities >= row.min_p * probabilities[0])
-    keep[0] = True  # top_p 0 still leaves the best token
-    return int(ids[_invert(probabilities * keep, row.uniform)])
+    top_p, min_p = (_column(values, [getattr(r, name) for r in rows]) for name in ("top_p", "min_p"))
+    keep = (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
+    keep[:, 0] = True  # top_p 0 still leaves the best token
+    return ids.gather(-1, _invert(probabilities * keep, rows).unsqueeze(-1)).squeeze(-1)
 
 
-def _invert(weights: torch.Tensor, uniform: float) -> int:
-    """First index whose cumulative weight exceeds `uniform` of the total."""
+def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
+    """One value per row, [R, 1]."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True).unsqueeze(-1)
+
+
+def _invert(weights: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """First index of each row [R, V] whose cumulative weight exceeds its draw's share of the total -> [R]."""
     cumulative = weights.double().cumsum(-1)
-    index = int(torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True))
-    return min(index, len(weights) - 1)
+    draws = _column(cumulative, [r.uniform for r in rows])
+    found = torch.searchsorted(cumulative, cumulative[:, -1:] * draws, right=True)
+    return found.clamp(max=weights.shape[-1] - 1).squeeze(-1)
 
 
-def _raw_logprobs(logits: torch.Tensor, rows: list[SampleRow]) -> dict[int, torch.Tensor]:
-    wanted = [i for i, row in enumerate(rows) if row.logprobs >= 0]
-    return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
-
-
-def _attach(logprobs: dict[int, torch.Tensor], tokens: list[int], rows: list[SampleRow]) -> list[TokenLogprobs | None]:
-    attached: list[TokenLogprobs | None] = [None] * len(rows)
-    for i, values in logprobs.items():
-        best = values.topk(rows[i].logprobs) if rows[i].logprobs else None
-        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else []
-        attached[i] = TokenLogprobs(float(values[tokens[i]]), top)
-    return attached
+def _row_logprobs(values: torch.Tensor, token: torch.Tensor, count: int) -> RowLogprobs:
+    best = values.topk(count)
+    return RowLogprobs(values[token], best.values, best.indices)

@@ -50,6 +50,7 @@ def make_stages(
             ),
             num_blocks,
             block_size,
+            num_slots=64,
         )
         for part in split_layers(config, stages)
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.config import markdown_table
+
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 # Who may import whom. Tests may import all.
@@ -76,3 +78,7 @@ def test_the_lock_names_no_host() -> None:
 def test_results_are_json() -> None:
     for file in (ROOT / "ops/results").glob("*.json"):
         json.loads(file.read_text())
+
+
+def test_the_configuration_table_in_the_readme_is_true() -> None:
+    assert markdown_table() in (ROOT / "README.md").read_text(), "python -m deployments.config prints the new one"

@@ -36,7 +36,7 @@ def decoders(stages: int) -> tuple[Decoder, ...]:
 def start(
     stages: int, num_blocks: int = 600, max_num_batched_tokens: int = 512, prefix_caching: bool = True
 ) -> tuple[Engine, Collector]:
-    pipeline = LocalPipeline([Stage(decoder, num_blocks, BLOCK) for decoder in decoders(stages)])
+    pipeline = LocalPipeline([Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages)])
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK, prefix_caching),
         depth=stages,
@@ -131,7 +131,7 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
     """[1, V]: the last position of one forward pass over the whole sequence with an empty cache."""
     (decoder,) = decoders(1)
     n = len(tokens)
-    stage = Stage(decoder, -(-n // BLOCK), BLOCK)
+    stage = Stage(decoder, -(-n // BLOCK), BLOCK, 1)
     ids, zero = np.array(tokens, np.int32), np.zeros(1, np.int32)
     tables = np.arange(-(-n // BLOCK), dtype=np.int32)
     seen: list[torch.Tensor] = []
@@ -144,7 +144,7 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
     decoder.logits = keep  # type: ignore[method-assign]
     try:
         row = SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)
-        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, [row]), None)
+        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, zero, -1, [row]), None)
     finally:
         del decoder.logits  # type: ignore[method-assign]
     return seen[0]

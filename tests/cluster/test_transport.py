@@ -13,8 +13,8 @@ import torch
 import zmq
 
 from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
-from cluster.transport import ControlAddress, ControlClient, ControlServer, Ready, interface_address
-from model.batch import Batch, Penalties, SampleRow, StageTiming, StepOutput, TokenLogprobs
+from cluster.transport import ControlAddress, ControlClient, ControlServer, Ready, StopRequested, interface_address
+from model.batch import SAMPLED, Batch, Penalties, SampledTokens, SampleRow, StageTiming, StepOutput, TokenLogprobs
 
 HOST = "127.0.0.1"
 
@@ -22,8 +22,8 @@ HOST = "127.0.0.1"
 def batch(step_id: int = 0) -> Batch:
     penalties = Penalties(1.1, 0.2, 0.3, {5: 2, 7: 0})
     row = SampleRow(1, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties)
-    arrays = (np.array(x, np.int32) for x in ([1, 2, 3, 2**31 - 1], [3, 1], [0, 17], [4, 0, 6, 7]))
-    return Batch(2, step_id, *arrays, [row])
+    arrays = (np.array(x, np.int32) for x in ([1, 2, 3, SAMPLED], [3, 1], [0, 17], [4, 0, 6, 7], [5, 9]))
+    return Batch(2, step_id, *arrays, step_id - 1, [row])
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
         server.send(batch())
         for client in clients:
             received = client.receive()
-            assert received is not None
+            assert isinstance(received, Batch)
             for field in Batch.__struct_fields__:
                 assert np.array_equal(getattr(received, field), getattr(batch(), field))
         for message in (
@@ -55,8 +55,13 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
         ):
             clients[1].send(message)
             assert server.receive(5.0) == message
+        server.send_tokens(SampledTokens(5, [1, 2]))
+        assert clients[0].receive() == SampledTokens(5, [1, 2])
+        assert clients[1].receive(wait=False) is None
         server.send(None)
-        assert [client.receive() for client in clients] == [None, None]
+        for client in clients:
+            with pytest.raises(StopRequested):
+                client.receive()
     finally:
         for client in clients:
             client.close()

@@ -55,7 +55,8 @@ def test_paged_attention_equals_dense(
         expected.append(dense(queries[-1], k, v))
     batch = Batch(
         0, 0, np.zeros(sum(n for _, n in sequences), np.int32), np.array([n for _, n in sequences], np.int32),
-        np.array([b for b, _ in sequences], np.int32), tables.reshape(-1), [SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)],
+        np.array([b for b, _ in sequences], np.int32), tables.reshape(-1),
+        np.arange(len(sequences), dtype=np.int32), -1, [SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)],
     )  # fmt: skip
     metadata = prepare(batch, BLOCK, torch.device("cpu"))
     out = paged_attention(torch.cat(queries), cache.k[0], cache.v[0], metadata)

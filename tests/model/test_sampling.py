@@ -5,11 +5,16 @@ import math
 import pytest
 import torch
 
-from model.batch import Penalties, SampleRow, uniform
-from model.sampling import sample
+from model.batch import Penalties, SampleRow, TokenLogprobs, uniform
+from model.sampling import sample as sample_on_device
 from model.sampling_params import SamplingParams
 
 V = 50
+
+
+def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
+    sampled = sample_on_device(logits, rows)
+    return sampled.token_ids.tolist(), sampled.host_logprobs()
 
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:

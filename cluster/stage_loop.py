@@ -1,0 +1,120 @@
+"""What a stage does from its start to its end: take orders, launch steps, pass on, report."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from cluster.link import Link
+from cluster.transport import ControlClient, StopRequested
+from model.batch import SAMPLED, Batch, SampledTokens, StageTiming
+from model.sampling import Sampled
+from model.stage import Stage, to_output
+from model.timing import Span, Stopwatch
+
+POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step the device may still be busy with."""
+
+    batch: Batch
+    sampled: Sampled | None  # on the last stage
+    span: Span
+    transfer: float  # seconds the host was blocked in sending
+
+
+class StageLoop:
+    """One stage at work. A step is launched as soon as its inputs are there, and reported once the device is done."""
+
+    def __init__(
+        self,
+        index: int,
+        stage: Stage,
+        client: ControlClient,
+        epoch: int,
+        upstream: Link | None,
+        downstream: Link | None,
+    ) -> None:
+        self._index, self._stage, self._client, self._epoch = index, stage, client, epoch
+        self._upstream, self._downstream = upstream, downstream
+        self._stopwatch = Stopwatch(stage.decoder.device)
+        self._inbox: deque[Batch] = deque()
+        self._outbox: deque[Launched] = deque()
+        self._expected = 0  # step id of the next batch
+        # The first stage of several is told what the last one sampled:
+        self._is_fed = stage.layers.is_first and not stage.layers.is_last
+        self._awaiting_tokens: deque[Batch] = deque()  # batches that sample, oldest first
+        self._tokens_until = -1  # tokens of all steps up to this one are in
+
+    def run(self) -> None:
+        """Until told to stop. Raises `RuntimeError` if a neighbour or the engine breaks the order."""
+        try:
+            while True:
+                self._take_orders()
+                if self._may_launch():
+                    self._outbox.append(self._launch(self._inbox.popleft()))
+                while self._outbox and self._outbox[0].span.is_over():
+                    self._report(self._outbox.popleft())
+        except StopRequested:
+            if self._downstream is not None:
+                self._downstream.flush()
+
+    def _take_orders(self) -> None:
+        """All that have arrived; waits for one if there is nothing else to do."""
+        wait = not self._may_launch() and not self._outbox
+        while (order := self._client.receive(wait)) is not None:
+            wait = False
+            if isinstance(order, SampledTokens):
+                self._feed(order)
+                continue
+            if (order.epoch, order.step_id) != (self._epoch, self._expected):
+                expected = f"{self._expected} of epoch {self._epoch}"
+                raise RuntimeError(f"got step {order.step_id} of epoch {order.epoch}, expected {expected}")
+            self._expected += 1
+            self._inbox.append(order)
+            if self._is_fed and order.samples:
+                self._awaiting_tokens.append(order)
+        if self._outbox and not self._may_launch():
+            time.sleep(POLL_S)
+
+    def _may_launch(self) -> bool:
+        return bool(self._inbox) and (not self._is_fed or self._inbox[0].tokens_from <= self._tokens_until)
+
+    def _feed(self, tokens: SampledTokens) -> None:
+        batch = self._awaiting_tokens.popleft()
+        if batch.step_id != tokens.step_id or len(batch.samples) != len(tokens.token_ids):
+            raise RuntimeError(f"got the tokens of step {tokens.step_id}, expected those of step {batch.step_id}")
+        assert SAMPLED not in tokens.token_ids
+        self._stage.feed(batch, torch.tensor(tokens.token_ids, device=self._stage.decoder.device))
+        self._tokens_until = tokens.step_id
+
+    def _launch(self, batch: Batch) -> Launched:
+        hidden = self._receive(batch)
+        self._stopwatch.start()
+        result = self._stage.run(batch, hidden)
+        if isinstance(result, Sampled):
+            return Launched(batch, result.to_host(), self._stopwatch.stop(), 0.0)
+        span = self._stopwatch.stop()
+        assert self._downstream is not None
+        before = time.monotonic()
+        self._downstream.send(result)
+        return Launched(batch, None, span, time.monotonic() - before)
+
+    def _receive(self, batch: Batch) -> torch.Tensor | None:
+        if self._upstream is None:
+            return None
+        decoder = self._stage.decoder
+        return self._upstream.receive(torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype))
+
+    def _report(self, step: Launched) -> None:
+        batch, span = step.batch, step.span
+        if step.sampled is not None:
+            self._client.send(to_output(batch, step.sampled))
+        # Waiting for the stage before counts as waiting, not as transfer: that is what a pipeline bubble is.
+        wait = max(0.0, span.wait() - step.transfer)
+        self._client.send(
+            StageTiming(batch.epoch, batch.step_id, self._index, span.started(), span.finished(), wait, step.transfer)
+        )
