@@ -21,6 +21,9 @@ class ModelArgs(Strict):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="bfloat16", description="type of the weights; on cpu, float16 weights are multiplied in float32"
     )
+    quantization: Literal["none", "fp8"] = Field(
+        default="none", description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load"
+    )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="auto: read the weights at path; dummy: random weights of the shape found there"
     )

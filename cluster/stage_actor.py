@@ -4,6 +4,7 @@ The engine calls `load`, `listen`, `link` once and then `run`, whose end (or the
 something went wrong. A stage executes batches in order, checks epoch and step id, and decides nothing.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -17,9 +18,12 @@ from cluster.transport import ControlAddress, ControlClient, Ready, interface_ad
 from model.config import StageLayers
 from model.kv_cache import KVCache
 from model.llama import Decoder
+from model.memory import kv_budget
 from model.stage import Stage
 from model.weights import Checkpoint, open_checkpoint, read_config, resolve_path
 from model.weights.dummy import DummyCheckpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,9 @@ class StageActor:
         spec, config = self._spec, self._spec.config
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
-        checkpoint: Checkpoint = DummyCheckpoint(read_config(path)) if dummy else open_checkpoint(path)
+        checkpoint: Checkpoint = (
+            DummyCheckpoint(read_config(path), device=self._device) if dummy else open_checkpoint(path)
+        )
         names = spec.layers.tensor_names(checkpoint.config)
 
         def count() -> None:
@@ -77,7 +83,12 @@ class StageActor:
 
         dtype = getattr(torch, config.model.dtype)
         tensors = checkpoint.tensors(names)
-        self._decoder = Decoder(checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count)
+        fp8 = config.model.quantization == "fp8"
+        if fp8 and self._device.type != "cuda":
+            raise ValueError("model.quantization: fp8 needs pipeline.device: cuda")
+        self._decoder = Decoder(
+            checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count, fp8
+        )
         self._loaded = 1.0
         return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
 
@@ -89,8 +100,11 @@ class StageActor:
             return int(cache.memory_gb * 1e9) // per_block
         if self._device.type == "cpu":
             raise ValueError("cache.memory_gb must be set on cpu: how much memory each stage may use for its KV cache")
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(free - (1 - cache.memory_fraction) * total) // per_block
+        scheduler = self._spec.config.scheduler
+        budget = kv_budget(
+            decoder, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache.block_size
+        )
+        return budget // per_block - 1  # one block is for padding
 
     def listen(self) -> tuple[str, int]:
         """Open the meeting point for the link to the next stage."""
@@ -101,6 +115,8 @@ class StageActor:
         """Allocate the cache and connect to the neighbours; returns when both ends of each link are up."""
         config, pipeline = self._spec.config, self._spec.config.pipeline
         self._stage = Stage(self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs)
+        if self._device.type == "cuda":
+            self._stage.capture(lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total))
         if upstream is not None:
             store = join(upstream, pipeline.start_timeout_s)
             self._upstream = Link(store, DOWNSTREAM, self._host, epoch, pipeline.step_timeout_s)

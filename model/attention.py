@@ -1,131 +1,97 @@
-"""Attention over the paged KV cache.
+"""Attention over the paged KV cache: what every layer of a step needs to know, and which kernel computes which tokens.
 
-Legend: T tokens, S sequences, H query heads, K KV heads, G = H / K, D head dim, B block size, W blocks per table,
-L = W * B context slots.
+Legend: T tokens, S sequences, Sd decoding sequences, H query heads, D head dim, B block size, W blocks per table.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from model.batch import Batch
+from model.kernels import Kernels, PrefillMetadata
 
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """A sequence that computes several tokens: batch tokens [start, stop), attending to `context` slots in order."""
-
-    start: int
-    stop: int
-    slots: torch.Tensor  # [context] where its keys are, this chunk's included
-    mask: torch.Tensor | None  # [stop - start, context], True where allowed; None: plain causal from the first token
+Integers = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """What every layer of a step needs to know, prepared once per step."""
+    """Prepared once per step. All tensors are int64 on the stage's device unless said otherwise."""
 
     positions: torch.Tensor  # [T]
     slot_mapping: torch.Tensor  # [T] where each token's key and value go
     sample_tokens: torch.Tensor  # [number of SampleRows] index of the token whose logits are sampled
-    decode_tokens: torch.Tensor  # [Sd] index of the only token of each decoding sequence
-    decode_slots: torch.Tensor  # [Sd * L] their context, padded with slot 0
-    decode_mask: torch.Tensor  # [Sd, 1, 1, L] True where there is context
-    prefills: list[Prefill]
+    block_tables: torch.Tensor  # [Sd, W] of the sequences that compute one token; they come first
+    context_lens: torch.Tensor  # [Sd] with that token
+    prefill: PrefillMetadata | None  # the other sequences
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.context_lens)
 
 
 def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
-    """Turn a batch into index tensors on `device`. All arithmetic on the host, in numpy."""
-    starts = np.concatenate(([0], np.cumsum(batch.query_lens)))  # [S + 1]
-    context_lens = batch.num_computed_tokens + batch.query_lens  # [S]
+    """Turn a batch into index tensors on `device`: all arithmetic in numpy on the host, then one copy."""
+    starts = np.concatenate(([0], np.cumsum(batch.query_lens, dtype=np.int64)))  # [S + 1]
+    context_lens = batch.num_computed_tokens.astype(np.int64) + batch.query_lens  # [S]
     tables = batch.block_tables.reshape(batch.num_seqs, -1)  # [S, W]
     seq_of_token = np.repeat(np.arange(batch.num_seqs), batch.query_lens)  # [T]
     positions = np.arange(batch.num_tokens) - starts[seq_of_token] + batch.num_computed_tokens[seq_of_token]
     slots = tables[seq_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
-
-    decoding = np.flatnonzero(batch.query_lens == 1)
-    longest = int(context_lens[decoding].max(initial=0))
-    width = -(-longest // block_size)
-    decode_slots = _slots(tables[decoding, :width], block_size)[:, :longest]  # [Sd, L]
-    decode_mask = np.arange(longest) < context_lens[decoding, None]
-    prefills = [
-        _prefill(starts[i], starts[i + 1], int(context_lens[i]), tables[i], block_size, device)
-        for i in np.flatnonzero(batch.query_lens > 1)
-    ]
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
+    decodes = int(np.count_nonzero(batch.query_lens == 1))
+    assert (batch.query_lens[:decodes] == 1).all(), "sequences that compute one token come first"
+    width = -(-int(context_lens[:decodes].max(initial=1)) // block_size)
+    contexts = context_lens[decodes:]
+    prefill_slots = [_slots(tables[decodes + i], int(n), block_size) for i, n in enumerate(contexts)]
+    on_device = to_device(
+        [
+            positions,
+            slots,
+            starts[[s.row + 1 for s in batch.samples]] - 1,
+            tables[:decodes, :width].reshape(-1),
+            context_lens[:decodes],
+            np.concatenate(prefill_slots) if prefill_slots else np.empty(0, np.int64),
+            starts[decodes:] - starts[decodes],
+            np.concatenate(([0], np.cumsum(contexts))),
+        ],
+        device,
+    )
+    prefill = None
+    if prefill_slots:
+        lens = batch.query_lens[decodes:].tolist(), contexts.tolist()
+        prefill = PrefillMetadata(*lens, on_device[6].int(), on_device[7].int(), on_device[5])
+    positions_, slot_mapping, sample_tokens, block_tables, context_lens_ = on_device[:5]
     return AttentionMetadata(
-        positions=tensor(positions),
-        slot_mapping=tensor(slots),
-        sample_tokens=tensor(starts[[s.row + 1 for s in batch.samples]] - 1),
-        decode_tokens=tensor(starts[decoding]),
-        decode_slots=tensor(decode_slots.reshape(-1)),
-        decode_mask=tensor(decode_mask[:, None, None, :]),
-        prefills=prefills,
+        positions_, slot_mapping, sample_tokens, block_tables.view(decodes, width), context_lens_, prefill
     )
 
 
-def _slots(tables: np.ndarray, block_size: int) -> np.ndarray:
-    """Cache slots of each table, in token order: [..., W] -> [..., W * B]."""
-    slots = tables[..., None].astype(np.int64) * block_size + np.arange(block_size)
-    return slots.reshape(*tables.shape[:-1], tables.shape[-1] * block_size)
+def to_device(arrays: list[Integers], device: torch.device) -> list[torch.Tensor]:
+    """int64 tensors on `device`; to a GPU in one copy from pinned memory that nobody waits for."""
+    sizes = [array.size for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=host.numpy(), casting="same_kind")
+    return list(torch.split(host.to(device, non_blocking=True), sizes))
 
 
-def _prefill(
-    start: int,
-    stop: int,
-    context: int,
-    table: np.ndarray,
-    block_size: int,
-    device: torch.device,
-) -> Prefill:
-    slots = torch.from_numpy(_slots(table[: -(-context // block_size)], block_size)[:context]).to(device)
-    length = int(stop - start)
-    if context == length:
-        return Prefill(int(start), int(stop), slots, None)
-    # The chunk's first token stands at position context - length and sees everything up to itself.
-    mask = torch.ones(length, context, dtype=torch.bool, device=device).tril(context - length)
-    return Prefill(int(start), int(stop), slots, mask)
+def _slots(table: Integers, length: int, block_size: int) -> Integers:
+    """Cache slots of the first `length` tokens of a sequence, in order."""
+    blocks = table[: -(-length // block_size)].astype(np.int64)
+    return (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, kernels: Kernels
 ) -> torch.Tensor:
     """softmax(q k / sqrt(D)) v of every token over its own sequence, causally, with grouped queries.
 
     q: [T, H, D]; k_cache, v_cache: [N, B, K, D], holding this step's keys already. Returns [T, H, D].
     """
-    out = torch.empty_like(q)
-    k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [N * B, K, D]
-    if len(metadata.decode_tokens):
-        out.index_copy_(0, metadata.decode_tokens, _decode(q[metadata.decode_tokens], k_flat, v_flat, metadata))
-    for prefill in metadata.prefills:
-        k = k_flat.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)  # [1, K, context, D]
-        v = v_flat.index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
-        out[prefill.start : prefill.stop] = (
-            scaled_dot_product_attention(
-                q[prefill.start : prefill.stop].transpose(0, 1).unsqueeze(0),
-                k,
-                v,
-                attn_mask=prefill.mask,
-                is_causal=prefill.mask is None,
-                enable_gqa=True,
-            )
-            .squeeze(0)
-            .transpose(0, 1)
-        )
-    return out
-
-
-def _decode(q: torch.Tensor, k_flat: torch.Tensor, v_flat: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-    """One query token per sequence, [Sd, H, D]: the G queries of a group share their keys like G tokens would."""
-    n, h, d = q.shape
-    kv_heads = k_flat.shape[1]
-    k = k_flat.index_select(0, metadata.decode_slots).view(n, -1, kv_heads, d).transpose(1, 2)  # [Sd, K, L, D]
-    v = v_flat.index_select(0, metadata.decode_slots).view(n, -1, kv_heads, d).transpose(1, 2)
-    grouped = q.view(n, kv_heads, h // kv_heads, d)  # [Sd, K, G, D]
-    return scaled_dot_product_attention(grouped, k, v, attn_mask=metadata.decode_mask).reshape(n, h, d)
+    n = metadata.num_decodes
+    parts = []
+    if n:
+        parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, metadata.block_tables, metadata.context_lens))
+    if metadata.prefill is not None:
+        parts.append(kernels.prefill_attention(q[n:], k_cache, v_cache, metadata.prefill))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

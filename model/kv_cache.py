@@ -20,16 +20,13 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (n_layers, num_blocks, block_size, config.n_kv_heads, config.head_dim)
+        # One block more than anybody owns: rows that pad a captured batch write there.
+        shape = (n_layers, num_blocks + 1, block_size, config.n_kv_heads, config.head_dim)
         self.block_size = block_size
+        self.num_blocks = num_blocks
         # Zeros, not garbage: a masked position still multiplies its value by 0, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
         self.v = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
-
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Store k and v, [T, K, D], at slots [T] (block * B + offset) of this stage's layer number `layer`."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slot_mapping, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slot_mapping, v)
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, n_layers: int, block_size: int, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""The linear layer in its forms, and the rotary embedding.
+"""The linear layer in its forms, and the table of the rotary embedding.
 
 Legend: T tokens, D head dim.
 """
@@ -28,6 +28,25 @@ class DenseLinear:
         return linear(x, self.weight)
 
 
+class Float8Linear:
+    """Weights in float8 (e4m3), one scale per output row; inputs are quantised on the way, one scale per token."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        from model.kernels.fused import quantize_rows
+
+        self.num_parameters = weight.numel()
+        quantized, scales = quantize_rows(weight.contiguous())
+        self._weight, self._scales = quantized.t(), scales.t()  # [in, out] column-major, [1, out]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from model.kernels.fused import quantize_rows
+
+        quantized, scales = quantize_rows(x)
+        return torch._scaled_mm(
+            quantized, self._weight, scales, self._scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+
 class PackedFloat16Linear:
     """Weights in float16, packed for FBGEMM; activations and sums stay float32.
 
@@ -44,8 +63,10 @@ class PackedFloat16Linear:
         return y
 
 
-def make_linear(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> Linear:
+def make_linear(weight: torch.Tensor, dtype: torch.dtype, device: torch.device, fp8: bool = False) -> Linear:
     """The fastest form for this dtype and device that computes the same as `DenseLinear`, up to rounding."""
+    if fp8:
+        return Float8Linear(weight.to(device, dtype))
     if device.type == "cpu" and dtype == torch.float16 and "fbgemm" in torch.backends.quantized.supported_engines:
         return PackedFloat16Linear(weight)
     return DenseLinear(weight.to(device, compute_dtype(dtype, device)))
@@ -57,13 +78,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """e^(i * position * theta^(-2j / D)), [length, D / 2] complex64 (RoFormer, arXiv 2104.09864, eq. 15)."""
+    """Cosine and sine of position * theta^(-2j / D), [length, D / 2, 2] float32 (arXiv 2104.09864, eq. 15)."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def apply_rotary(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[2j], x[2j + 1]) of x [T, heads, D] by rotation [T, D / 2] (Meta's interleaved layout)."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)
+    return torch.stack((angles.cos(), angles.sin()), -1)

@@ -7,12 +7,13 @@ Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding
 
 from model.attention import AttentionMetadata, paged_attention
 from model.config import LAYER_TENSORS, ModelConfig, StageLayers
+from model.kernels import Kernels, kernels_for
 from model.kv_cache import KVCache
-from model.layers import Linear, apply_rotary, compute_dtype, make_linear, rotary_table
+from model.layers import Linear, compute_dtype, make_linear, rotary_table
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -21,7 +22,7 @@ class Layer:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the residual."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, fp8: bool
     ) -> None:
         self.config = config
         _check_shapes(config, weights)
@@ -30,10 +31,10 @@ class Layer:
         self.ffn_norm = weights["ffn_norm"].to(device, compute)
         # Products that read the same input are one product: fewer, larger reads of the weights.
         qkv = torch.cat([weights.pop(f"attention.w{x}") for x in "qkv"])
-        self.wqkv = make_linear(qkv, dtype, device)
-        self.wo = make_linear(weights.pop("attention.wo"), dtype, device)
-        self.w13 = make_linear(torch.cat([weights.pop(f"feed_forward.w{x}") for x in "13"]), dtype, device)
-        self.w2 = make_linear(weights.pop("feed_forward.w2"), dtype, device)
+        self.wqkv = make_linear(qkv, dtype, device, fp8)
+        self.wo = make_linear(weights.pop("attention.wo"), dtype, device, fp8)
+        self.w13 = make_linear(torch.cat([weights.pop(f"feed_forward.w{x}") for x in "13"]), dtype, device, fp8)
+        self.w2 = make_linear(weights.pop("feed_forward.w2"), dtype, device, fp8)
 
     @property
     def num_parameters(self) -> int:
@@ -41,18 +42,28 @@ class Layer:
         return sum(x.num_parameters for x in linears) + self.attention_norm.numel() + self.ffn_norm.numel()
 
     def __call__(
-        self, x: torch.Tensor, rotation: torch.Tensor, kv: KVCache, index: int, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """x [T, C] -> [T, C]; keys and values go to layer `index` of `kv`."""
-        config = self.config
-        h, k, d = config.n_heads, config.n_kv_heads, config.head_dim
-        qkv = self.wqkv(rms_norm(x, (config.dim,), self.attention_norm, config.norm_eps)).view(-1, h + 2 * k, d)
-        qk = apply_rotary(qkv[:, : h + k], rotation)
-        kv.write(index, qk[:, h:], qkv[:, h + k :], metadata.slot_mapping)
-        attended = paged_attention(qk[:, :h], kv.k[index], kv.v[index], metadata)  # [T, H, D]
-        x = x + self.wo(attended.flatten(1))
-        gate, up = self.w13(rms_norm(x, (config.dim,), self.ffn_norm, config.norm_eps)).chunk(2, dim=-1)  # [T, F] each
-        return x + self.w2(silu(gate) * up)
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        kernels: Kernels,
+        rotary: torch.Tensor,
+        kv: KVCache,
+        index: int,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, C] and the residual it is to be added to -> the same of this layer.
+
+        Keys and values go to layer `index` of `kv`.
+        """
+        c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
+        normed, residual = kernels.add_rms_norm(x, residual, self.attention_norm, c.norm_eps)
+        qkv = self.wqkv(normed)
+        q = kernels.rotate_and_write(
+            qkv, c.n_heads, rotary, metadata.positions, k_cache, v_cache, metadata.slot_mapping
+        )
+        attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
+        normed, residual = kernels.add_rms_norm(self.wo(attended.flatten(1)), residual, self.ffn_norm, c.norm_eps)
+        return self.w2(kernels.silu_and_mul(self.w13(normed))), residual
 
 
 class Decoder:
@@ -67,8 +78,10 @@ class Decoder:
         device: torch.device,
         max_model_len: int,
         on_tensor: Callable[[], None] = lambda: None,
+        fp8: bool = False,
     ) -> None:
         self.config, self.stage, self.dtype, self.device = config, stage, compute_dtype(dtype, device), device
+        self.kernels = kernels_for(device)
         self.rotary = rotary_table(max_model_len, config.head_dim, config.rope_theta, device)
         self.layers: list[Layer] = []
         parts: dict[str, torch.Tensor] = {}
@@ -80,7 +93,7 @@ class Decoder:
                 continue
             parts[name.split(".", 2)[2].removesuffix(".weight")] = tensor
             if len(parts) == len(LAYER_TENSORS):
-                self.layers.append(Layer(config, parts, dtype, device))
+                self.layers.append(Layer(config, parts, dtype, device, fp8))
                 parts = {}
         assert not parts, "a layer is incomplete"
         assert len(self.layers) == stage.stop - stage.start
@@ -110,14 +123,16 @@ class Decoder:
 
     def forward(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
         """x [T, C] through this stage's layers -> [T, C]."""
-        rotation = self.rotary[metadata.positions]
+        residual = None
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, kv, index, metadata)
-        return x
+            x, residual = layer(x, residual, self.kernels, self.rotary, kv, index, metadata)
+        assert residual is not None
+        return residual + x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, C] -> [rows, V] float32; last stage only."""
-        return self.output(rms_norm(x, (self.config.dim,), self.norm, self.config.norm_eps)).float()
+        normed, _ = self.kernels.add_rms_norm(x, None, self.norm, self.config.norm_eps)
+        return self.output(normed).float()
 
 
 def _check_shapes(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:

@@ -1,10 +1,13 @@
 """One stage: its share of the decoder and its KV cache on one device."""
 
+from collections.abc import Callable
+
 import torch
 
-from model.attention import prepare
+from model.attention import AttentionMetadata, prepare
 from model.batch import SAMPLED, Batch, Int32Array, StepOutput
 from model.config import StageLayers
+from model.graphs import DecodeGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampling import Sampled, sample
@@ -20,6 +23,7 @@ class Stage:
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, decoder.dtype, decoder.device)
+        self._graphs: DecodeGraphs | None = None
         self._newest = torch.zeros(num_slots, dtype=torch.int64, device=decoder.device)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
@@ -31,25 +35,43 @@ class Stage:
         self._newest[_on(self.decoder.device, sample_slots(batch))] = token_ids
 
     @torch.inference_mode()
+    def capture(self, on_capture: Callable[[int, int], None]) -> None:
+        """Capture decode steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
+        block_size, longest = self.kv.block_size, len(self.decoder.rotary)
+        self._graphs = DecodeGraphs(self.decoder, self.kv, len(self._newest), -(-longest // block_size), on_capture)
+
+    @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:
         """Compute one step. `hidden` [T, C] comes from the stage before (None on the first).
 
         Returns the hidden state for the next stage, or on the last stage the sampled tokens.
         """
-        decoder = self.decoder
-        metadata = prepare(batch, self.kv.block_size, decoder.device)
-        if self.layers.is_first:
-            hidden = decoder.embed(self._inputs(batch))
-        assert hidden is not None, "only the first stage makes its own input"
-        hidden = decoder.forward(hidden, self.kv, metadata)
+        metadata = prepare(batch, self.kv.block_size, self.decoder.device)
+        token_ids = self._inputs(batch) if self.layers.is_first else None
+        if self._graphs is not None and metadata.prefill is None:
+            out = self._graphs.run(token_ids, hidden, metadata)
+            # A copy either way: the next step overwrites what the graph returns.
+            out = out[metadata.sample_tokens] if self.layers.is_last else out.clone()
+        else:
+            out = self._eager(token_ids, hidden, metadata)
         if not self.layers.is_last:
-            return hidden
+            return out
         if not batch.samples:
-            return Sampled(torch.empty(0, dtype=torch.int64, device=decoder.device), {})
-        sampled = sample(decoder.logits(hidden[metadata.sample_tokens]), batch.samples)
+            return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {})
+        sampled = sample(out, batch.samples)
         if self.layers.is_first:
             self.feed(batch, sampled.token_ids)
         return sampled
+
+    def _eager(
+        self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """Hidden state [T, C]; on the last stage logits [number of samples, V]."""
+        decoder = self.decoder
+        x = decoder.embed(token_ids) if token_ids is not None else hidden
+        assert x is not None, "only the first stage makes its own input"
+        x = decoder.forward(x, self.kv, metadata)
+        return decoder.logits(x[metadata.sample_tokens]) if self.layers.is_last else x
 
     def _inputs(self, batch: Batch) -> torch.Tensor:
         """Token ids [T], with what was sampled on the way filled in."""

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model.layers import DenseLinear, PackedFloat16Linear, apply_rotary, make_linear, rotary_table
+from model.kernels.reference import rotate
+from model.layers import DenseLinear, PackedFloat16Linear, make_linear, rotary_table
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def test_rotary_turns_each_pair_by_its_angle() -> None:
     torch.manual_seed(0)
     table = rotary_table(20, 8, 10000.0, CPU)
     x = torch.randn(1, 2, 8)
-    turned = apply_rotary(x, table[13:14])
+    turned = rotate(x, table[13:14])
     for j in range(4):
         angle = 13 * 10000.0 ** (-2 * j / 8)
         a, b = x[0, 1, 2 * j].item(), x[0, 1, 2 * j + 1].item()

@@ -1,0 +1,244 @@
+"""The kernels in Triton, for CUDA. Each computes in float32 and rounds where the reference rounds.
+
+Legend: T tokens, C model dim, F feed-forward dim, S sequences, H query heads, K KV heads, G = H / K, D head dim.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention.varlen import varlen_attn
+
+from model.kernels import PrefillMetadata
+from model.kernels.reference import ReferenceKernels
+
+PROGRAMS = 1056  # enough to keep every multiprocessor of an H100 or H200 (132) busy with memory reads
+MAX_SPLITS = 32
+TILE = 64  # context tokens that one turn of the decode kernel reads
+HEADS_PER_PROGRAM = 8
+
+
+class FusedKernels:
+    """See `Kernels`."""
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        total = x if residual is None else residual
+        block = triton.next_power_of_2(width)
+        warps = min(16, max(4, block // 512))
+        _add_rms_norm[(rows,)](x, total, weight, out, eps, width, residual is not None, block, num_warps=warps)
+        return out, total
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        n_heads: int,
+        rotary: torch.Tensor,
+        positions: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens = len(qkv)
+        kv_heads, d = k_cache.shape[2:]
+        q = torch.empty(tokens, n_heads, d, dtype=qkv.dtype, device=qkv.device)
+        grid = (tokens, triton.cdiv(n_heads + 2 * kv_heads, HEADS_PER_PROGRAM))
+        _rotate_and_write[grid](
+            qkv, q, k_cache, v_cache, rotary, positions, slot_mapping,
+            n_heads, kv_heads, d, HEADS_PER_PROGRAM, triton.next_power_of_2(d // 2), num_warps=4,
+        )  # fmt: skip
+        return q
+
+    def decode_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        n, h, d = q.shape
+        block_size, kv_heads = k_cache.shape[1:3]
+        # Fixed by the shapes alone, so that a captured graph holds for any lengths.
+        splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, n * kv_heads)))
+        out = torch.empty_like(q)
+        partial = torch.empty(n, h, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
+        lse = torch.empty(n, h, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
+        groups, width = h // kv_heads, triton.next_power_of_2(d)
+        _decode_split[(n, kv_heads, splits)](
+            q, k_cache, v_cache, block_tables, context_lens, out, partial, lse,
+            d**-0.5 * 1.4426950408889634, block_tables.stride(0),
+            h, kv_heads, groups, max(16, triton.next_power_of_2(groups)), d, width, block_size, TILE, splits,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        if splits > 1:
+            _combine_splits[(n, h)](partial, lse, out, h, d, width, splits, num_warps=2)
+        return out
+
+    def prefill_attention(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefill: PrefillMetadata
+    ) -> torch.Tensor:
+        if q.dtype == torch.float32:  # flash attention takes 16 bits only
+            return ReferenceKernels().prefill_attention(q, k_cache, v_cache, prefill)
+        k = k_cache.flatten(0, 1).index_select(0, prefill.slots)
+        v = v_cache.flatten(0, 1).index_select(0, prefill.slots)
+        out = varlen_attn(
+            q, k, v, prefill.query_starts, prefill.context_starts, max(prefill.query_lens), max(prefill.context_lens),
+            window_size=(-1, 0),
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+        _silu_and_mul[(rows, triton.cdiv(width, 1024))](gate_up, out, width, 1024, num_warps=4)
+        return out
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, C] -> (float8 e4m3 [T, C], scales [T, 1] float32) with x ~ float8 * scale, each row to its own largest."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _quantize_rows[(rows,)](x, out, scales, width, block, num_warps=min(16, max(4, block // 1024)))
+    return out, scales
+
+
+@triton.jit
+def _add_rms_norm(x, total, weight, out, eps, width, has_residual: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, block)
+    inside = i < width
+    value = tl.load(x + row * width + i, mask=inside, other=0.0)
+    if has_residual:
+        value = (value.to(tl.float32) + tl.load(total + row * width + i, mask=inside, other=0.0).to(tl.float32)).to(
+            value.dtype
+        )
+        tl.store(total + row * width + i, value, mask=inside)
+    exact = value.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(exact * exact) / width + eps)
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + i, (exact * scale * w).to(value.dtype), mask=inside)
+
+
+@triton.jit
+def _rotate_and_write(
+    qkv, q, k_cache, v_cache, rotary, positions, slots,
+    n_heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, heads: tl.constexpr, pairs: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * heads + tl.arange(0, heads)[:, None]
+    j = tl.arange(0, pairs)[None, :]
+    inside = (head < n_heads + 2 * kv_heads) & (j < d // 2)
+    at = qkv + token * (n_heads + 2 * kv_heads) * d + head * d + 2 * j
+    first = tl.load(at, mask=inside, other=0.0)
+    second = tl.load(at + 1, mask=inside, other=0.0)
+    angle = rotary + tl.load(positions + token) * d + 2 * j
+    turns = inside & (head < n_heads + kv_heads)
+    cos = tl.load(angle, mask=turns, other=1.0)
+    sin = tl.load(angle + 1, mask=turns, other=0.0)
+    a = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
+    b = (first.to(tl.float32) * sin + second.to(tl.float32) * cos).to(first.dtype)
+    is_q = inside & (head < n_heads)
+    to_q = q + (token * n_heads + head) * d + 2 * j
+    tl.store(to_q, a, mask=is_q)
+    tl.store(to_q + 1, b, mask=is_q)
+    slot = tl.load(slots + token)
+    is_k = inside & (head >= n_heads) & (head < n_heads + kv_heads)
+    to_k = k_cache + (slot * kv_heads + head - n_heads) * d + 2 * j
+    tl.store(to_k, a, mask=is_k)
+    tl.store(to_k + 1, b, mask=is_k)
+    is_v = inside & (head >= n_heads + kv_heads)
+    to_v = v_cache + (slot * kv_heads + head - n_heads - kv_heads) * d + 2 * j
+    tl.store(to_v, a, mask=is_v)
+    tl.store(to_v + 1, b, mask=is_v)
+
+
+@triton.jit
+def _decode_split(
+    q, k_cache, v_cache, tables, lens, out, partial, lse, scale, table_stride,
+    h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
+    width: tl.constexpr, block_size: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
+):  # fmt: skip
+    """Flash decoding (arXiv 2205.14135, online softmax in base 2) over one of `splits` parts of a context."""
+    seq = tl.program_id(0).to(tl.int64)
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lens + seq).to(tl.int32)
+    per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    g = tl.arange(0, rows)
+    i = tl.arange(0, width)
+    t = tl.arange(0, tile)
+    at = (seq * h + kv * groups + g[:, None]) * d + i[None, :]
+    ours = (g < groups)[:, None] & (i < d)[None, :]
+    query = tl.load(q + at, mask=ours, other=0.0)
+    best = tl.full([rows], -float("inf"), tl.float32)
+    weight = tl.zeros([rows], tl.float32)
+    acc = tl.zeros([rows, width], tl.float32)
+    for begin in range(start, stop, tile):
+        position = begin + t
+        inside = position < stop
+        block = tl.load(tables + seq * table_stride + position // block_size, mask=inside, other=0)
+        row = ((block * block_size + position % block_size) * kv_heads + kv).to(tl.int64) * d
+        mask = inside[:, None] & (i < d)[None, :]
+        keys = tl.load(k_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
+        values = tl.load(v_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+        better = tl.maximum(best, tl.max(scores, 1))
+        p = tl.exp2(scores - better[:, None])
+        shrink = tl.exp2(best - better)
+        weight = weight * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        best = better
+    acc = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+    if splits == 1:
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=ours)
+    else:
+        head = seq * h + kv * groups + g
+        tl.store(partial + (head[:, None] * splits + split) * d + i[None, :], acc, mask=ours)
+        # log2 of the part's weight; -inf where the part is empty
+        tl.store(lse + head * splits + split, best + tl.log2(weight), mask=g < groups)
+
+
+@triton.jit
+def _combine_splits(partial, lse, out, h: tl.constexpr, d: tl.constexpr, width: tl.constexpr, splits: tl.constexpr):
+    head = (tl.program_id(0) * h + tl.program_id(1)).to(tl.int64)
+    s = tl.arange(0, splits)
+    i = tl.arange(0, width)
+    part = tl.load(lse + head * splits + s)
+    best = tl.max(part, 0)
+    share = tl.exp2(part - tl.where(best == -float("inf"), 0.0, best))
+    mask = (share > 0)[:, None] & (i < d)[None, :]
+    values = tl.load(partial + (head * splits + s[:, None]) * d + i[None, :], mask=mask, other=0.0)
+    total = tl.sum(share, 0)
+    result = tl.sum(values * share[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + head * d + i, result.to(out.dtype.element_ty), mask=i < d)
+
+
+@triton.jit
+def _silu_and_mul(gate_up, out, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * block + tl.arange(0, block)
+    inside = i < width
+    gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0)
+    exact = gate.to(tl.float32)
+    activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
+    tl.store(out + row * width + i, activated * up, mask=inside)
+
+
+@triton.jit
+def _quantize_rows(x, out, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, block)
+    value = tl.load(x + row * width + i, mask=i < width, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
+    tl.store(out + row * width + i, (value / scale).to(out.dtype.element_ty), mask=i < width)
+    tl.store(scales + row, scale)

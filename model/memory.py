@@ -1,0 +1,74 @@
+"""How much of a GPU's memory is left for the KV cache, found by running the largest step once."""
+
+import logging
+
+import numpy as np
+import torch
+
+from model.batch import Batch, SampleRow
+from model.llama import Decoder
+from model.stage import Stage
+
+log = logging.getLogger(__name__)
+
+GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one pool of the largest decode step's size
+
+
+def kv_budget(
+    decoder: Decoder, memory_fraction: float, max_num_seqs: int, max_num_batched_tokens: int, block_size: int
+) -> int:
+    """Bytes for keys and values on this GPU. Raises `ValueError` if the weights leave none."""
+    device = decoder.device
+    activations = _activation_bytes(decoder, max_num_seqs, max_num_batched_tokens, block_size)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free  # weights, the CUDA context, and whatever else lives on this GPU
+    budget = int(memory_fraction * total) - used - activations - GRAPH_BYTES
+    log.info(
+        "memory: %.1f GB of %.1f GB are used by weights and context, %.1f GB go to activations, %.1f GB to graphs, "
+        "%.1f GB to the KV cache",
+        used / 1e9, total / 1e9, activations / 1e9, GRAPH_BYTES / 1e9, budget / 1e9,
+    )  # fmt: skip
+    if budget <= 0:
+        raise ValueError(
+            f"weights and activations need {(used + activations) / 1e9:.1f} GB, more than cache.memory_fraction = "
+            f"{memory_fraction:g} of {total / 1e9:.1f} GB: use more stages, fp8, or a larger fraction"
+        )
+    return budget
+
+
+def _activation_bytes(decoder: Decoder, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+    """What the largest step needs beside weights and KV."""
+    stage = Stage(decoder, -(-max_num_batched_tokens // block_size) + 1, block_size, max_num_seqs)
+    batch = _largest_batch(max_num_seqs, max_num_batched_tokens, block_size, len(decoder.rotary))
+    hidden = None
+    if not decoder.stage.is_first:
+        hidden = torch.zeros(stage.hidden_shape(batch), dtype=decoder.dtype, device=decoder.device)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stage.run(batch, hidden)
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: int, longest: int) -> Batch:
+    """As many samples as there can be, and as many tokens; what is computed does not matter."""
+    decodes = min(max_num_seqs, max_num_batched_tokens) - 1
+    rest = max_num_batched_tokens - decodes
+    prompts = [min(longest, rest - start) for start in range(0, rest, longest)]
+    lens = [1] * decodes + prompts
+    width = -(-max(prompts) // block_size)
+    row = np.arange(width, dtype=np.int32)
+    samples = [SampleRow(i, 0.5, 0.0, 0, 1.0, 0.0) for i in range(len(lens))]
+    return Batch(
+        epoch=0,
+        step_id=0,
+        token_ids=np.zeros(sum(lens), np.int32),
+        query_lens=np.array(lens, np.int32),
+        num_computed_tokens=np.zeros(len(lens), np.int32),
+        block_tables=np.tile(row, len(lens)),
+        slots=np.arange(len(lens), dtype=np.int32) % max_num_seqs,
+        tokens_from=-1,
+        samples=samples,
+    )

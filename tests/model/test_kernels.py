@@ -1,0 +1,132 @@
+"""The fused kernels against their references, over odd sizes. Needs a CUDA device."""
+
+import pytest
+import torch
+
+from model.kernels import PrefillMetadata, kernels_for
+from model.kernels.reference import ReferenceKernels
+from model.layers import DenseLinear, Float8Linear, rotary_table
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+GPU = torch.device("cuda")
+REFERENCE = ReferenceKernels()
+BLOCK = 16
+
+
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm; NaN if anything is not a number."""
+    out, reference = out.double(), reference.double()
+    return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 576), (7, 4096), (300, 8192), (2, 100)])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_add_rms_norm(dtype: torch.dtype, rows: int, width: int, with_residual: bool) -> None:
+    torch.manual_seed(0)
+    x, residual = (torch.randn(rows, width, device=GPU, dtype=dtype) for _ in range(2))
+    weight = torch.rand(width, device=GPU, dtype=dtype) + 0.5
+    expected = REFERENCE.add_rms_norm(x.float(), residual.float() if with_residual else None, weight.float(), 1e-5)
+    found = kernels_for(GPU).add_rms_norm(x, residual.clone() if with_residual else None, weight, 1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (7, 11008), (300, 28672), (2, 100)])
+def test_silu_and_mul(dtype: torch.dtype, rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 2 * width, device=GPU, dtype=dtype) * 3
+    assert error(kernels_for(GPU).silu_and_mul(x), REFERENCE.silu_and_mul(x.float())) < TOLERANCE[dtype]
+
+
+HEADS = [(64, 8, 128), (32, 32, 128), (9, 3, 64), (40, 40, 128), (4, 1, 96)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+def test_rotate_and_write(dtype: torch.dtype, h: int, k: int, d: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(tokens, (h + 2 * k) * d, device=GPU, dtype=dtype)
+    rotary = rotary_table(4096, d, 10000.0, GPU)
+    positions = torch.randint(0, 4096, (tokens,), device=GPU)
+    slots = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
+    caches = [[torch.zeros(20, BLOCK, k, d, device=GPU, dtype=t) for _ in range(2)] for t in (dtype, torch.float32)]
+    found = kernels_for(GPU).rotate_and_write(qkv, h, rotary, positions, *caches[0], slots)
+    expected = REFERENCE.rotate_and_write(qkv.float(), h, rotary, positions, *caches[1], slots)
+    assert error(found, expected) < TOLERANCE[dtype]
+    for a, b in zip(*caches, strict=True):
+        assert error(a, b) < TOLERANCE[dtype]
+        assert torch.equal(a == 0, b == 0), "written where it should not have been"
+
+
+def paged(lens: list[int], k: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Caches full of poison but for the sequences' own slots, and the block tables [S, W]."""
+    blocks = [-(-n // BLOCK) for n in lens]
+    width, total = max(max(blocks), 1), sum(blocks) + 3
+    order = torch.randperm(total)
+    tables = torch.zeros(len(lens), width, dtype=torch.int64)
+    k_cache, v_cache = (torch.full((total, BLOCK, k, d), 1e4, device=GPU, dtype=dtype) for _ in range(2))
+    start = 0
+    for i, (n, length) in enumerate(zip(blocks, lens, strict=True)):
+        tables[i, :n] = order[start : start + n]
+        start += n
+        slots = slots_of(tables[i], length)
+        for cache in (k_cache, v_cache):
+            cache.flatten(0, 1)[slots] = torch.randn(length, k, d, device=GPU, dtype=dtype)
+    return k_cache, v_cache, tables.to(GPU)
+
+
+def slots_of(table: torch.Tensor, length: int) -> torch.Tensor:
+    position = torch.arange(length)
+    return (table.cpu()[position // BLOCK] * BLOCK + position % BLOCK).to(GPU)
+
+
+LENGTHS = [[1], [16], [17], [1, 15, 16, 17, 63, 64, 65, 0, 1000], [2048], [300] * 40, [100_000]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("lens", LENGTHS, ids=lambda x: f"{len(x)}x{max(x)}")
+def test_decode_attention(dtype: torch.dtype, h: int, k: int, d: int, lens: list[int]) -> None:
+    torch.manual_seed(0)
+    k_cache, v_cache, tables = paged(lens, k, d, dtype)
+    q = torch.randn(len(lens), h, d, device=GPU, dtype=dtype)
+    context = torch.tensor(lens, device=GPU)
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, context)
+    expected = REFERENCE.decode_attention(q.float(), k_cache.float(), v_cache.float(), tables, context)
+    assert error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "k", "d"), [heads for heads in HEADS if heads[2] in (64, 128)])
+@pytest.mark.parametrize("sequences", [[(0, 2)], [(0, 300), (5, 3), (1000, 17), (16, 16)], [(3000, 1000)]], ids=str)
+def test_prefill_attention(dtype: torch.dtype, h: int, k: int, d: int, sequences: list[tuple[int, int]]) -> None:
+    """Chunks of (tokens before, tokens now)."""
+    torch.manual_seed(0)
+    lens, contexts = [n for _, n in sequences], [b + n for b, n in sequences]
+    k_cache, v_cache, tables = paged(contexts, k, d, dtype)
+    q = torch.randn(sum(lens), h, d, device=GPU, dtype=dtype)
+    starts = [torch.tensor([0, *x]).cumsum(0).int().to(GPU) for x in (lens, contexts)]
+    slots = torch.cat([slots_of(tables[i], n) for i, n in enumerate(contexts)])
+    prefill = PrefillMetadata(lens, contexts, *starts, slots)
+    found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, prefill)
+    expected = REFERENCE.prefill_attention(q.float(), k_cache.float(), v_cache.float(), prefill)
+    assert error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 250])
+def test_float8_linear(rows: int) -> None:
+    """Rounding to 4 bits of mantissa on both sides: about 3 % per product, averaged over the sum."""
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 4096, device=GPU, dtype=torch.bfloat16) / 64
+    x = torch.randn(rows, 4096, device=GPU, dtype=torch.bfloat16)
+    x[0] *= 1000  # one loud token does not hurt the others
+    found, expected = Float8Linear(weight)(x), DenseLinear(weight.float())(x.float())
+    for i in range(rows):
+        assert error(found[i], expected[i]) < 0.05

@@ -1,0 +1,91 @@
+"""A whole stage on a GPU: captured graphs against eager steps, and both against the CPU in float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import SAMPLED, Batch, SampleRow
+from model.config import ModelConfig, split_layers
+from model.llama import Decoder
+from model.stage import Stage
+from model.weights.dummy import DummyCheckpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+BLOCK = 16
+
+
+def shape(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
+    return ModelConfig(
+        dim=heads * head_dim, n_layers=3, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim,
+        hidden_dim=2 * heads * head_dim, vocab_size=1000, norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def make(config: ModelConfig, device: str, dtype: torch.dtype, graphs: bool = False) -> Stage:
+    (part,) = split_layers(config, 1)
+    tensors = DummyCheckpoint(config).tensors(part.tensor_names(config))
+    stage = Stage(Decoder(config, part, tensors, dtype, torch.device(device), 512), 64, BLOCK, num_slots=20)
+    if graphs:
+        stage.capture(lambda done, total: None)
+    return stage
+
+
+def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[int]]:
+    """Prefill all prompts at once, then decode one step ahead of what the host knows."""
+    n = len(prompts)
+    tables = np.arange(n * 8, dtype=np.int32)
+    slots = np.arange(n, dtype=np.int32)
+    rows = [SampleRow(i, 0.0, 0.0, 0, 1.0, 0.0) for i in range(n)]
+    lens = np.array([len(p) for p in prompts], np.int32)
+    ids = np.concatenate([np.array(p, np.int32) for p in prompts])
+    out = [stage.run(Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows), None)]
+    for step in range(steps):
+        one = np.ones(n, np.int32)
+        batch = Batch(0, step + 1, one * SAMPLED, one, lens + step, tables, slots, step, rows)
+        out.append(stage.run(batch, None))
+    return torch.stack([x.token_ids for x in out], 1).tolist()  # type: ignore[union-attr]
+
+
+HEADS = [(9, 3, 64), (8, 8, 128), (16, 2, 128)]
+PROMPTS = [[(7 * i + j * j) % 1000 for j in range(n)] for i, n in enumerate([2, 5, 16, 33, 100])]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_tokens_in_float32_equal_the_cpus(heads: tuple[int, int, int]) -> None:
+    config = shape(*heads)
+    expected = generate(make(config, "cpu", torch.float32), PROMPTS, 20)
+    assert generate(make(config, "cuda", torch.float32), PROMPTS, 20) == expected
+    assert generate(make(config, "cuda", torch.float32, graphs=True), PROMPTS, 20) == expected
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_graphs_give_the_tokens_of_eager_steps(heads: tuple[int, int, int]) -> None:
+    """In bfloat16, where library kernels may differ by batch size: the same size on both sides."""
+    config = shape(*heads)
+    prompts = PROMPTS[:4]  # a bucket of its own
+    eager = generate(make(config, "cuda", torch.bfloat16), prompts, 20)
+    assert generate(make(config, "cuda", torch.bfloat16, graphs=True), prompts, 20) == eager
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_logits_in_bfloat16_are_near_the_float32_reference(heads: tuple[int, int, int]) -> None:
+    config = shape(*heads)
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        stage = make(config, device, dtype)
+        seen: list[torch.Tensor] = []
+        logits = stage.decoder.logits
+        stage.decoder.logits = lambda x, f=logits, s=seen: s.append(f(x)) or s[-1]  # type: ignore
+        generate(stage, PROMPTS, 0)
+        found.append(seen[0].double().cpu())
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 2e-2
+
+
+def test_reused_slots_do_not_leak() -> None:
+    """Another user's sequence takes slot and blocks: what it gets is what it gets alone."""
+    stage = make(shape(9, 3, 64), "cuda", torch.float32, graphs=True)
+    alone = [generate(make(shape(9, 3, 64), "cuda", torch.float32), [p], 10)[0] for p in PROMPTS]
+    for _ in range(3):
+        for prompt, expected in zip(PROMPTS, alone, strict=True):
+            assert generate(stage, [prompt], 10) == [expected]
