@@ -8,8 +8,6 @@ import asyncio
 import json
 import random
 import statistics
-import threading
-import time
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,51 +17,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cluster.engine import Engine, StepReport
-from cluster.errors import CaravanError
-from cluster.sequence import Request, TokenEvent
 from deployments.config import AppConfig, parse_app_config
-from model.batch import StageTiming
-from model.sampling_params import SamplingParams
+from deployments.offline import running_engine, serve_all
 from ops import load, peers
 
 PROMPT_TOKENS, NEW_TOKENS = 100, 128
 console = Console()
-
-
-class Finish:
-    """A listener that knows when everything is done."""
-
-    def __init__(self) -> None:
-        self.scheduler_seconds: list[float] = []
-        self.timings: list[StageTiming] = []
-        self._open = 0
-        self._done = threading.Event()
-        self.error: CaravanError | None = None
-
-    def expect(self, count: int) -> None:
-        self._open = count
-        self._done.clear()
-
-    def wait(self) -> None:
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
-
-    def on_tokens(self, events: list[TokenEvent]) -> None:
-        self._open -= sum(event.finish_reason is not None for event in events)
-        if self._open == 0:
-            self._done.set()
-
-    def on_step(self, report: StepReport) -> None:
-        self.scheduler_seconds.append(report.scheduler_seconds)
-
-    def on_timing(self, timing: StageTiming) -> None:
-        self.timings.append(timing)
-
-    def on_failure(self, error: CaravanError) -> None:
-        self.error = error
-        self._done.set()
 
 
 def prompts(count: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -72,59 +31,20 @@ def prompts(count: int, vocab_size: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(20, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def engine_rounds(engine: Engine, listener: Finish, streams: int, rounds: int) -> list[float]:
-    """Tokens per second of each round, after one to warm up."""
-    speeds = []
-    for r in range(rounds + 1):
-        listener.expect(streams)
-        started = time.perf_counter()
-        for i, prompt in enumerate(prompts(streams, 49_000, 1000 * streams + r)):
-            sampling = SamplingParams(max_tokens=NEW_TOKENS, seed=0, temperature=0.0)
-            engine.add(Request(request_id=f"{streams}-{r}-{i}", token_ids=prompt, sampling=sampling))
-        listener.wait()
-        speeds.append(streams * NEW_TOKENS / (time.perf_counter() - started))
-    return speeds[1:]
-
-
 def bench_engine(config: AppConfig, stages: int, streams: list[int], rounds: int) -> dict[str, Any]:
-    """The engine with `stages` stage actors in this process's Ray, nothing in front of it."""
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    from cluster.launch import launch_engine
-
+    """The engine with `stages` stage actors, nothing in front of it: medians of `rounds` after one to warm up."""
     split = config.pipeline.split if stages == config.pipeline.stages else "auto"
     pipeline = config.pipeline.model_copy(update={"stages": stages, "split": split})
     config = config.model_copy(update={"pipeline": pipeline})
-    group = placement_group([{"CPU": 0.1}, *[{"CPU": 0.3}] * stages])
-    ray.get(group.ready(), timeout=60)
-    listener = Finish()
-    engine = launch_engine(config, group, 1, listener)
-    try:
-        speeds = {n: statistics.median(engine_rounds(engine, listener, n, rounds)) for n in streams}
-    finally:
-        engine.close()
-        remove_placement_group(group)
-    return {
-        "tokens_per_s": speeds,
-        "scheduler_ms": 1000 * statistics.median(listener.scheduler_seconds),
-        "stages": stage_shares(listener.timings, stages),
-    }
-
-
-def stage_shares(timings: list[StageTiming], stages: int) -> list[dict[str, float]]:
-    """Busy, waiting and transfer share of each stage over the run."""
-    shares = []
-    for stage in range(stages):
-        own = [t for t in timings if t.stage == stage]
-        parts = {
-            "busy": sum(t.finished - t.started for t in own),
-            "waiting": sum(t.wait for t in own),
-            "transfer": sum(t.transfer for t in own),
-        }
-        total = sum(parts.values()) or 1.0
-        shares.append({name: round(seconds / total, 3) for name, seconds in parts.items()})
-    return shares
+    speeds: dict[int, float] = {}
+    with running_engine(config) as (engine, run):
+        for n in streams:
+            results = [
+                serve_all(engine, run, [(p, NEW_TOKENS) for p in prompts(n, 49_000, 1000 * n + r)], f"{stages}-{n}-{r}")
+                for r in range(rounds + 1)
+            ][1:]
+            speeds[n], last = statistics.median(r["output_throughput"] for r in results), results[-1]
+    return {"tokens_per_s": speeds, "scheduler_ms": last["scheduler_ms"]["p50"], "stages": last["stages"]}
 
 
 def bench_http(url: str, model: str, streams: int, rounds: int) -> list[load.Summary]:

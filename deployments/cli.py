@@ -95,6 +95,47 @@ def dashboard(
         output.write_text(dashboard_json(), "utf-8")
 
 
+bench = typer.Typer(help="Measure: offline (the engine alone).", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def bench_() -> None:
+    """Measure."""
+
+
+@bench.command(epilog="Example: caravan bench offline deployments/configs/llama2-7b-dummy.yaml --batch-sizes 1,64")
+def offline(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
+    requests: Annotated[int, typer.Option(help="how many requests of the fixed list; 0: none")] = 1200,
+    batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON here")] = None,
+) -> None:
+    """The engine alone in a Ray of its own: a fixed list of requests at once, and single batches."""
+    import json
+
+    import ray
+    import yaml
+
+    from deployments.config import ConfigError, parse_app_config
+    from deployments.offline import bench_offline, offline_table
+
+    try:
+        app_config = parse_app_config(yaml.safe_load(config.read_text("utf-8"))["applications"][0]["args"])
+    except (OSError, ConfigError) as error:
+        typer.echo(f"{config}: {error}", err=True)
+        raise typer.Exit(1) from None
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    result = bench_offline(app_config, requests, [int(size) for size in batch_sizes.split(",") if size])
+    ray.shutdown()
+    from rich.console import Console
+
+    Console().print(offline_table(f"{app_config.model.name}: {config}", result))
+    print(json.dumps(result))
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
 @app.command(epilog="Example: caravan version")
 def version() -> None:
     """Print the version."""

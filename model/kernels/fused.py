@@ -47,7 +47,7 @@ class FusedKernels:
         grid = (tokens, triton.cdiv(n_heads + 2 * kv_heads, HEADS_PER_PROGRAM))
         _rotate_and_write[grid](
             qkv, q, k_cache, v_cache, rotary, positions, slot_mapping,
-            n_heads, kv_heads, d, HEADS_PER_PROGRAM, triton.next_power_of_2(d // 2), num_warps=4,
+            n_heads, kv_heads, d, HEADS_PER_PROGRAM, triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
         return q
 
@@ -128,34 +128,25 @@ def _add_rms_norm(x, total, weight, out, eps, width, has_residual: tl.constexpr,
 @triton.jit
 def _rotate_and_write(
     qkv, q, k_cache, v_cache, rotary, positions, slots,
-    n_heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, heads: tl.constexpr, pairs: tl.constexpr,
+    n_heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads + tl.arange(0, heads)[:, None]
-    j = tl.arange(0, pairs)[None, :]
-    inside = (head < n_heads + 2 * kv_heads) & (j < d // 2)
-    at = qkv + token * (n_heads + 2 * kv_heads) * d + head * d + 2 * j
-    first = tl.load(at, mask=inside, other=0.0)
-    second = tl.load(at + 1, mask=inside, other=0.0)
-    angle = rotary + tl.load(positions + token) * d + 2 * j
-    turns = inside & (head < n_heads + kv_heads)
-    cos = tl.load(angle, mask=turns, other=1.0)
-    sin = tl.load(angle + 1, mask=turns, other=0.0)
-    a = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
-    b = (first.to(tl.float32) * sin + second.to(tl.float32) * cos).to(first.dtype)
-    is_q = inside & (head < n_heads)
-    to_q = q + (token * n_heads + head) * d + 2 * j
-    tl.store(to_q, a, mask=is_q)
-    tl.store(to_q + 1, b, mask=is_q)
+    i = tl.arange(0, width)[None, :]
     slot = tl.load(slots + token)
-    is_k = inside & (head >= n_heads) & (head < n_heads + kv_heads)
-    to_k = k_cache + (slot * kv_heads + head - n_heads) * d + 2 * j
-    tl.store(to_k, a, mask=is_k)
-    tl.store(to_k + 1, b, mask=is_k)
-    is_v = inside & (head >= n_heads + kv_heads)
-    to_v = v_cache + (slot * kv_heads + head - n_heads - kv_heads) * d + 2 * j
-    tl.store(to_v, a, mask=is_v)
-    tl.store(to_v + 1, b, mask=is_v)
+    position = tl.load(positions + token)
+    inside = (head < n_heads + 2 * kv_heads) & (i < d)
+    x = tl.load(qkv + token * (n_heads + 2 * kv_heads) * d + head * d + i, mask=inside, other=0.0)
+    turns = inside & (head < n_heads + kv_heads)  # values are stored as they are
+    angle = tl.load(rotary + position * d + i + tl.zeros_like(head), mask=turns, other=0.0)
+    cos, sin = tl.split(tl.reshape(angle, (heads, width // 2, 2)))
+    first, second = tl.split(tl.reshape(x.to(tl.float32), (heads, width // 2, 2)))
+    turned = tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (heads, width)).to(x.dtype)
+    tl.store(q + (token * n_heads + head) * d + i, turned, mask=inside & (head < n_heads))
+    to_k = k_cache + (slot * kv_heads + head - n_heads) * d + i
+    tl.store(to_k, turned, mask=turns & (head >= n_heads))
+    to_v = v_cache + (slot * kv_heads + head - n_heads - kv_heads) * d + i
+    tl.store(to_v, x, mask=inside & (head >= n_heads + kv_heads))
 
 
 @triton.jit
