@@ -20,6 +20,7 @@ from model.batch import Batch, StageTiming, StepOutput
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how often an idle engine looks up
+STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
 MAX_DEATHS = 3  # stage deaths in a row, without one finished step between, before the engine gives up
 
 
@@ -64,6 +65,7 @@ class Engine:
         self.pipeline = pipeline
         self.last_progress = time.monotonic()  # when a step last finished, or the engine last was idle
         self.stats = scheduler.stats()  # as of the last turn of the loop
+        self._stats_at = time.monotonic()
         self._listener = listener
         self._step_timeout_s = step_timeout_s
         self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
@@ -123,7 +125,7 @@ class Engine:
                 try:
                     self._take_inbox()
                     self._fill()
-                    self.stats = self.scheduler.stats()
+                    self._refresh_stats()
                     self._take_result()
                 except StageDied as death:
                     self._recover(death)
@@ -132,6 +134,12 @@ class Engine:
         except Exception as error:
             log.exception("the engine failed")
             self._fail(EngineStopped(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _refresh_stats(self) -> None:
+        """Not on every turn: it counts all sequences."""
+        now = time.monotonic()
+        if now - self._stats_at > STATS_PERIOD_S or not self.scheduler.has_work:
+            self.stats, self._stats_at = self.scheduler.stats(), now
 
     def _take_inbox(self) -> None:
         while self._inbox:

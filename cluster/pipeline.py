@@ -78,7 +78,7 @@ class LocalPipeline:
             result = stage.run(batch, result)
             finished = time.monotonic()
             self._timings.append(StageTiming(batch.epoch, batch.step_id, index, started, finished, 0.0, 0.0))
-        if self.depth > 1 and batch.samples:
+        if self.depth > 1 and len(batch.sample_rows):
             self._stages[0].feed(batch, result.token_ids)
         return to_output(batch, result)
 

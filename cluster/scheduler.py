@@ -14,7 +14,7 @@ import numpy as np
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.sequence import Request, Sequence, TokenEvent
-from model.batch import SAMPLED, Batch, Penalties, SampleRow, StepOutput, uniform
+from model.batch import SAMPLED, Batch, Penalties, SampleRow, StepOutput, TokenLogprobs, uniform
 
 MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
 
@@ -58,6 +58,8 @@ class Scheduler:
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._slots = list(range(max_num_seqs))  # free ones
+        # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
+        self._tables = np.zeros((max_num_seqs, blocks.blocks_for(self.max_model_len)), np.int32)
         self._next_step = 0
         self._arrivals = 0
         self._preemptions = self._prefix_queried = self._prefix_hits = 0
@@ -130,13 +132,13 @@ class Scheduler:
         batch = self._build(scheduled)
         if num_decodes:
             self._cohorts.add(batch.step_id)
-        sampled = {row.row for row in batch.samples}
-        for row, (seq, count) in enumerate(scheduled):
+        for row in batch.sample_rows.tolist():
+            seq, _ = scheduled[row]
+            seq.num_pending_tokens += 1
+            seq.sampled_by = batch.step_id
+        for seq, count in scheduled:
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
-            if row in sampled:
-                seq.num_pending_tokens += 1
-                seq.sampled_by = batch.step_id
             self.blocks.mark_computed(seq)
             self._running.move_to_end(seq.request_id)
         self._in_flight[batch.step_id] = [seq for seq, _ in scheduled]
@@ -151,26 +153,21 @@ class Scheduler:
         for seq in sequences:
             seq.num_in_flight -= 1
         events: list[TokenEvent] = []
-        for row, token_id, logprobs in zip(batch.samples, output.token_ids, output.logprobs, strict=True):
-            seq = sequences[row.row]
+        for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
+            seq = sequences[row]
             seq.num_pending_tokens -= 1
-            if self._running.get(seq.request_id) is not seq:
-                continue
-            first = seq.num_output_tokens == len(seq.request.output_ids)
-            finish_reason = seq.append(token_id)
-            if finish_reason is not None:
-                self._release(seq)
-            events.append(
-                TokenEvent(
-                    seq.request_id,
-                    token_id,
-                    finish_reason,
-                    logprobs.chosen if logprobs else None,
-                    logprobs.top if logprobs else None,
-                    seq.num_cached_tokens if first else 0,
-                )
-            )
+            if self._running.get(seq.request_id) is seq:
+                events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
         return events
+
+    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        cached = seq.num_cached_tokens if seq.num_output_tokens == len(seq.request.output_ids) else 0
+        finish_reason = seq.append(token_id)
+        if finish_reason is not None:
+            self._release(seq)
+        if logprobs is None:
+            return TokenEvent(seq.request_id, token_id, finish_reason, num_cached_tokens=cached)
+        return TokenEvent(seq.request_id, token_id, finish_reason, logprobs.chosen, logprobs.top, cached)
 
     def restart(self) -> None:
         """Everything in flight is lost and so is the KV cache: start over at the next epoch, losing no request."""
@@ -191,11 +188,22 @@ class Scheduler:
             return
         decoding = [s for s in self._running.values() if s.is_decoding]
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
+        victims: list[Sequence] | None = None
+        chosen: set[int] = set()
         for seq in decoding:
             if len(scheduled) == share:
                 break
-            if seq.may_decode and seq.block_table and self._make_room(seq, scheduled):
-                scheduled.append((seq, 1))
+            if not seq.may_decode or not seq.block_table:  # no blocks: it was preempted just now
+                continue
+            if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
+                if victims is None:  # sorted once: a cache that is full for one is full for many
+                    idle = (s for s in self._running.values() if s.num_in_flight == 0)
+                    victims = sorted(idle, key=lambda s: s.arrival)
+                if not self._make_room(seq, victims, chosen):
+                    continue
+            self._grow(seq)
+            scheduled.append((seq, 1))
+            chosen.add(id(seq))
 
     def _schedule_prefills(self, scheduled: list[tuple[Sequence, int]]) -> None:
         """Prompt chunks: what waits, spread over the cohorts, within what the budget leaves."""
@@ -223,6 +231,7 @@ class Scheduler:
             return False
         self.blocks.allocate(seq, prefix, seq.num_tokens)
         seq.slot = self._slots.pop()
+        self._tables[seq.slot, : len(seq.block_table)] = seq.block_table
         seq.num_computed_tokens = len(prefix) * self.blocks.block_size
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
@@ -232,23 +241,28 @@ class Scheduler:
         self.admitted.append(seq.request_id)
         return True
 
-    def _make_room(self, seq: Sequence, scheduled: list[tuple[Sequence, int]]) -> bool:
-        """Grow `seq` to hold its next token, preempting the youngest idle sequence as long as it must.
+    def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: set[int]) -> bool:
+        """Preempt the youngest of `victims` that are not `chosen`, until `seq` can have one token more.
 
         False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
         """
-        chosen = {id(s) for s, _ in scheduled}
-        needed = seq.num_computed_tokens + 1
-        while not self.blocks.can_grow(seq, needed):
-            idle = [s for s in self._running.values() if s.num_in_flight == 0 and id(s) not in chosen]
-            victim = max(idle, key=lambda s: s.arrival) if idle else None
-            if victim is None or (victim is seq and len(self._running) > len(idle)):
+        while not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
+            while victims and (id(victims[-1]) in chosen or not victims[-1].block_table):
+                victims.pop()
+            if not victims or (victims[-1] is seq and len(self._running) > len(victims)):
                 return False  # others will finish or become idle: wait rather than throw work away
+            victim = victims.pop()
             self._preempt(victim)
             if victim is seq:
                 return False
-        self.blocks.grow(seq, needed)
         return True
+
+    def _grow(self, seq: Sequence) -> None:
+        """Blocks for one token more."""
+        before = len(seq.block_table)
+        self.blocks.grow(seq, seq.num_computed_tokens + 1)
+        if len(seq.block_table) > before:
+            self._tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and requeue at the head: the tokens are kept, their KV is computed again."""
@@ -271,29 +285,34 @@ class Scheduler:
     # -- the message ------------------------------------------------------------------------------------------------
 
     def _build(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
-        width = max(len(seq.block_table) for seq, _ in scheduled)
-        tables = np.zeros((len(scheduled), width), np.int32)
         token_ids: list[int] = []
-        samples: list[SampleRow] = []
+        sample_rows: list[int] = []
+        draws: list[SampleRow] = []
         tokens_from = -1
         for row, (seq, count) in enumerate(scheduled):
-            tables[row, : len(seq.block_table)] = seq.block_table
-            known = seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]
-            token_ids += known or [SAMPLED]
-            if not known:
+            start = seq.num_computed_tokens
+            if start < len(seq.token_ids):
+                token_ids += seq.token_ids[start : start + count]
+            else:
+                token_ids.append(SAMPLED)
                 tokens_from = max(tokens_from, seq.sampled_by)
             if count == seq.num_uncomputed_tokens:
-                samples.append(_sample_row(row, seq))
+                if not seq.request.sampling.is_greedy:
+                    draws.append(_sample_row(len(sample_rows), seq))
+                sample_rows.append(row)
+        width = max(len(seq.block_table) for seq, _ in scheduled)
+        slots = np.array([seq.slot for seq, _ in scheduled], np.int32)
         return Batch(
             epoch=self.epoch,
             step_id=self._next_step,
             token_ids=np.array(token_ids, np.int32),
             query_lens=np.array([count for _, count in scheduled], np.int32),
             num_computed_tokens=np.array([seq.num_computed_tokens for seq, _ in scheduled], np.int32),
-            block_tables=tables.reshape(-1),
-            slots=np.array([seq.slot for seq, _ in scheduled], np.int32),
+            block_tables=self._tables[slots, :width].reshape(-1),
+            slots=slots,
             tokens_from=tokens_from,
-            samples=samples,
+            sample_rows=np.array(sample_rows, np.int32),
+            draws=draws,
         )
 
 

@@ -75,7 +75,7 @@ class StageLoop:
                 raise RuntimeError(f"got step {order.step_id} of epoch {order.epoch}, expected {expected}")
             self._expected += 1
             self._inbox.append(order)
-            if self._is_fed and order.samples:
+            if self._is_fed and len(order.sample_rows):
                 self._awaiting_tokens.append(order)
         if self._outbox and not self._may_launch():
             time.sleep(POLL_S)
@@ -85,7 +85,7 @@ class StageLoop:
 
     def _feed(self, tokens: SampledTokens) -> None:
         batch = self._awaiting_tokens.popleft()
-        if batch.step_id != tokens.step_id or len(batch.samples) != len(tokens.token_ids):
+        if batch.step_id != tokens.step_id or len(batch.sample_rows) != len(tokens.token_ids):
             raise RuntimeError(f"got the tokens of step {tokens.step_id}, expected those of step {batch.step_id}")
         assert SAMPLED not in tokens.token_ids
         self._stage.feed(batch, torch.tensor(tokens.token_ids, device=self._stage.decoder.device))

@@ -128,6 +128,7 @@ def serve_all(engine: Engine, run: Run, requests: list[tuple[list[int], int]], n
         "inter_token_latency_s": percentiles([(p.last - p.first) / (p.tokens - 1) for p in done if p.tokens > 1]),
         "scheduler_ms": {k: 1000 * v for k, v in percentiles([r.scheduler_seconds for r in run.reports]).items()},
         "steps": len(run.reports),
+        "tokens_per_step": round(sum(r.num_tokens for r in run.reports) / len(run.reports), 1),
         "preemptions": engine.scheduler.stats().preemptions,
         "stages": stage_shares(run.timings, engine.pipeline.depth),
     }
@@ -137,7 +138,12 @@ def batch_latency(engine: Engine, run: Run, size: int, prompt_tokens: int = 64, 
     """Milliseconds per token of `size` equal streams in steady decode."""
     requests = [(workload.prompt(90_000 + 1000 * size + i, prompt_tokens), new_tokens) for i in range(size)]
     result = serve_all(engine, run, requests, f"batch{size}")
-    return {"batch": size, "ms_per_token": 1000 * result["inter_token_latency_s"]["p50"], "stages": result["stages"]}
+    return {
+        "batch": size,
+        "ms_per_token": 1000 * result["inter_token_latency_s"]["p50"],
+        "tokens_per_step": result["tokens_per_step"],
+        "stages": result["stages"],
+    }
 
 
 def stage_shares(timings: list[StageTiming], stages: int) -> list[dict[str, float]]:

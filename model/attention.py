@@ -21,7 +21,7 @@ class AttentionMetadata:
 
     positions: torch.Tensor  # [T]
     slot_mapping: torch.Tensor  # [T] where each token's key and value go
-    sample_tokens: torch.Tensor  # [number of SampleRows] index of the token whose logits are sampled
+    sample_tokens: torch.Tensor  # [R] index of the token whose logits are sampled
     block_tables: torch.Tensor  # [Sd, W] of the sequences that compute one token; they come first
     context_lens: torch.Tensor  # [Sd] with that token
     prefill: PrefillMetadata | None  # the other sequences
@@ -48,7 +48,7 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
         [
             positions,
             slots,
-            starts[[s.row + 1 for s in batch.samples]] - 1,
+            starts[batch.sample_rows + 1] - 1,
             tables[:decodes, :width].reshape(-1),
             context_lens[:decodes],
             np.concatenate(prefill_slots) if prefill_slots else np.empty(0, np.int64),

@@ -31,9 +31,9 @@ class Penalties(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SampleRow(msgspec.Struct, frozen=True, array_like=True):
-    """How to draw the next token of one sequence in the batch."""
+    """How to draw one token of a batch, where it is not simply the likeliest."""
 
-    row: int  # index of the sequence in the batch
+    row: int  # index into Batch.sample_rows
     uniform: float  # the draw, in [0, 1): a function of (seed, position), so that any stage and batch draws the same
     temperature: float
     top_k: int
@@ -55,7 +55,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     block_tables: np.ndarray[Any, np.dtype[np.int32]]  # [S * W] KV blocks of each sequence, padded with 0
     slots: np.ndarray[Any, np.dtype[np.int32]]  # [S] where each sequence's newest sampled token is kept
     tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
-    samples: list[SampleRow]
+    sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the sequences whose next token is sampled
+    draws: list[SampleRow]  # how, for those that do not simply take the likeliest
 
     @property
     def num_tokens(self) -> int:
@@ -74,12 +75,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="output"):
-    """What the last stage sampled: one token per `SampleRow`, in their order."""
+    """What the last stage sampled: one token per entry of Batch.sample_rows, in their order."""
 
     epoch: int
     step_id: int
     token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
+    logprobs: dict[int, TokenLogprobs]  # by index into Batch.sample_rows, where they were asked for
 
 
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):

@@ -60,7 +60,6 @@ def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: i
     lens = [1] * decodes + prompts
     width = -(-max(prompts) // block_size)
     row = np.arange(width, dtype=np.int32)
-    samples = [SampleRow(i, 0.5, 0.0, 0, 1.0, 0.0) for i in range(len(lens))]
     return Batch(
         epoch=0,
         step_id=0,
@@ -70,5 +69,6 @@ def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: i
         block_tables=np.tile(row, len(lens)),
         slots=np.arange(len(lens), dtype=np.int32) % max_num_seqs,
         tokens_from=-1,
-        samples=samples,
+        sample_rows=np.arange(len(lens), dtype=np.int32),
+        draws=[SampleRow(i, 0.5, 1.0, 0, 0.9, 0.0) for i in range(len(lens))],
     )

@@ -36,31 +36,33 @@ class Sampled:
         host = torch.empty(self.token_ids.shape, dtype=self.token_ids.dtype, pin_memory=True)
         return Sampled(host.copy_(self.token_ids, non_blocking=True), self.logprobs)
 
-    def host_logprobs(self) -> list[TokenLogprobs | None]:
-        """Waits for the device."""
-        attached: list[TokenLogprobs | None] = [None] * len(self.token_ids)
-        for i, row in self.logprobs.items():
-            top = list(zip(row.token_ids.tolist(), row.values.tolist(), strict=True))
-            attached[i] = TokenLogprobs(float(row.chosen), top)
-        return attached
+    def host_logprobs(self) -> dict[int, TokenLogprobs]:
+        """By row. Waits for the device."""
+        return {
+            i: TokenLogprobs(float(row.chosen), list(zip(row.token_ids.tolist(), row.values.tolist(), strict=True)))
+            for i, row in self.logprobs.items()
+        }
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
-    """Draw one token per row from logits [R, V] float32 (changed in place). Logprobs are of the raw logits."""
-    raw = {i: logits[i].log_softmax(-1) for i, row in enumerate(rows) if row.logprobs >= 0}
-    for i, row in enumerate(rows):
-        if row.penalties is not None:
-            _penalise(logits[i], row.penalties)
-        if row.logit_bias:
-            _add_bias(logits[i], row.logit_bias)
+def sample(logits: torch.Tensor, draws: list[SampleRow]) -> Sampled:
+    """One token per row of logits [R, V] float32 (changed in place): the likeliest, unless one of `draws` says how.
+
+    Logprobs are of the raw logits.
+    """
+    raw = {draw.row: logits[draw.row].log_softmax(-1) for draw in draws if draw.logprobs >= 0}
+    for draw in draws:
+        if draw.penalties is not None:
+            _penalise(logits[draw.row], draw.penalties)
+        if draw.logit_bias:
+            _add_bias(logits[draw.row], draw.logit_bias)
     tokens = logits.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     for filtered in (False, True):
-        chosen = [i for i in drawn if _is_filtered(rows[i]) == filtered]
+        chosen = [draw for draw in draws if draw.temperature > 0 and _is_filtered(draw) == filtered]
         if chosen:
-            draw = _draw_filtered if filtered else _draw_plain
-            tokens[chosen] = draw(logits[chosen], [rows[i] for i in chosen])
-    return Sampled(tokens, {i: _row_logprobs(values, tokens[i], rows[i].logprobs) for i, values in raw.items()})
+            rows = torch.tensor([draw.row for draw in chosen]).to(logits.device, non_blocking=True)
+            tokens[rows] = (_draw_filtered if filtered else _draw_plain)(logits[rows], chosen)
+    wanted = {draw.row: draw.logprobs for draw in draws}
+    return Sampled(tokens, {i: _row_logprobs(values, tokens[i], wanted[i]) for i, values in raw.items()})
 
 
 def _is_filtered(row: SampleRow) -> bool:

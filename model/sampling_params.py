@@ -46,6 +46,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Whether sampling looks at which tokens came before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is all there is to it."""
+        return self.temperature == 0.0 and self.logprobs is None and not self.logit_bias and not self.needs_counts
+
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # NaN fails every comparison, so it is refused too

@@ -32,7 +32,7 @@ class Stage:
 
     def feed(self, batch: Batch, token_ids: torch.Tensor) -> None:
         """First stage: these tokens [R] were sampled in `batch`. Must come before the batches that need them."""
-        self._newest[_on(self.decoder.device, sample_slots(batch))] = token_ids
+        self._newest[_on(self.decoder.device, batch.slots[batch.sample_rows])] = token_ids
 
     @torch.inference_mode()
     def capture(self, on_capture: Callable[[int, int], None]) -> None:
@@ -56,9 +56,9 @@ class Stage:
             out = self._eager(token_ids, hidden, metadata)
         if not self.layers.is_last:
             return out
-        if not batch.samples:
+        if not len(batch.sample_rows):
             return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {})
-        sampled = sample(out, batch.samples)
+        sampled = sample(out, batch.draws)
         if self.layers.is_first:
             self.feed(batch, sampled.token_ids)
         return sampled
@@ -84,11 +84,6 @@ class Stage:
         slots = _on(self.decoder.device, batch.slots[:n])
         ids[:n] = torch.where(ids[:n] == SAMPLED, self._newest[slots], ids[:n])
         return ids
-
-
-def sample_slots(batch: Batch) -> Int32Array:
-    """Slots of the sequences that sample in `batch`, in the order of its samples."""
-    return batch.slots[[row.row for row in batch.samples]]
 
 
 def to_output(batch: Batch, sampled: Sampled) -> StepOutput:

@@ -106,9 +106,9 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
                 in_flight.append(batch)
         elif in_flight:
             batch = in_flight.pop(0)
-            n = len(batch.samples)
+            n = len(batch.sample_rows)
             tokens = [rng.randrange(300) for _ in range(n)]
-            scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, tokens, [None] * n))
+            scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, tokens, {}))
         scheduler.check()
     for name in alive:
         scheduler.abort(name)

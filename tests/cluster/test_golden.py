@@ -11,7 +11,7 @@ from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
-from model.batch import Batch, SampleRow
+from model.batch import Batch
 from model.config import split_layers
 from model.llama import Decoder
 from model.stage import Stage
@@ -143,8 +143,7 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
 
     decoder.logits = keep  # type: ignore[method-assign]
     try:
-        row = SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)
-        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, zero, -1, [row]), None)
+        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, zero, -1, zero, []), None)
     finally:
         del decoder.logits  # type: ignore[method-assign]
     return seen[0]

@@ -21,9 +21,9 @@ HOST = "127.0.0.1"
 
 def batch(step_id: int = 0) -> Batch:
     penalties = Penalties(1.1, 0.2, 0.3, {5: 2, 7: 0})
-    row = SampleRow(1, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties)
+    row = SampleRow(0, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties)
     arrays = (np.array(x, np.int32) for x in ([1, 2, 3, SAMPLED], [3, 1], [0, 17], [4, 0, 6, 7], [5, 9]))
-    return Batch(2, step_id, *arrays, step_id - 1, [row])
+    return Batch(2, step_id, *arrays, step_id - 1, np.array([1], np.int32), [row])
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
             for field in Batch.__struct_fields__:
                 assert np.array_equal(getattr(received, field), getattr(batch(), field))
         for message in (
-            StepOutput(2, 5, [1, 2], [None, TokenLogprobs(-0.5, [(3, -1.0)])]),
+            StepOutput(2, 5, [1, 2], {1: TokenLogprobs(-0.5, [(3, -1.0)])}),
             StageTiming(2, 5, 1, 1.0, 2.0, 0.5, 0.25),
         ):
             clients[1].send(message)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.attention import paged_attention, prepare
-from model.batch import Batch, SampleRow
+from model.batch import Batch
 from model.config import ModelConfig
 from model.kernels.reference import ReferenceKernels
 from model.kv_cache import KVCache
@@ -58,7 +58,7 @@ def test_paged_attention_equals_dense(
     batch = Batch(
         0, 0, np.zeros(sum(n for _, n in sequences), np.int32), np.array([n for _, n in sequences], np.int32),
         np.array([b for b, _ in sequences], np.int32), tables.reshape(-1),
-        np.arange(len(sequences), dtype=np.int32), -1, [SampleRow(0, 0.0, 0.0, 0, 1.0, 0.0)],
+        np.arange(len(sequences), dtype=np.int32), -1, np.zeros(1, np.int32), [],
     )  # fmt: skip
     metadata = prepare(batch, BLOCK, torch.device("cpu"))
     out = paged_attention(torch.cat(queries), cache.k[0], cache.v[0], metadata, ReferenceKernels())

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 import torch
 
@@ -13,8 +14,10 @@ V = 50
 
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
-    sampled = sample_on_device(logits, rows)
-    return sampled.token_ids.tolist(), sampled.host_logprobs()
+    """`rows` in their order, whatever they say of it; logprobs of each, or None."""
+    sampled = sample_on_device(logits, [msgspec.structs.replace(r, row=i) for i, r in enumerate(rows)])
+    logprobs = sampled.host_logprobs()
+    return sampled.token_ids.tolist(), [logprobs.get(i) for i in range(len(rows))]
 
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:

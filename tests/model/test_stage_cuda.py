@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import SAMPLED, Batch, SampleRow
+from model.batch import SAMPLED, Batch
 from model.config import ModelConfig, split_layers
 from model.llama import Decoder
 from model.stage import Stage
@@ -36,13 +36,13 @@ def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[in
     n = len(prompts)
     tables = np.arange(n * 8, dtype=np.int32)
     slots = np.arange(n, dtype=np.int32)
-    rows = [SampleRow(i, 0.0, 0.0, 0, 1.0, 0.0) for i in range(n)]
+    rows = np.arange(n, dtype=np.int32)
     lens = np.array([len(p) for p in prompts], np.int32)
     ids = np.concatenate([np.array(p, np.int32) for p in prompts])
-    out = [stage.run(Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows), None)]
+    out = [stage.run(Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows, []), None)]
     for step in range(steps):
         one = np.ones(n, np.int32)
-        batch = Batch(0, step + 1, one * SAMPLED, one, lens + step, tables, slots, step, rows)
+        batch = Batch(0, step + 1, one * SAMPLED, one, lens + step, tables, slots, step, rows, [])
         out.append(stage.run(batch, None))
     return torch.stack([x.token_ids for x in out], 1).tolist()  # type: ignore[union-attr]
 

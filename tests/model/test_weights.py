@@ -96,7 +96,7 @@ def our_logits(path: Path, token_ids: list[int]) -> torch.Tensor:
     cache = KVCache(config, config.n_layers, 1, n, torch.float32, torch.device("cpu"))
     ids, one, zero = (np.array(x, dtype=np.int32) for x in (token_ids, [n], [0]))
     with torch.inference_mode():
-        metadata = prepare(Batch(0, 0, ids, one, zero, zero, zero, -1, []), n, torch.device("cpu"))
+        metadata = prepare(Batch(0, 0, ids, one, zero, zero, zero, -1, zero[:0], []), n, torch.device("cpu"))
         return decoder.logits(decoder.forward(decoder.embed(torch.tensor(token_ids)), cache, metadata))
 
 
