@@ -227,7 +227,9 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence blocks for all it knows now; False if they are not to be had."""
         prefix = self.blocks.cached_prefix(seq.token_ids)
-        if not self.blocks.can_allocate(prefix, seq.num_tokens):
+        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
+        headroom = len(self._running) * self.blocks.block_size
+        if not self.blocks.can_allocate(prefix, seq.num_tokens + headroom):
             return False
         self.blocks.allocate(seq, prefix, seq.num_tokens)
         seq.slot = self._slots.pop()

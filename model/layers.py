@@ -8,13 +8,15 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
+from model.kernels import Activations, Quantized, kernels_for
+
 
 class Linear(Protocol):
     """y = x W^T for x [T, in], W [out, in]."""
 
     num_parameters: int
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: Activations) -> torch.Tensor: ...
 
 
 class DenseLinear:
@@ -24,27 +26,22 @@ class DenseLinear:
         self.weight = weight
         self.num_parameters = weight.numel()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
         return linear(x, self.weight)
 
 
 class Float8Linear:
-    """Weights in float8 (e4m3), one scale per output row; inputs are quantised on the way, one scale per token."""
+    """Weights in float8, one scale per output row; inputs in float8 too, one scale per token."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        from model.kernels.fused import quantize_rows
-
+        self._kernels = kernels_for(weight.device)
+        self._weight = self._kernels.quantize_rows(weight.contiguous())
         self.num_parameters = weight.numel()
-        quantized, scales = quantize_rows(weight.contiguous())
-        self._weight, self._scales = quantized.t(), scales.t()  # [in, out] column-major, [1, out]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        from model.kernels.fused import quantize_rows
-
-        quantized, scales = quantize_rows(x)
-        return torch._scaled_mm(
-            quantized, self._weight, scales, self._scales, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+    def __call__(self, x: Activations) -> torch.Tensor:
+        quantized = x if isinstance(x, Quantized) else self._kernels.quantize_rows(x)
+        return self._kernels.float8_linear(quantized, self._weight)
 
 
 class PackedFloat16Linear:
@@ -58,7 +55,7 @@ class PackedFloat16Linear:
         self.num_parameters = weight.numel()
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Activations) -> torch.Tensor:
         y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
         return y
 

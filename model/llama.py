@@ -25,6 +25,7 @@ class Layer:
         self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, fp8: bool
     ) -> None:
         self.config = config
+        self._fp8 = fp8
         _check_shapes(config, weights)
         compute = compute_dtype(dtype, device)
         self.attention_norm = weights["attention_norm"].to(device, compute)
@@ -56,14 +57,15 @@ class Layer:
         Keys and values go to layer `index` of `kv`.
         """
         c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
-        normed, residual = kernels.add_rms_norm(x, residual, self.attention_norm, c.norm_eps)
+        normed, residual = kernels.add_rms_norm(x, residual, self.attention_norm, c.norm_eps, self._fp8)
         qkv = self.wqkv(normed)
         q = kernels.rotate_and_write(
             qkv, c.n_heads, rotary, metadata.positions, k_cache, v_cache, metadata.slot_mapping
         )
         attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
-        normed, residual = kernels.add_rms_norm(self.wo(attended.flatten(1)), residual, self.ffn_norm, c.norm_eps)
-        return self.w2(kernels.silu_and_mul(self.w13(normed))), residual
+        attended = self.wo(attended.flatten(1))
+        normed, residual = kernels.add_rms_norm(attended, residual, self.ffn_norm, c.norm_eps, self._fp8)
+        return self.w2(kernels.silu_and_mul(self.w13(normed), self._fp8)), residual
 
 
 class Decoder:

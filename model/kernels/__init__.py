@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,12 +20,24 @@ class PrefillMetadata:
     slots: torch.Tensor  # [sum of context_lens] where each context's keys are, in order
 
 
+class Quantized(NamedTuple):
+    """x ~ values * scales: each row in 8 bits, scaled to its own largest element."""
+
+    values: torch.Tensor  # [T, C] float8 e4m3
+    scales: torch.Tensor  # [T, 1] float32
+
+
+Activations = torch.Tensor | Quantized
+
+
 class Kernels(Protocol):
-    """What a layer needs. Legend: T tokens, C model dim, F feed-forward dim, H query heads, K KV heads, D head dim."""
+    """What a layer needs; `quantize` asks for the result in 8 bits.
+
+    Legend: T tokens, C model dim, F feed-forward dim, H query heads, K KV heads, D head dim."""
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, torch.Tensor]:
         """x [T, C], residual [T, C] or None -> (norm of their sum times weight [C], their sum).
 
         RMSNorm: arXiv 1910.07467, eq. 4. `residual` may be changed in place.
@@ -68,8 +80,16 @@ class Kernels(Protocol):
         """The same for sequences of several tokens, causally: q [sum of query_lens, H, D] -> its shape."""
         ...
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, gate_up: torch.Tensor, quantize: bool = False) -> Activations:
         """[T, 2F] -> silu(first half) * second half, [T, F]."""
+        ...
+
+    def quantize_rows(self, x: torch.Tensor) -> Quantized:
+        """x [T, C] in 8 bits."""
+        ...
+
+    def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
+        """x [T, in] times weight [out, in] transposed -> [T, out] bfloat16; sums in float32."""
         ...
 
 

@@ -3,17 +3,20 @@
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from model.kernels import PrefillMetadata
+from model.kernels import Activations, PrefillMetadata, Quantized
+
+FLOAT8_MAX = 448.0  # of e4m3
 
 
 class ReferenceKernels:
     """See `Kernels`."""
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, torch.Tensor]:
         total = x if residual is None else residual + x
-        return rms_norm(total, (total.shape[-1],), weight, eps), total
+        normed = rms_norm(total, (total.shape[-1],), weight, eps)
+        return self.quantize_rows(normed) if quantize else normed, total
 
     def rotate_and_write(
         self,
@@ -75,9 +78,18 @@ class ReferenceKernels:
             start, context_start = start + length, context_start + context
         return out
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, gate_up: torch.Tensor, quantize: bool = False) -> Activations:
         gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
+        product = silu(gate) * up
+        return self.quantize_rows(product) if quantize else product
+
+    def quantize_rows(self, x: torch.Tensor) -> Quantized:
+        scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
+        return Quantized((x.float() / scales).to(torch.float8_e4m3fn), scales)
+
+    def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
+        product = (x.values.float() * x.scales) @ (weight.values.float() * weight.scales).t()
+        return product.to(torch.bfloat16)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

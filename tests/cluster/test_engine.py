@@ -41,8 +41,6 @@ def expected() -> list[list[int]]:
         {"stages": 6},
         {"max_num_batched_tokens": 7},
         {"stages": 2, "max_num_batched_tokens": 7},
-        {"stages": 2, "num_blocks": 30},
-        {"num_blocks": 30},
         {"stages": 3, "max_num_seqs": 2},
     ],
     ids=str,
@@ -55,8 +53,18 @@ def test_greedy_tokens_equal_the_naive_forward(
         engine.add(request(str(i), prompt))
     tokens = collector.wait([str(i) for i in range(len(PROMPTS))])
     assert [tokens[str(i)] for i in range(len(PROMPTS))] == expected
-    if options.get("num_blocks") == 30:
-        assert engine.scheduler.stats().preemptions > 0, "the small cache should have forced preemption"
+    assert engine.scheduler.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_preemption_gives_the_same_tokens(make_engine: MakeEngine, stages: int) -> None:
+    """All are admitted, for they are short; then they outgrow the cache."""
+    engine, collector = make_engine(stages=stages, num_blocks=40)
+    for i, prompt in enumerate(PROMPTS[:5]):
+        engine.add(request(str(i), prompt, max_tokens=60))
+    tokens = collector.wait([str(i) for i in range(5)])
+    assert [tokens[str(i)] for i in range(5)] == [naive(p, 60) for p in PROMPTS[:5]]
+    assert engine.scheduler.stats().preemptions > 0, "the small cache should have forced preemption"
     assert engine.scheduler.stats().kv_blocks_used == 0
 
 

@@ -182,10 +182,10 @@ def test_seeded_sampling_is_the_same_however_it_is_computed() -> None:
             found = collector.wait(names)
         finally:
             engine.close()
-        assert (engine.scheduler.stats().preemptions > 0) == (options.get("num_blocks") == 6)
+        assert (engine.scheduler.stats().preemptions > 0) == (options.get("num_blocks") == 5)
         return found
 
     alone = {name: sampled([name], stages=1)[name] for name in prompts}
     assert sampled(list(prompts), stages=1) == alone
     assert sampled(list(prompts), stages=3) == alone
-    assert sampled(list(prompts), stages=2, num_blocks=6) == alone
+    assert sampled(list(prompts), stages=2, num_blocks=5) == alone

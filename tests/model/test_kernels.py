@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels import PrefillMetadata, kernels_for
+from model.kernels import PrefillMetadata, Quantized, kernels_for
 from model.kernels.reference import ReferenceKernels
 from model.layers import DenseLinear, Float8Linear, rotary_table
 
@@ -33,7 +33,7 @@ def test_add_rms_norm(dtype: torch.dtype, rows: int, width: int, with_residual: 
     expected = REFERENCE.add_rms_norm(x.float(), residual.float() if with_residual else None, weight.float(), 1e-5)
     found = kernels_for(GPU).add_rms_norm(x, residual.clone() if with_residual else None, weight, 1e-5)
     for a, b in zip(found, expected, strict=True):
-        assert error(a, b) < TOLERANCE[dtype]
+        assert error(a, b) < TOLERANCE[dtype]  # type: ignore[arg-type]  # not quantized
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,6 +118,36 @@ def test_prefill_attention(dtype: torch.dtype, h: int, k: int, d: int, sequences
     found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, prefill)
     expected = REFERENCE.prefill_attention(q.float(), k_cache.float(), v_cache.float(), prefill)
     assert error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 576), (7, 4096), (300, 28672), (2, 100)])
+def test_quantizing_kernels(rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, residual = (torch.randn(rows, width, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    both = torch.randn(rows, 2 * width, device=GPU, dtype=torch.bfloat16)
+    weight = torch.rand(width, device=GPU, dtype=torch.bfloat16) + 0.5
+    fused = kernels_for(GPU)
+    found = (
+        fused.quantize_rows(x),
+        fused.silu_and_mul(both, True),
+        fused.add_rms_norm(x, residual.clone(), weight, 1e-5, True)[0],
+    )
+    expected = x, REFERENCE.silu_and_mul(both), REFERENCE.add_rms_norm(x, residual, weight, 1e-5)[0]
+    for a, b in zip(found, expected, strict=True):
+        assert isinstance(a, Quantized)
+        assert isinstance(b, torch.Tensor)
+        own = REFERENCE.quantize_rows(b)
+        assert error(a.values.float() * a.scales, own.values.float() * own.scales) < 1e-2
+        assert error(a.values.float() * a.scales, b) < 4e-2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 60, 64, 65, 300])
+@pytest.mark.parametrize(("out", "width"), [(8192, 8192), (208, 576), (10240, 1024)])
+def test_float8_products_equal_the_reference(rows: int, out: int, width: int) -> None:
+    """The same numbers in 8 bits on both sides: only sums and the last rounding differ."""
+    torch.manual_seed(0)
+    x, weight = (REFERENCE.quantize_rows(torch.randn(n, width, device=GPU)) for n in (rows, out))
+    assert error(kernels_for(GPU).float8_linear(x, weight), REFERENCE.float8_linear(x, weight)) < 5e-3
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 250])
