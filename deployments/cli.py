@@ -131,7 +131,8 @@ def offline(
     from rich.console import Console
 
     Console().print(offline_table(f"{app_config.model.name}: {config}", result))
-    print(json.dumps(result))
+    result_ = {**result, "list": {k: v for k, v in result.get("list", {}).items() if k != "trace"}}
+    print(json.dumps(result_))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -117,6 +117,7 @@ def serve_all(engine: Engine, run: Run, requests: list[tuple[list[int], int]], n
     done = list(run.requests.values())
     output = sum(p.tokens for p in done)
     assert output == sum(max_tokens for _, max_tokens in requests), "every request gets all of its tokens"
+    own = [t for t in run.timings if t.stage == 0]
     return {
         "requests": len(requests),
         "seconds": round(seconds, 3),
@@ -131,6 +132,11 @@ def serve_all(engine: Engine, run: Run, requests: list[tuple[list[int], int]], n
         "tokens_per_step": round(sum(r.num_tokens for r in run.reports) / len(run.reports), 1),
         "preemptions": engine.scheduler.stats().preemptions,
         "stages": stage_shares(run.timings, engine.pipeline.depth),
+        # [tokens, sequences, ms] of every step of the first stage
+        "trace": [
+            [r.num_tokens, r.num_seqs, round(1000 * (t.finished - t.started), 2)]
+            for r, t in zip(run.reports, own, strict=False)
+        ],
     }
 
 

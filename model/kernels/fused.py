@@ -186,7 +186,8 @@ def _add_rms_norm(
     _store_row(out, scales, row, i, exact * scale * w, width, value.dtype, quantize)
 
 
-@triton.jit
+# What changes from step to step is not specialised on: a kernel compiled in the middle of traffic is a stall.
+@triton.jit(do_not_specialize=["positions", "slots"])
 def _rotate_and_write(
     qkv, q, k_cache, v_cache, rotary, positions, slots,
     n_heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
@@ -210,7 +211,7 @@ def _rotate_and_write(
     tl.store(to_v, x, mask=inside & (head >= n_heads + kv_heads))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables", "lens", "table_stride"])
 def _decode_split(
     q, k_cache, v_cache, tables, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
@@ -307,7 +308,7 @@ def _quantize_rows(x, out, scales, width, block: tl.constexpr):
     _store_row(out, scales, row, i, value, width, value.dtype, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _skinny_linear(
     x, x_scales, weight, weight_scales, out, rows, n, k,
     block: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr,
