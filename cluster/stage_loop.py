@@ -100,14 +100,15 @@ class StageLoop:
         span = self._stopwatch.stop()
         assert self._downstream is not None
         before = time.monotonic()
-        self._downstream.send(result)
+        self._downstream.send(result.cpu())  # gloo takes host memory only
         return Launched(batch, None, span, time.monotonic() - before)
 
     def _receive(self, batch: Batch) -> torch.Tensor | None:
         if self._upstream is None:
             return None
         decoder = self._stage.decoder
-        return self._upstream.receive(torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype))
+        hidden = self._upstream.receive(torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype))
+        return hidden.to(decoder.device, non_blocking=True)
 
     def _report(self, step: Launched) -> None:
         batch, span = step.batch, step.span

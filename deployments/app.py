@@ -67,7 +67,7 @@ def bundles(config: AppConfig) -> list[dict[str, float]]:
     """One replica's placement group: the engine's own process, then one bundle per stage."""
     stage: dict[str, float] = {"CPU": config.resources.stage_cpus}
     if config.pipeline.device == "cuda":
-        stage["GPU"] = 1
+        stage["GPU"] = config.resources.stage_gpus
     return [{"CPU": config.resources.engine_cpus}, *(dict(stage) for _ in range(config.pipeline.stages))]
 
 

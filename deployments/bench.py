@@ -8,6 +8,8 @@ import asyncio
 import json
 import random
 import statistics
+import time
+from collections import deque
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +19,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cluster.block_manager import BlockManager
+from cluster.scheduler import Scheduler
+from cluster.sequence import Request
 from deployments.config import AppConfig, parse_app_config
 from deployments.offline import running_engine, serve_all
+from model.batch import Batch, StepOutput
+from model.sampling_params import SamplingParams
 from ops import load, peers
+from ops.load import percentiles
 
 PROMPT_TOKENS, NEW_TOKENS = 100, 128
 console = Console()
@@ -45,6 +53,28 @@ def bench_engine(config: AppConfig, stages: int, streams: list[int], rounds: int
             ][1:]
             speeds[n], last = statistics.median(r["output_throughput"] for r in results), results[-1]
     return {"tokens_per_s": speeds, "scheduler_ms": last["scheduler_ms"]["p50"], "stages": last["stages"]}
+
+
+def bench_scheduler(num_seqs: int, depth: int, steps: int = 400) -> dict[str, float]:
+    """Milliseconds of scheduler time per step (schedule and update) in steady decode, with no model behind it."""
+    scheduler = Scheduler(
+        BlockManager(num_seqs * 40, 16), depth=depth, max_num_seqs=num_seqs, max_num_batched_tokens=2048,
+        max_model_len=4096,
+    )  # fmt: skip
+    for i, prompt in enumerate(prompts(num_seqs, 49_000, 1)):
+        sampling = SamplingParams(max_tokens=500, seed=0, temperature=0.0)
+        scheduler.add(Request(request_id=str(i), token_ids=prompt, sampling=sampling))
+    in_flight: deque[Batch] = deque()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        while len(in_flight) <= depth and (batch := scheduler.schedule()) is not None:
+            in_flight.append(batch)
+        done = in_flight.popleft()
+        scheduler.update(done, StepOutput(done.epoch, done.step_id, [7] * len(done.sample_rows), {}))
+        seconds.append(time.perf_counter() - started)
+    steady = percentiles(seconds[steps // 4 :])
+    return {name: round(1000 * value, 3) for name, value in steady.items()}
 
 
 def bench_http(url: str, model: str, streams: int, rounds: int) -> list[load.Summary]:
@@ -87,6 +117,8 @@ def main(
     args = yaml.safe_load(config.read_text("utf-8"))["applications"][0]["args"]
     app = parse_app_config(args)
     result: dict[str, Any] = {"date": date.today().isoformat(), "streams": streams, "rounds": rounds}
+    for n in (64, 256):
+        result[f"scheduler_{n}_ms"] = bench_scheduler(n, depth=2)
     if "engine" in parts:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
         for stages in (1, 2):
@@ -130,7 +162,9 @@ def table(result: dict[str, Any], streams: int) -> Table:
     """For people."""
     shown = Table("", "1 stream, tok/s", f"{streams} streams, tok/s", "notes", title=f"{result['date']}, 2 cores")
     for name, entry in result.items():
-        if isinstance(entry, dict):
+        if name.startswith("scheduler_"):
+            shown.add_row(name, "", "", "a step: " + ", ".join(f"{k} {v} ms" for k, v in entry.items()))
+        elif isinstance(entry, dict):
             speeds = entry["tokens_per_s"]
             cells = [f"{speeds[n]:.1f}" if n in speeds else "" for n in (1, streams)]
             notes = "; ".join(f"{k} {v}" for k, v in entry.items() if k != "tokens_per_s")

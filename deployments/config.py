@@ -44,11 +44,12 @@ class AutoscalingArgs(Strict):
 
 
 class ResourceArgs(Strict):
-    """What Ray reserves for each process, in CPUs; with device cuda each stage also gets one GPU."""
+    """What Ray reserves for each process."""
 
-    gateway_cpus: PositiveFloat = Field(default=1.0, description="per gateway replica")
-    engine_cpus: PositiveFloat = Field(default=1.0, description="per engine process")
-    stage_cpus: PositiveFloat = Field(default=1.0, description="per stage")
+    gateway_cpus: PositiveFloat = Field(default=1.0, description="CPUs per gateway replica")
+    engine_cpus: PositiveFloat = Field(default=1.0, description="CPUs per engine process")
+    stage_cpus: PositiveFloat = Field(default=1.0, description="CPUs per stage")
+    stage_gpus: PositiveFloat = Field(default=1.0, description="GPUs per stage, with device cuda")
     drain_timeout_s: PositiveFloat = Field(
         default=600.0, description="how long a replica that goes may finish its requests"
     )

@@ -133,9 +133,9 @@ def linked(timeout_s: float) -> tuple[Link, Link]:
 
 def test_hidden_states_arrive_in_order() -> None:
     up, down = linked(5.0)
-    sent = [torch.randn(n, 8) for n in (1, 500, 3)]
+    sent = [torch.randn(n, 8).to(dtype) for n, dtype in ((1, torch.float32), (500, torch.float32), (3, torch.bfloat16))]
     received = []
-    reader = threading.Thread(target=lambda: received.extend(down.receive(torch.empty(x.shape)) for x in sent))
+    reader = threading.Thread(target=lambda: received.extend(down.receive(torch.empty_like(x)) for x in sent))
     reader.start()
     for hidden in sent:
         up.send(hidden)
