@@ -1,6 +1,7 @@
 """What `make demo` shows once the service runs: an answer, four streams at once, and the live view."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ from rich.table import Table
 from deployments.chat_client import served_model, stream_chat
 from ops import load, top
 
+WATCH_S = 3.5  # less than the streams take
 QUESTION = "What is the capital of France?"
 STREAMS = (
     "Name three colours of the rainbow.",
@@ -38,16 +40,18 @@ def show(console: Console, url: str, metrics: str) -> None:
         }
         for question in STREAMS
     ]
-    summary, streams = asyncio.run(load.run(f"{url}/v1/chat/completions", bodies, concurrency=4))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: asyncio.run(load.run(f"{url}/v1/chat/completions", bodies, concurrency=4)))
+        console.print("while they run, caravan top --once:")
+        try:
+            top.run([metrics], interval=WATCH_S, once=True)
+        except httpx.HTTPError as error:
+            console.print(f"no metrics yet: {error}")
+        summary, streams = running.result()
     answers = Table("tokens", "first token", "answer", show_lines=True)
     for stream in streams:
         shown = stream.error or " ".join(stream.text.split())[:160]
         answers.add_row(str(stream.output_tokens), f"{stream.ttft_s * 1000:.0f} ms", shown)
     console.print(answers)
     console.print(summary.table("What the clients saw"))
-    console.rule("caravan top --once")
-    try:
-        top.run([metrics], interval=5.0, once=True)
-    except httpx.HTTPError as error:
-        console.print(f"no metrics yet: {error}")
     console.rule()

@@ -85,6 +85,7 @@ class EngineReplica:
         self._loaded = 0.0
         self._last_token = time.monotonic()
         self._probe_sent = 0.0
+        self._generated = 0  # tokens for clients
         self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
         self._reports: deque[StepReport | StageTiming] = deque()
         self._stopping = threading.Event()
@@ -153,6 +154,7 @@ class EngineReplica:
 
     def on_tokens(self, events: list[TokenEvent]) -> None:
         self._last_token = time.monotonic()
+        self._generated += sum(not event.request_id.startswith(PROBE_PREFIX) for event in events)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -282,6 +284,7 @@ class EngineReplica:
         m.set("kv_blocks_total", stats.kv_blocks_total)
         m.set("last_token_age_seconds", time.monotonic() - self._last_token)
         for name, total in (
+            ("generated_tokens_total", self._generated),
             ("preemptions_total", stats.preemptions),
             ("prefix_cache_queried_tokens_total", stats.prefix_queried_tokens),
             ("prefix_cache_hit_tokens_total", stats.prefix_hit_tokens),

@@ -165,7 +165,6 @@ class Gateway:
         seconds = time.monotonic() - counts.started
         self.recorder.inc("requests_total", endpoint=counts.endpoint, outcome=counts.outcome)
         self.recorder.inc("prompt_tokens_total", counts.prompt_tokens)
-        self.recorder.inc("generated_tokens_total", counts.completion_tokens)
         self.recorder.observe("e2e_seconds", seconds)
         fields = {
             "request_id": counts.request_id,

@@ -68,7 +68,7 @@ METRICS: tuple[Metric, ...] = (
         "endpoint", "outcome",
     ),
     counter("prompt_tokens_total", "gateway", "short", "Tokens in prompts", "Demand", "Prompt tokens/s"),
-    counter("generated_tokens_total", "gateway", "short", "Tokens generated", "Demand", "Output tokens/s"),
+    counter("generated_tokens_total", "engine", "short", "Tokens generated", "Demand", "Output tokens/s"),
     counter(
         "streams_broken_total", "gateway", "short", "Streams that ended with an error after they had begun",
         "Demand", "Broken streams/s",

@@ -43,6 +43,7 @@ class ReplicaView:
     last_token_age: float = 0.0
     loaded: float = 0.0
     preemptions: float = 0.0
+    output_tokens: float = 0.0  # per second
     stages: list[StageView] = field(default_factory=list)
 
 
@@ -50,7 +51,7 @@ class ReplicaView:
 class ClusterView:
     """Everything one screen shows."""
 
-    output_tokens: float = 0.0  # per second, over all gateways
+    output_tokens: float = 0.0  # per second, over all replicas
     prompt_tokens: float = 0.0
     requests: float = 0.0
     ttft_p95: float = math.nan
@@ -89,9 +90,7 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
     for (name, labels), value in current.items():
         by = dict(labels)
         who = by.get("application", ""), by.get("replica", "")
-        if name == "generated_tokens_total":
-            view.output_tokens += rate((name, labels))
-        elif name == "prompt_tokens_total":
+        if name == "prompt_tokens_total":
             view.prompt_tokens += rate((name, labels))
         elif name == "requests_total":
             view.requests += rate((name, labels))
@@ -99,7 +98,7 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
             stages[(*who, by.get("stage", "?"))][name] += rate((name, labels))
         elif "le" not in by:
             gauges[who][name] = value
-            if name == "preemptions_total":
+            if name in ("preemptions_total", "generated_tokens_total"):
                 gauges[who][name] = rate((name, labels))
     for who, values in gauges.items():
         if "running" in values:
@@ -109,6 +108,7 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
             replicas[application, replica].stages.append(_stage(stage, rates))
     view.ttft_p95 = quantile(0.95, "ttft_seconds", previous, current)
     view.replicas = [replicas[who] for who in sorted(replicas)]
+    view.output_tokens = sum(replica.output_tokens for replica in view.replicas)
     return view
 
 
@@ -121,6 +121,7 @@ def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
         last_token_age=values["last_token_age_seconds"],
         loaded=values["weights_loaded_ratio"],
         preemptions=values["preemptions_total"],
+        output_tokens=values["generated_tokens_total"],
     )
 
 
@@ -150,12 +151,15 @@ def render(view: ClusterView) -> RenderableType:
         f"requests {view.requests:.2f}/s   TTFT p95 {ttft}",
         style="bold",
     )
-    replicas = Table("replica", "running", "waiting", "KV in use", "last token", "preempted/s", "weights", box=None)
+    replicas = Table(
+        "replica", "tok/s", "running", "waiting", "KV in use", "last token", "preempted/s", "weights", box=None
+    )
     stages = Table("replica", "stage", "busy", "waiting", "transfer", "step", "", box=None)
     for replica in view.replicas:
         age_style = "red" if replica.last_token_age > 30 and replica.running else ""
         replicas.add_row(
             replica.replica,
+            f"{replica.output_tokens:.1f}",
             f"{replica.running:.0f}",
             f"{replica.waiting:.0f}",
             bar(replica.kv_use),
@@ -183,7 +187,7 @@ def render(view: ClusterView) -> RenderableType:
 def bar(share: float) -> str:
     """A share of 0 to 1 as a bar with its number."""
     filled = round(min(max(share, 0.0), 1.0) * BAR)
-    return "█" * filled + "·" * (BAR - filled) + f" {share:4.0%}"
+    return "█" * filled + "·" * (BAR - filled) + f"\u00a0{share:.0%}"  # no break between bar and number
 
 
 def run(urls: Sequence[str], interval: float = 2.0, once: bool = False) -> int:

@@ -98,7 +98,7 @@ def fill(backend: Backend, engine: Recorder, gateway: Recorder, seconds: int) ->
     engine.set("weights_loaded_ratio", 1.0)
     engine.set("waiting_tokens", 100)
     if seconds:
-        gateway.inc("generated_tokens_total", 100 * seconds)
+        engine.inc("generated_tokens_total", 100 * seconds)
         gateway.inc("requests_total", 2 * seconds, endpoint="chat", outcome="stop")
         for stage, busy in (("0", 0.9), ("1", 0.6)):
             engine.inc("stage_busy_seconds_total", busy * seconds, stage=stage)
