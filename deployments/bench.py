@@ -55,6 +55,18 @@ def bench_engine(config: AppConfig, stages: int, streams: list[int], rounds: int
     return {"tokens_per_s": speeds, "scheduler_ms": last["scheduler_ms"]["p50"], "stages": last["stages"]}
 
 
+def engine_alone(config: AppConfig, stages: int, streams: list[int], rounds: int) -> dict[str, Any]:
+    """`bench_engine` in a Ray of its own."""
+    import ray
+
+    console.print(f"engine alone, {stages} stage(s) ...")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+    try:
+        return bench_engine(config, stages, streams, rounds)
+    finally:
+        ray.shutdown()
+
+
 def bench_scheduler(num_seqs: int, depth: int, steps: int = 400) -> dict[str, float]:
     """Milliseconds of scheduler time per step (schedule and update) in steady decode, with no model behind it."""
     scheduler = Scheduler(
@@ -109,8 +121,6 @@ def main(
     output: Annotated[Path | None, typer.Option(help="write the result as JSON here")] = None,
 ) -> None:
     """Measure this machine: ours and the peers in one run."""
-    import ray
-
     from deployments.local import await_ready, ray_head
     from model.weights import resolve_path
 
@@ -120,12 +130,8 @@ def main(
     for n in (64, 256):
         result[f"scheduler_{n}_ms"] = bench_scheduler(n, depth=2)
     if "engine" in parts:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
         for stages in (1, 2):
-            console.print(f"engine alone, {stages} stage(s) ...")
-            counts = [1, streams]
-            result[f"engine_{stages}"] = bench_engine(app, stages, counts, rounds)
-        ray.shutdown()
+            result[f"engine_{stages}"] = engine_alone(app, stages, [1, streams], rounds)
     if "http" in parts:
         console.print("the deployed service over HTTP ...")
         with ray_head(2) as head:
@@ -139,6 +145,8 @@ def main(
                 "inter_token_p50_s": statistics.median(s.inter_token_latency_s["p50"] for s in summaries),
             }
             head.serve("shutdown", "-y")
+    if "engine" in parts and "http" in parts:  # once more: the machine's speed drifts from minute to minute
+        result["engine_2_after_http"] = engine_alone(app, 2, [streams], rounds)
     if "peers" in parts:
         path = resolve_path(app.model.path)
         for name in peers.PEERS:
