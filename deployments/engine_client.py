@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 import msgspec
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
@@ -13,9 +14,11 @@ from cluster.errors import CaravanError, EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments import status
 from deployments.status import ReplicaStatus
+from deployments.token_link import Inbox, TokenReceiver
+
+LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
 
 _encode_request = msgspec.msgpack.Encoder().encode
-_decode_events = msgspec.msgpack.Decoder(list[TokenEvent]).decode
 
 
 class EngineClient(Protocol):
@@ -31,31 +34,50 @@ class EngineClient(Protocol):
 
 
 class ServeEngineClient:
-    """Through a Serve handle: Serve picks the replica (see router.py) and carries tokens and cancellation."""
+    """Through a Serve handle, which picks the replica (see router.py); tokens come back by the token link."""
 
     def __init__(self, handle: DeploymentHandle[Any], app: str) -> None:
-        self._generate: Any = handle.options(method_name="generate", stream=True)
+        self._generate: Any = handle.options(method_name="generate")
         self._app = app
+        self._receiver: TokenReceiver | None = None
+        self._calls: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
-        response = self._generate.remote(_encode_request(request))
+        if self._receiver is None:
+            self._receiver = TokenReceiver(ray.util.get_node_ip_address())
+        inbox = self._receiver.open(request.request_id)
+        response = self._generate.remote(_encode_request(request), msgspec.structs.astuple(self._receiver.address))
+        call = asyncio.create_task(self._end(response, inbox))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         finished = False
         try:
-            async for payload in response:
-                events = _decode_events(payload)
+            while not finished:
+                events = await inbox.next()
                 finished = events[-1].finish_reason is not None
                 yield events
-            if not finished:
-                raise EngineStopped("the engine ended the stream early")
-        except RayTaskError as error:
-            if isinstance(error.cause, CaravanError):
-                raise error.cause from None
-            raise EngineStopped(f"the engine failed: {type(error.cause).__name__}") from error
-        except (RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError) as error:
-            raise EngineStopped(f"the engine went away: {type(error).__name__}") from error
         finally:
+            self._receiver.close(request.request_id)
             if not finished:
                 response.cancel()
+
+    @staticmethod
+    async def _end(response: Any, inbox: Inbox) -> None:
+        """Wait for the end of the request's call, and make its stream end too if it has not yet."""
+        try:
+            await response
+            await asyncio.sleep(LAST_TOKENS_S)
+            inbox.fail(EngineStopped("the engine ended the stream early"))
+        except RayTaskError as error:
+            cause = error.cause
+            failed = (
+                cause
+                if isinstance(cause, CaravanError)
+                else EngineStopped(f"the engine failed: {type(cause).__name__}")
+            )
+            inbox.fail(failed)
+        except (RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError) as error:
+            inbox.fail(EngineStopped(f"the engine went away: {type(error).__name__}"))
 
     async def replicas(self) -> list[ReplicaStatus]:
         return await asyncio.to_thread(status.read, self._app)

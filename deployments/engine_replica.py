@@ -1,4 +1,4 @@
-"""One pipeline as a Ray Serve replica: streams in, token events out, one wake-up per step."""
+"""One pipeline as a Ray Serve replica: streams in, token events out, one message per step and gateway."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ from deployments import status
 from deployments.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
 from deployments.config import parse_app_config
 from deployments.status import ReplicaStatus
+from deployments.token_link import GatewayLost, ReplyAddress, TokenSender
 from model.batch import StageTiming
 from model.sampling_params import SamplingParams
 from ops import logs
@@ -36,35 +37,23 @@ SWITCH_INTERVAL_S = 0.0002
 PROBE_PREFIX = "probe-"
 
 _decode_request = msgspec.msgpack.Decoder(Request).decode
-_encode_events = msgspec.msgpack.Encoder().encode
 
 
-class Stream:
-    """The events of one request, between the engine's thread and the coroutine that sends them on."""
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A request some gateway waits for."""
 
-    def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-        self.error: CaravanError | None = None
-        self._changed = asyncio.Event()
+    reply_to: ReplyAddress
+    done: asyncio.Future[None]
 
-    def push(self, event: TokenEvent) -> None:
-        self.events.append(event)
-        self._changed.set()
-
-    def fail(self, error: CaravanError) -> None:
-        self.error = error
-        self._changed.set()
-
-    async def next(self) -> list[TokenEvent]:
-        """All events since the last call; raises once they are out and the engine has failed."""
-        await self._changed.wait()
-        self._changed.clear()
-        events, self.events = self.events, []
-        if not events and self.error is not None:
-            raise self.error
-        if self.error is not None:
-            self._changed.set()
-        return events
+    def finish(self, error: CaravanError | None = None) -> None:
+        """From the event loop's thread."""
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
 
 
 class EngineReplica:
@@ -80,7 +69,8 @@ class EngineReplica:
         self._config = parse_app_config(args)
         self._metrics = Recorder(serve_metrics, "engine")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, Stream] = {}
+        self._open: dict[str, OpenRequest] = {}
+        self._sender = TokenSender()
         self._engine: Engine | None = None
         self._loaded = 0.0
         self._last_token = time.monotonic()
@@ -103,24 +93,24 @@ class EngineReplica:
 
     # -- what the gateway and Serve call ------------------------------------------------------------------------------
 
-    async def generate(self, payload: bytes) -> AsyncGenerator[bytes, None]:
-        """Run one encoded `Request`; yields encoded lists of `TokenEvent`. Cancelling it frees the sequence."""
+    async def generate(self, payload: bytes, reply_to: tuple[str, str]) -> None:
+        """Run one encoded `Request`; returns when its last token is on its way to `reply_to`.
+
+        Cancelling it frees the sequence. Raises `RequestRejected` or `EngineStopped`.
+        """
         assert self._engine is not None
         self._loop = self._loop or asyncio.get_running_loop()
         request = _decode_request(payload)
-        if request.request_id in self._streams:
+        if request.request_id in self._open:
             raise RequestRejected(f"a request with id {request.request_id} is running already")
-        stream = self._streams[request.request_id] = Stream()
+        entry = self._open[request.request_id] = OpenRequest(ReplyAddress(*reply_to), self._loop.create_future())
         finished = False
         try:
             self._engine.add(request)
-            while not finished:
-                events = await stream.next()
-                finished = bool(events) and events[-1].finish_reason is not None
-                if events:
-                    yield _encode_events(events)
+            await entry.done
+            finished = True
         finally:
-            del self._streams[request.request_id]
+            del self._open[request.request_id]
             if not finished:
                 self._engine.abort(request.request_id)
 
@@ -155,8 +145,20 @@ class EngineReplica:
     def on_tokens(self, events: list[TokenEvent]) -> None:
         self._last_token = time.monotonic()
         self._generated += sum(not event.request_id.startswith(PROBE_PREFIX) for event in events)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, events)
+        by_gateway: dict[ReplyAddress, list[TokenEvent]] = {}
+        finished: list[OpenRequest] = []
+        for event in events:
+            entry = self._open.get(event.request_id)
+            if entry is not None:  # probes have none, and clients may have left
+                by_gateway.setdefault(entry.reply_to, []).append(event)
+                if event.finish_reason is not None:
+                    finished.append(entry)
+        for gateway, its_events in by_gateway.items():
+            try:
+                self._sender.send(gateway, its_events)
+            except GatewayLost as error:
+                self._end([e for e in list(self._open.values()) if e.reply_to == gateway], EngineStopped(str(error)))
+        self._end(finished)
 
     def on_step(self, report: StepReport) -> None:
         self._reports.append(report)
@@ -165,18 +167,18 @@ class EngineReplica:
         self._reports.append(timing)
 
     def on_failure(self, error: CaravanError) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver_failure, error)
+        self._end(list(self._open.values()), EngineStopped(str(error)))
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is not None:  # probes have none, and clients may have left
-                stream.push(event)
+    def _end(self, entries: list[OpenRequest], error: CaravanError | None = None) -> None:
+        """Let the calls of these requests return, or fail, in their own thread."""
+        if not entries or self._loop is None:
+            return
 
-    def _deliver_failure(self, error: CaravanError) -> None:
-        for stream in self._streams.values():
-            stream.fail(EngineStopped(str(error)))
+        def end() -> None:
+            for entry in entries:
+                entry.finish(error)
+
+        self._loop.call_soon_threadsafe(end)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -298,4 +300,5 @@ class EngineReplica:
         self._stopping.set()
         if self._engine is not None:
             self._engine.close()
+        self._sender.close()
         status.remove(self._app, self._replica)
