@@ -61,13 +61,15 @@ def make_engine(
 
 
 def model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """Longest sequence to serve. Raises `ValueError` if the model was not made for it."""
-    wanted = config.model.max_model_len
-    if wanted is not None and wanted > model.max_position_embeddings:
+    """Longest sequence to serve. Raises `ValueError` if the model cannot go that far."""
+    wanted = config.model.max_model_len or model.context_length
+    if wanted > model.longest_context:
         raise ValueError(
-            f"model.max_model_len is {wanted}, but the model was trained for {model.max_position_embeddings} tokens"
+            f"model.max_model_len is {wanted}, but the model was made for {model.longest_context} tokens at most"
         )
-    return wanted or model.max_position_embeddings
+    if wanted > model.context_length:
+        log.warning("model.max_model_len = %d goes beyond the %d tokens of training", wanted, model.context_length)
+    return wanted
 
 
 def stage_layers(config: EngineConfig, model: ModelConfig) -> list[StageLayers]:

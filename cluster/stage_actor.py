@@ -6,6 +6,7 @@ something went wrong. A stage executes batches in order, checks epoch and step i
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -77,20 +78,37 @@ class StageActor:
             DummyCheckpoint(read_config(path), device=self._device) if dummy else open_checkpoint(path)
         )
         names = spec.layers.tensor_names(checkpoint.config)
-
-        def count() -> None:
-            self._loaded += 1 / len(names)
-
         dtype = getattr(torch, config.model.dtype)
-        tensors = checkpoint.tensors(names)
         fp8 = config.model.quantization == "fp8"
         if fp8 and self._device.type != "cuda":
             raise ValueError("model.quantization: fp8 needs pipeline.device: cuda")
         self._decoder = Decoder(
-            checkpoint.config, spec.layers, tensors, dtype, self._device, spec.max_model_len, count, fp8
+            checkpoint.config,
+            spec.layers,
+            checkpoint.tensors(names),
+            dtype,
+            self._device,
+            spec.max_model_len,
+            self._counter(checkpoint, names),
+            fp8,
         )
         self._loaded = 1.0
         return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
+
+    def _counter(self, checkpoint: Checkpoint, names: list[str]) -> Callable[[str], None]:
+        """Called with the name of each tensor that is in place; keeps `progress` true and logs every tenth."""
+        dummy = isinstance(checkpoint, DummyCheckpoint)
+        sizes = {name: 1 if dummy else checkpoint.nbytes([name]) for name in names}
+        total, done = sum(sizes.values()), 0
+
+        def count(name: str) -> None:
+            nonlocal done
+            done += sizes[name]
+            if int(10 * done / total) > int(10 * self._loaded):
+                log.info("stage %d: loaded %.2f of %.2f GB", self._spec.index, done / 1e9, total / 1e9)
+            self._loaded = done / total
+
+        return count
 
     def _num_blocks(self) -> int:
         """KV blocks that fit into the memory set aside for them."""

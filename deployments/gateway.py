@@ -77,7 +77,7 @@ class Gateway:
         self.recorder = recorder
         self.tokenizer: Tokenizer = load_tokenizer(path)
         self.template: ChatTemplate | None = load_chat_template(path, self.tokenizer)
-        self.max_model_len = config.model.max_model_len or read_config(path).max_position_embeddings
+        self.max_model_len = config.model.max_model_len or read_config(path).context_length
         self.created = int(time.time())
 
     # -- the two endpoints --------------------------------------------------------------------------------------------

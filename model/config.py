@@ -1,6 +1,39 @@
 """The shape of a Llama model, and which part of it one stage holds."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
+
+CODE_LLAMA_THETA = 1e6
+CODE_LLAMA_CONTEXT = 100_000  # where Code Llama still works, trained on 16,384 (arXiv 2308.12950, section 3.3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How the rotary frequencies of a model are stretched beyond the context it was first trained for.
+
+    linear: all by `factor` (arXiv 2306.15595). dynamic: the base grows with the context, here with the longest one that
+    is served, since keys in the cache cannot be rotated again (NTK-aware scaling). llama3: low frequencies by `factor`,
+    high ones not, those between by a blend (as in Llama 3.1's code). divisors: each as the checkpoint says.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "divisors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    divisors: tuple[float, ...] = ()  # one for each pair of dimensions
+
+    def __post_init__(self) -> None:
+        if self.factor < 1.0:
+            raise ValueError(f"rope_scaling: factor must be at least 1, got {self.factor}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling: low_freq_factor = {self.low_freq_factor} must be positive and below "
+                f"high_freq_factor = {self.high_freq_factor}"
+            )
+        if self.kind in ("dynamic", "llama3") and self.original_max_position_embeddings < 1:
+            raise ValueError(f"rope_scaling: {self.kind} needs original_max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +52,11 @@ class ModelConfig:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    max_position_embeddings: int  # the context the model was trained for, in tokens
+    max_position_embeddings: int  # the context the model was trained for, in tokens, before any rope_scaling
     tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # wq wk wv wo have biases
+    mlp_bias: bool = False  # w1 w2 w3 have biases
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
@@ -30,17 +66,76 @@ class ModelConfig:
             raise ValueError(f"model config: {self.n_heads} heads do not share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"model config: rotary embedding needs an even head_dim, got {self.head_dim}")
+        if self.rope_scaling and self.rope_scaling.divisors and len(self.rope_scaling.divisors) != self.head_dim // 2:
+            raise ValueError(
+                f"model config: {len(self.rope_scaling.divisors)} rotary factors do not fit head_dim {self.head_dim}"
+            )
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was made for, rope_scaling included: what is served unless the user says otherwise."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * scaling.factor)
+        return self.max_position_embeddings
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens up to which the model may be served if the user asks for it."""
+        code_llama = self.rope_theta >= CODE_LLAMA_THETA
+        return max(self.context_length, CODE_LLAMA_CONTEXT) if code_llama else self.context_length
+
+    @property
+    def layer_tensors(self) -> tuple[str, ...]:
+        """Names of a layer's tensors, without `layers.N.`, in the order in which a layer is built."""
+        attention, mlp = self.attention_bias, self.mlp_bias
+        return (
+            "attention_norm.weight",
+            *linear_tensors("attention.wq", "attention.wk", "attention.wv", bias=attention),
+            *linear_tensors("attention.wo", bias=attention),
+            "ffn_norm.weight",
+            *linear_tensors("feed_forward.w1", "feed_forward.w3", bias=mlp),
+            *linear_tensors("feed_forward.w2", bias=mlp),
+        )
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`."""
+        c, f = self.dim, self.hidden_dim
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        if name in ("tok_embeddings.weight", "output.weight"):
+            return self.vocab_size, c
+        stem, _, kind = name.split(".", 2)[-1].rpartition(".") if name.startswith("layers.") else name.rpartition(".")
+        shape = {
+            "attention.wq": (q, c),
+            "attention.wk": (kv, c),
+            "attention.wv": (kv, c),
+            "attention.wo": (c, q),
+            "feed_forward.w1": (f, c),
+            "feed_forward.w2": (c, f),
+            "feed_forward.w3": (f, c),
+        }.get(stem, (c,))  # the others are norms
+        return shape[:1] if kind == "bias" else shape
 
     @property
     def layer_parameters(self) -> int:
         """Number of weights in one decoder layer."""
-        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
-        return attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        return sum(math.prod(self.tensor_shape(f"layers.0.{name}")) for name in self.layer_tensors)
 
     @property
     def embedding_parameters(self) -> int:
         """Number of weights in the embedding, which is also the size of the output head."""
         return self.vocab_size * self.dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights in all, a tied head counted once."""
+        ends = self.embedding_parameters * (1 if self.tie_word_embeddings else 2) + self.dim
+        return self.n_layers * self.layer_parameters + ends
+
+
+def linear_tensors(*stems: str, bias: bool) -> tuple[str, ...]:
+    """Names of what makes up linear layers that read the same input: their weights, then their biases."""
+    return (*(f"{stem}.weight" for stem in stems), *(f"{stem}.bias" for stem in stems if bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +158,7 @@ class StageLayers:
         """Checkpoint tensors that this stage needs, in Meta's names; nothing else is read."""
         names = ["tok_embeddings.weight"] if self.is_first else []
         for i in range(self.start, self.stop):
-            names += [f"layers.{i}.{part}.weight" for part in LAYER_TENSORS]
+            names += [f"layers.{i}.{part}" for part in config.layer_tensors]
         if self.is_last:
             names.append("norm.weight")
             if not config.tie_word_embeddings:
@@ -80,19 +175,6 @@ class StageLayers:
             shared = config.tie_word_embeddings and self.is_first
             count += config.dim + (0 if shared else config.embedding_parameters)
         return count
-
-
-LAYER_TENSORS = (
-    "attention_norm",
-    "attention.wq",
-    "attention.wk",
-    "attention.wv",
-    "attention.wo",
-    "ffn_norm",
-    "feed_forward.w1",
-    "feed_forward.w2",
-    "feed_forward.w3",
-)
 
 
 def split_layers(config: ModelConfig, stages: int, split: list[int] | None = None) -> list[StageLayers]:

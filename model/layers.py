@@ -3,11 +3,13 @@
 Legend: T tokens, D head dim.
 """
 
+import math
 from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
 
+from model.config import ModelConfig
 from model.kernels import Activations, Quantized, kernels_for
 
 
@@ -22,26 +24,29 @@ class Linear(Protocol):
 class DenseLinear:
     """The plain form: what every other form is compared with."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
-        self.num_parameters = weight.numel()
+        self.bias = bias
+        self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
 
 
 class Float8Linear:
     """Weights in float8, one scale per output row; inputs in float8 too, one scale per token."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._kernels = kernels_for(weight.device)
         self._weight = self._kernels.quantize_rows(weight.contiguous())
-        self.num_parameters = weight.numel()
+        self._bias = bias
+        self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         quantized = x if isinstance(x, Quantized) else self._kernels.quantize_rows(x)
-        return self._kernels.float8_linear(quantized, self._weight)
+        product = self._kernels.float8_linear(quantized, self._weight)
+        return product if self._bias is None else product + self._bias
 
 
 class PackedFloat16Linear:
@@ -51,22 +56,30 @@ class PackedFloat16Linear:
     once where a BLAS packs them at every call. Weights are rounded to 11 bits, nothing else is.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.num_parameters = weight.numel()
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
         return y
 
 
-def make_linear(weight: torch.Tensor, dtype: torch.dtype, device: torch.device, fp8: bool = False) -> Linear:
+def make_linear(
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    fp8: bool = False,
+    bias: torch.Tensor | None = None,
+) -> Linear:
     """The fastest form for this dtype and device that computes the same as `DenseLinear`, up to rounding."""
+    compute = compute_dtype(dtype, device)
+    bias = bias.to(device, compute) if bias is not None else None
     if fp8:
-        return Float8Linear(weight.to(device, dtype))
+        return Float8Linear(weight.to(device, dtype), bias)
     if device.type == "cpu" and dtype == torch.float16 and "fbgemm" in torch.backends.quantized.supported_engines:
-        return PackedFloat16Linear(weight)
-    return DenseLinear(weight.to(device, compute_dtype(dtype, device)))
+        return PackedFloat16Linear(weight, bias)
+    return DenseLinear(weight.to(device, compute), bias)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -74,8 +87,31 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Cosine and sine of position * theta^(-2j / D), [length, D / 2, 2] float32 (arXiv 2104.09864, eq. 15)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+def rotary_table(length: int, config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Cosine and sine of position * frequency, [length, D / 2, 2] float32 (arXiv 2104.09864, eq. 15)."""
+    frequencies = rotary_frequencies(length, config, device)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()), -1)
+
+
+def rotary_frequencies(length: int, config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Frequency of each pair of dimensions for contexts of up to `length` tokens, [D / 2] float32; see `RopeScaling`.
+
+    theta^(-2j / D) without scaling.
+    """
+    theta, d, scaling = config.rope_theta, config.head_dim, config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_max_position_embeddings:
+        stretched = scaling.factor * length / scaling.original_max_position_embeddings - (scaling.factor - 1)
+        theta *= stretched ** (d / (d - 2))
+    frequencies = 1.0 / theta ** (torch.arange(0, d, 2, device=device).float() / d)
+    if scaling is None or scaling.kind == "dynamic":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "divisors":
+        return frequencies / torch.tensor(scaling.divisors, dtype=torch.float32, device=device)
+    # llama3: turns that a frequency makes within the original context decide how much of it is kept.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -4,38 +4,41 @@ Legend: T tokens, C model dim, H query heads, K KV heads, D head dim, F feed-for
 Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.functional import embedding
 
 from model.attention import AttentionMetadata, paged_attention
-from model.config import LAYER_TENSORS, ModelConfig, StageLayers
+from model.config import ModelConfig, StageLayers
 from model.kernels import Kernels, kernels_for
 from model.kv_cache import KVCache
 from model.layers import Linear, compute_dtype, make_linear, rotary_table
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+Take = Callable[[str], torch.Tensor]  # the tensor of this name, which must be the next one
 
 
 class Layer:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the residual."""
 
-    def __init__(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, fp8: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device, fp8: bool) -> None:
         self.config = config
         self._fp8 = fp8
-        _check_shapes(config, weights)
         compute = compute_dtype(dtype, device)
-        self.attention_norm = weights["attention_norm"].to(device, compute)
-        self.ffn_norm = weights["ffn_norm"].to(device, compute)
+
+        def load(*stems: str, bias: bool) -> Linear:
+            weight = _stacked([f"{stem}.weight" for stem in stems], config, take, dtype, device)
+            biases = [take(f"{stem}.bias") for stem in stems if bias]
+            return make_linear(weight, dtype, device, fp8, torch.cat(biases) if bias else None)
+
         # Products that read the same input are one product: fewer, larger reads of the weights.
-        qkv = torch.cat([weights.pop(f"attention.w{x}") for x in "qkv"])
-        self.wqkv = make_linear(qkv, dtype, device, fp8)
-        self.wo = make_linear(weights.pop("attention.wo"), dtype, device, fp8)
-        self.w13 = make_linear(torch.cat([weights.pop(f"feed_forward.w{x}") for x in "13"]), dtype, device, fp8)
-        self.w2 = make_linear(weights.pop("feed_forward.w2"), dtype, device, fp8)
+        self.attention_norm = take("attention_norm.weight").to(device, compute, copy=True)
+        self.wqkv = load("attention.wq", "attention.wk", "attention.wv", bias=config.attention_bias)
+        self.wo = load("attention.wo", bias=config.attention_bias)
+        self.ffn_norm = take("ffn_norm.weight").to(device, compute, copy=True)
+        self.w13 = load("feed_forward.w1", "feed_forward.w3", bias=config.mlp_bias)
+        self.w2 = load("feed_forward.w2", bias=config.mlp_bias)
 
     @property
     def num_parameters(self) -> int:
@@ -69,7 +72,10 @@ class Layer:
 
 
 class Decoder:
-    """One stage's share of the model. `tensors` yields its weights by name, in any order within a layer."""
+    """One stage's share of the model. `tensors` yields its weights in the order of `stage.tensor_names`.
+
+    Holds what it has built and one tensor at a time. Raises `ValueError` for a tensor of the wrong shape.
+    """
 
     def __init__(
         self,
@@ -79,35 +85,36 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
-        on_tensor: Callable[[], None] = lambda: None,
+        on_tensor: Callable[[str], None] = lambda name: None,
         fp8: bool = False,
     ) -> None:
         self.config, self.stage, self.dtype, self.device = config, stage, compute_dtype(dtype, device), device
         self.kernels = kernels_for(device)
-        self.rotary = rotary_table(max_model_len, config.head_dim, config.rope_theta, device)
-        self.layers: list[Layer] = []
-        parts: dict[str, torch.Tensor] = {}
-        outer: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors:
-            on_tensor()
-            if not name.startswith("layers."):
-                outer[name] = tensor
-                continue
-            parts[name.split(".", 2)[2].removesuffix(".weight")] = tensor
-            if len(parts) == len(LAYER_TENSORS):
-                self.layers.append(Layer(config, parts, dtype, device, fp8))
-                parts = {}
-        assert not parts, "a layer is incomplete"
-        assert len(self.layers) == stage.stop - stage.start
-        self._build_ends(outer, dtype)
+        self.rotary = rotary_table(max_model_len, config, device)
 
-    def _build_ends(self, outer: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        if self.stage.is_first:
-            self.tok_embeddings = outer["tok_embeddings.weight"].to(self.device, self.dtype)
-        if self.stage.is_last:
-            self.norm = outer["norm.weight"].to(self.device, self.dtype)
-            name = "tok_embeddings.weight" if self.config.tie_word_embeddings else "output.weight"
-            self.output = make_linear(outer[name], dtype, self.device)
+        def take(name: str) -> torch.Tensor:
+            found, tensor = next(tensors)
+            assert found == name, f"{found} came where {name} was due"
+            if tuple(tensor.shape) != config.tensor_shape(name):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model needs {config.tensor_shape(name)}")
+            on_tensor(name)
+            return tensor
+
+        if stage.is_first:
+            self.tok_embeddings = take("tok_embeddings.weight").to(device, self.dtype, copy=True)
+        self.layers = [
+            Layer(config, lambda name, i=i: take(f"layers.{i}.{name}"), dtype, device, fp8)  # type: ignore[misc]
+            for i in range(stage.start, stage.stop)
+        ]
+        if stage.is_last:
+            self.norm = take("norm.weight").to(device, self.dtype, copy=True)
+            self.output = make_linear(self._head(take), dtype, device)
+
+    def _head(self, take: Take) -> torch.Tensor:
+        if not self.config.tie_word_embeddings:
+            return take("output.weight").to(self.device, copy=True)
+        tied = self.tok_embeddings if self.stage.is_first else take("tok_embeddings.weight")
+        return tied.to(self.device, copy=not self.stage.is_first)
 
     @property
     def num_parameters(self) -> int:
@@ -137,20 +144,16 @@ class Decoder:
         return self.output(normed).float()
 
 
-def _check_shapes(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
-    c, f = config.dim, config.hidden_dim
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    expected = {
-        "attention_norm": (c,),
-        "attention.wq": (q, c),
-        "attention.wk": (kv, c),
-        "attention.wv": (kv, c),
-        "attention.wo": (c, q),
-        "ffn_norm": (c,),
-        "feed_forward.w1": (f, c),
-        "feed_forward.w2": (c, f),
-        "feed_forward.w3": (f, c),
-    }
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}, the model's config needs {shape}")
+def _stacked(
+    names: Sequence[str], config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Weights [out, in] of several names, rows one below another; each is let go of before the next is taken."""
+    if len(names) == 1:
+        return take(names[0]).to(device, dtype, copy=True)
+    shapes = [config.tensor_shape(f"layers.0.{name}") for name in names]
+    whole = torch.empty(sum(rows for rows, _ in shapes), shapes[0][1], dtype=dtype, device=device)
+    start = 0
+    for name, (rows, _) in zip(names, shapes, strict=True):
+        whole[start : start + rows] = take(name)
+        start += rows
+    return whole

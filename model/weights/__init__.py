@@ -5,14 +5,19 @@ and only those asked for. The format is found from the files, never from the pat
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from model.config import ModelConfig
 
 if TYPE_CHECKING:  # the gateway reads configurations and tokenizers and has no use for torch
     import torch
+
+Format = Literal["gguf", "sharded", "huggingface", "meta", "shape"]
+
+MANIFEST = "manifest.json"  # of a checkpoint that `caravan shard` wrote
 
 
 class CheckpointError(ValueError):
@@ -29,7 +34,7 @@ class Checkpoint(Protocol):
         ...
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield (name, tensor) in the order of `names`. Raises `CheckpointError`."""
+        """Yield (name, tensor) in the order of `names`; tensors may be views of the file. Raises `CheckpointError`."""
         ...
 
 
@@ -65,34 +70,82 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one (or the first of the only split one) in the directory it is."""
+    if is_gguf(path):
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = [file for file in sorted(path.iterdir()) if file.name != "tokenizer.gguf" and is_gguf(file)]
+    first = [file for file in files if not re.search(r"-0*([2-9]|1\d+)-of-\d+\.gguf$", file.name)]
+    if len(first) > 1:
+        raise CheckpointError(f"{path} holds several GGUF models: name one of {', '.join(f.name for f in first)}")
+    return first[0] if first else None
+
+
+def detect_format(path: Path) -> Format:
+    """What kind of checkpoint `path` is, by its files. Raises `CheckpointError`."""
+    if find_gguf(path) is not None:
+        return "gguf"
+    if (path / MANIFEST).is_file():
+        return "sharded"
+    if (path / "config.json").is_file():
+        return "huggingface"
+    if (path / "params.json").is_file():
+        return "meta"
+    raise CheckpointError(
+        f"{path} is no checkpoint: expected a GGUF file, or a directory with config.json (Hugging Face), "
+        f"params.json (Meta) or {MANIFEST} (caravan shard)"
+    )
+
+
 def read_config(path: Path) -> ModelConfig:
     """The shape of the model at `path`. Raises `CheckpointError`."""
-    if is_gguf(path):
-        from model.weights import gguf
+    match detect_format(path):
+        case "gguf":
+            from model.weights import gguf
 
-        return gguf.read_config(path)
-    if (path / "config.json").is_file():
-        from model.weights import hf
+            return gguf.read_config(gguf_file(path))
+        case "sharded":
+            from model.weights import sharded
 
-        return hf.read_config(path)
-    raise CheckpointError(f"{path} is no checkpoint: expected a GGUF file, or a directory with config.json")
+            return sharded.read_manifest(path).config
+        case "meta":
+            from model.weights import meta
+
+            return meta.read_config(path)
+        case _:
+            from model.weights import hf
+
+            return hf.read_config(path)
 
 
-def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """Shape of the tensor `name` in a model of this config."""
-    c, f = config.dim, config.hidden_dim
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    if name in ("tok_embeddings.weight", "output.weight"):
-        return config.vocab_size, c
-    return {
-        "attention.wq": (q, c),
-        "attention.wk": (kv, c),
-        "attention.wv": (kv, c),
-        "attention.wo": (c, q),
-        "feed_forward.w1": (f, c),
-        "feed_forward.w2": (c, f),
-        "feed_forward.w3": (f, c),
-    }.get(name.split(".", 2)[-1].removesuffix(".weight"), (c,))  # the others are norms
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint at `path`; reads no weights yet. Raises `CheckpointError`."""
+    match detect_format(path):
+        case "gguf":
+            from model.weights.gguf import GGUFCheckpoint
+
+            return GGUFCheckpoint(gguf_file(path))
+        case "sharded":
+            from model.weights.sharded import ShardedCheckpoint
+
+            return ShardedCheckpoint(path)
+        case "meta":
+            from model.weights.meta import MetaCheckpoint
+
+            return MetaCheckpoint(path)
+        case _:
+            from model.weights.hf import open_hf
+
+            return open_hf(path)
+
+
+def gguf_file(path: Path) -> Path:
+    """The file of a checkpoint that `detect_format` calls gguf."""
+    file = find_gguf(path)
+    assert file is not None
+    return file
 
 
 def check_shape(file: Path, stored_name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -104,13 +157,16 @@ def check_shape(file: Path, stored_name: str, stored: tuple[int, ...], expected:
         )
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path`; reads no weights yet. Raises `CheckpointError`."""
-    if is_gguf(path):
-        from model.weights.gguf import GGUFCheckpoint
+def interleave_rotary(tensor: "torch.Tensor", head_dim: int) -> "torch.Tensor":
+    """Rows of wq or wk (or their biases) from Hugging Face's order (first halves of all rotary pairs, then second
+    halves) to Meta's (pair by pair).
 
-        return GGUFCheckpoint(path)
-    config = read_config(path)
-    from model.weights.hf import HFCheckpoint
+    tensor: [heads * D, ...]. transformers' converter does the opposite when it reads Meta's files.
+    """
+    heads = tensor.shape[0] // head_dim
+    return tensor.view(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
 
-    return HFCheckpoint(path, config)
+
+def is_rotary(name: str) -> bool:
+    """Whether the rows of this tensor are rotary pairs."""
+    return ".attention.wq." in name or ".attention.wk." in name

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from model.config import ModelConfig
-from model.weights import tensor_shape
 
 CPU = torch.device("cpu")
 
@@ -27,6 +26,6 @@ class DummyCheckpoint:
         """Yield (name, float32 tensor) in the order of `names`."""
         for name in names:
             generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
-            shape = tensor_shape(self.config, name)
+            shape = self.config.tensor_shape(name)
             values = torch.randn(shape, generator=generator, device=self.device)
             yield name, values.abs() if len(shape) == 1 else values * shape[-1] ** -0.5

@@ -1,8 +1,11 @@
 """GGUF checkpoints, read and dequantised by the `gguf` package.
 
 llama.cpp's converter stores the rows of wq and wk in Meta's interleaved rotary order, so they need no permutation.
+A model split over several files is opened by its first one.
 """
 
+import mmap
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,8 +16,8 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
-from model.config import ModelConfig
-from model.weights import CheckpointError, check_shape, tensor_shape
+from model.config import ModelConfig, RopeScaling
+from model.weights import CheckpointError, check_shape
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +38,11 @@ LAYER_NAMES = {
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }
-
+ROPE_DIVISORS = "rope_freqs.weight"
 
 # Metadata that changes what is computed, and the values that leave it as we compute it.
 PLAIN = {
-    "rope.scaling.type": ("none",),
-    "rope.scale_linear": (1.0,),
+    "rope.scaling.type": ("none", "linear"),
     "expert_count": (0,),
 }
 
@@ -114,9 +116,9 @@ def required_field(path: Path, key: str) -> Any:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model's shape from the metadata. Raises `CheckpointError` for anything but a plain Llama."""
-    tensors = {tensor.name: tensor for tensor in open_reader(path).tensors}
-    _check_plain(path, list(tensors))
+    """The model's shape from the metadata. Raises `CheckpointError` for anything but a Llama."""
+    _check_plain(path)
+    tensors = {tensor.name: tensor for file in split_files(path) for tensor in open_reader(file).tensors}
 
     def need(key: str) -> Any:
         return required_field(path, f"llama.{key}")
@@ -137,28 +139,58 @@ def read_config(path: Path) -> ModelConfig:
             vocab_size=int(embedding.shape[-1]),
             norm_eps=need("attention.layer_norm_rms_epsilon"),
             rope_theta=field(path, "llama.rope.freq_base", 10000.0),
-            max_position_embeddings=need("context_length"),
+            max_position_embeddings=field(path, "llama.rope.scaling.original_context_length", need("context_length")),
             tie_word_embeddings=OUTER_NAMES["output.weight"] not in tensors,
+            rope_scaling=_rope_scaling(path, tensors.get(ROPE_DIVISORS), need("context_length")),
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            mlp_bias="blk.0.ffn_up.bias" in tensors,
         )
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
     for key in ("attention.value_length", "rope.dimension_count"):
         if field(path, f"llama.{key}", head_dim) != head_dim:
-            raise CheckpointError(f"{path}: llama.{key} differs from the head dimension, which is not supported yet")
+            raise CheckpointError(f"{path}: llama.{key} differs from the head dimension, which is not supported")
     return config
 
 
-def _check_plain(path: Path, tensor_names: Sequence[str]) -> None:
+def _check_plain(path: Path) -> None:
     architecture = required_field(path, "general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{path} holds a model of architecture {architecture}; only llama is supported")
     for key, plain in PLAIN.items():
         value = field(path, f"llama.{key}", plain[0])
         if value not in plain:
-            raise CheckpointError(f"{path}: llama.{key} = {value} is not supported yet")
-    for name in tensor_names:
-        if name == "rope_freqs.weight" or name.endswith(".bias"):
-            raise CheckpointError(f"{path}: the model has {name}, which is not supported yet")
+            raise CheckpointError(f"{path}: llama.{key} = {value} is not supported")
+
+
+def _rope_scaling(path: Path, divisors: ReaderTensor | None, context: int) -> RopeScaling | None:
+    """Linear scaling is in the metadata; Llama 3's comes as a tensor of divisors, made by the converter."""
+    if divisors is not None:
+        values = tuple(float(x) for x in dequantize(divisors.data, divisors.tensor_type).reshape(-1))
+        return RopeScaling(kind="divisors", divisors=values, original_max_position_embeddings=context)
+    factor = field(path, "llama.rope.scaling.factor", field(path, "llama.rope.scale_linear", 1.0))
+    linear = field(path, "llama.rope.scaling.type", "linear") == "linear"
+    return RopeScaling(kind="linear", factor=float(factor)) if linear and factor != 1.0 else None
+
+
+def split_files(path: Path) -> list[Path]:
+    """All files of a model, which `path` is the first of. Raises `CheckpointError` if one is missing or not the first.
+
+    llama.cpp names them name-00001-of-00003.gguf, and says in each how many there are.
+    """
+    count = int(field(path, "split.count", 0))
+    if count <= 1:
+        return [path]
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None or int(match[3]) != count or int(match[2]) != 1:
+        raise CheckpointError(
+            f"{path} is one of {count} files of a model: give the first, named like model-00001-of-{count:05d}.gguf"
+        )
+    files = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is one of {count} files, of which {', '.join(missing)} is not beside it")
+    return files
 
 
 class GGUFCheckpoint:
@@ -167,35 +199,79 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
-        # A mapping of its own: what is read through it counts as this process's memory until the checkpoint is dropped.
-        self._tensors = {tensor.name: tensor for tensor in FastReader(path).tensors}
+        # Mappings of its own: what is read through them counts as this process's memory until it is let go of.
+        self._tensors = {
+            tensor.name: (file, tensor) for file in split_files(path) for tensor in FastReader(file).tensors
+        }
 
     def nbytes(self, names: Sequence[str]) -> int:
-        return sum(int(self._find(name).n_bytes) for name in names)
+        return sum(int(self._find(name)[1].n_bytes) for name in names)
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
+        for name in names:
+            yield name, self._read(name)
+
+    def _read(self, name: str) -> "torch.Tensor":
         import torch
 
-        for name in names:
-            stored = self._find(name)
-            try:
-                values = dequantize(stored.data, stored.tensor_type)
-            except NotImplementedError as error:
-                raise CheckpointError(
-                    f"{self.path}: tensor {stored.name} is quantised as {stored.tensor_type.name}, "
-                    "which cannot be read: convert the file to another quantisation"
-                ) from error
-            yield name, torch.from_numpy(np.require(values, np.float32, ["C", "W", "E"]))
+        file, stored = self._find(name)
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{file}: tensor {stored.name} is quantised as {stored.tensor_type.name}, which cannot be read: "
+                "convert the file to another quantisation"
+            ) from error
+        tensor = torch.from_numpy(np.require(values, np.float32, ["C", "W", "E"]))
+        if values.base is not None:  # unquantised: still the mapping itself
+            tensor = tensor.clone()
+        forget(stored.data)
+        return tensor
 
-    def _find(self, name: str) -> ReaderTensor:
-        if name.startswith("layers."):
-            _, layer, part = name.removesuffix(".weight").split(".", 2)
-            stored_name = f"blk.{layer}.{LAYER_NAMES[part]}.weight"
-        else:
-            stored_name = OUTER_NAMES[name]
-        stored = self._tensors.get(stored_name)
-        if stored is None:
+    def _find(self, name: str) -> tuple[Path, ReaderTensor]:
+        stored_name = stored_as(name)
+        if stored_name not in self._tensors:
             raise CheckpointError(f"{self.path} lacks the tensor {stored_name}: it is damaged or not a whole model")
+        file, stored = self._tensors[stored_name]
         shape = tuple(int(n) for n in reversed(stored.shape))  # ggml counts dimensions from the innermost
-        check_shape(self.path, stored_name, shape, tensor_shape(self.config, name))
-        return stored
+        check_shape(file, stored_name, shape, self.config.tensor_shape(name))
+        return file, stored
+
+
+def stored_as(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    if not name.startswith("layers."):
+        return OUTER_NAMES[name]
+    _, layer, part = name.split(".", 2)
+    stem, _, kind = part.rpartition(".")
+    return f"blk.{layer}.{LAYER_NAMES[stem]}.{kind}"
+
+
+def forget(data: Any) -> None:
+    """Let go of the pages of a mapped file that this array is a view of; they are read again if needed."""
+    base = data
+    while isinstance(base, np.ndarray):
+        mapped = getattr(base, "_mmap", None)
+        if mapped is not None:
+            start = data.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # the first page may belong to the tensor before, too
+            length = data.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if length:
+                mapped.madvise(mmap.MADV_DONTNEED, start, min(length, len(mapped) - start))
+            return
+        base = base.base
+
+
+def write_tokenizer(path: Path, out: Path) -> None:
+    """A GGUF file `out` with the vocabulary and chat template of `path`, and no weights."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(out, "llama")
+    for key, found in open_reader(path).fields.items():
+        if key.startswith("tokenizer."):
+            element = found.types[1] if found.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field(path, key), found.types[0], element)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

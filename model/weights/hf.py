@@ -1,14 +1,14 @@
-"""Hugging Face checkpoints: config.json beside one safetensors file or several with an index."""
+"""Hugging Face checkpoints: config.json beside safetensors or pytorch_model.bin, one file or several with an index."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from model.config import ModelConfig
-from model.weights import CheckpointError, check_shape, tensor_shape
+from model.config import ModelConfig, RopeScaling
+from model.weights import CheckpointError, check_shape, interleave_rotary, is_rotary
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +29,9 @@ LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-UNSUPPORTED = ("attention_bias", "mlp_bias", "quantization_config")
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,23 +46,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model's shape from config.json. Raises `CheckpointError` for what is not a plain Llama."""
-    raw = read_json(path / "config.json")
+    """The model's shape from config.json. Raises `CheckpointError` for what is not a Llama."""
+    file = path / "config.json"
+    raw = read_json(file)
     if "LlamaForCausalLM" not in (raw.get("architectures") or []):
-        raise CheckpointError(f"{path}/config.json: architectures is {raw.get('architectures')}, not LlamaForCausalLM")
-    for key in UNSUPPORTED:
-        if raw.get(key):
-            raise CheckpointError(f"{path}/config.json: {key} = {raw[key]} is not supported yet")
+        raise CheckpointError(f"{file}: architectures is {raw.get('architectures')}, not LlamaForCausalLM")
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"{file}: quantization_config = {raw['quantization_config']} is not supported: use the checkpoint it was "
+            "made from (model.quantization: fp8 quantises it at load), or a GGUF"
+        )
     if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}/config.json: hidden_act = {raw['hidden_act']} is not supported, only silu is")
-    rope = {"rope_theta": raw.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):  # before transformers 5, and since
-        given = raw.get(key) or {}
-        if not isinstance(given, dict) or given.get("rope_type", given.get("type", "default")) != "default":
-            raise CheckpointError(f"{path}/config.json: {key} = {given} is not supported yet")
-        rope |= given
+        raise CheckpointError(f"{file}: hidden_act = {raw['hidden_act']} is not supported, only silu is")
     try:
         heads = raw["num_attention_heads"]
+        theta, scaling = _rope(file, raw)
         return ModelConfig(
             dim=raw["hidden_size"],
             n_layers=raw["num_hidden_layers"],
@@ -72,96 +70,202 @@ def read_config(path: Path) -> ModelConfig:
             hidden_dim=raw["intermediate_size"],
             vocab_size=raw["vocab_size"],
             norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope["rope_theta"] or 10000.0,
+            rope_theta=theta,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rope_scaling=scaling,
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
         )
     except KeyError as error:
-        raise CheckpointError(f"{path}/config.json lacks {error}") from error
+        raise CheckpointError(f"{file} lacks {error}") from error
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}/config.json: {error}") from error
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
+
+
+def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from before transformers 5 (rope_theta, rope_scaling) and since (rope_parameters)."""
+    given: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = raw.get(key) or {}
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: {key} = {value} is not an object")
+        given |= value
+    theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise CheckpointError(
+            f"{file}: rope type {kind} is not supported, only default, linear, dynamic and llama3 are"
+        )
+    trained = raw.get("max_position_embeddings", 2048)
+    return theta, RopeScaling(
+        kind=kind,
+        factor=float(given["factor"]),
+        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+        original_max_position_embeddings=int(given.get("original_max_position_embeddings") or trained),
+    )
+
+
+class TensorFile(Protocol):
+    """One open file of a checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def item_size(self, name: str) -> int:
+        """Bytes per element. Raises `CheckpointError` for types that are not weights."""
+        ...
+
+    def get(self, name: str) -> "torch.Tensor": ...
+
+
+class SafetensorsFile:
+    """See `TensorFile`."""
+
+    def __init__(self, file: Path, stored: Any) -> None:
+        self._file, self._stored, self._names = file, stored, frozenset(stored.keys())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored.get_slice(name).get_shape())
+
+    def item_size(self, name: str) -> int:
+        kind = self._stored.get_slice(name).get_dtype()
+        if kind not in ITEM_SIZES:
+            raise CheckpointError(f"{self._file}: tensor {name} is stored as {kind}: not supported")
+        return ITEM_SIZES[kind]
+
+    def get(self, name: str) -> "torch.Tensor":
+        tensor: torch.Tensor = self._stored.get_tensor(name)
+        return tensor
+
+
+class TorchFile:
+    """See `TensorFile`."""
+
+    def __init__(self, file: Path) -> None:
+        from model.weights.torch_file import open_torch_file
+
+        self._file, self._tensors = file, open_torch_file(file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def item_size(self, name: str) -> int:
+        from model.weights.torch_file import item_size
+
+        return item_size(self._file, name, self._tensors[name])
+
+    def get(self, name: str) -> "torch.Tensor":
+        return self._tensors[name]
+
+
+@contextmanager
+def opened_safetensors(file: Path) -> Iterator[SafetensorsFile]:
+    """Tensors are read one by one. Raises `CheckpointError` if the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield SafetensorsFile(file, stored)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): it is damaged or truncated") from error
+
+
+@contextmanager
+def opened_torch(file: Path) -> Iterator[TorchFile]:
+    """The same for what `torch.save` wrote."""
+    yield TorchFile(file)
+
+
+def open_hf(path: Path) -> "HFCheckpoint":
+    """Whichever files there are; safetensors go first. Raises `CheckpointError` if there are none."""
+    config = read_config(path)
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        return HFCheckpoint(path, config, SINGLE, INDEX, opened_safetensors)
+    if (path / TORCH_SINGLE).is_file() or (path / TORCH_INDEX).is_file():
+        return HFCheckpoint(path, config, TORCH_SINGLE, TORCH_INDEX, opened_torch)
+    raise CheckpointError(f"{path} holds no weights: neither {SINGLE}, {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX}")
 
 
 class HFCheckpoint:
     """See `model.weights.Checkpoint`. Tensors keep the type they are stored as."""
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        single: str,
+        index: str,
+        opened: Callable[[Path], AbstractContextManager[TensorFile]],
+    ) -> None:
         self.path = path
         self.config = config
-        self._files = self._index()
+        self._opened = opened
+        self._single = path / single
+        self._files = self._read_index(path / index) if (path / index).is_file() else None
+        if self._files is None:
+            with opened(self._single):  # damage is found now, not in the middle of loading
+                pass
 
-    def _index(self) -> dict[str, Path]:
+    def _read_index(self, index: Path) -> dict[str, Path]:
         """File of each stored tensor."""
-        if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{self.path / INDEX} has no weight_map: it is damaged")
-            files = {name: self.path / file for name, file in weight_map.items()}
-            missing = sorted({str(f) for f in files.values() if not f.is_file()})
-            if missing:
-                raise CheckpointError(f"{self.path / INDEX} names files that are not there: {', '.join(missing)}")
-            return files
-        file = self.path / SINGLE
-        if not file.is_file():
-            raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
-        with _opened(file, "np") as stored:
-            return dict.fromkeys(stored.keys(), file)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map: it is damaged")
+        files = {name: self.path / file for name, file in weight_map.items()}
+        missing = sorted({str(f) for f in files.values() if not f.is_file()})
+        if missing:
+            raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}")
+        return files
 
     def nbytes(self, names: Sequence[str]) -> int:
         total = 0
         for name in names:
             stored_name, file = self._find(name)
-            with _opened(file, "np") as stored:
+            with self._opened(file) as stored:
                 total += self._checked_size(name, stored_name, file, stored)
         return total
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         for name in names:
-            stored_name, file = self._find(name)
-            with _opened(file, "pt") as stored:
-                self._checked_size(name, stored_name, file, stored)
-                tensor = stored.get_tensor(stored_name)
-            if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-                tensor = interleave_rotary(tensor, self.config.head_dim)
-            yield name, tensor
+            yield name, self._read(name)
 
-    def _checked_size(self, name: str, stored_name: str, file: Path, stored: Any) -> int:
+    def _read(self, name: str) -> "torch.Tensor":
+        stored_name, file = self._find(name)
+        with self._opened(file) as stored:
+            self._checked_size(name, stored_name, file, stored)
+            tensor = stored.get(stored_name)
+        return interleave_rotary(tensor, self.config.head_dim) if is_rotary(name) else tensor
+
+    def _checked_size(self, name: str, stored_name: str, file: Path, stored: TensorFile) -> int:
         """Bytes of one tensor of an opened file, after a look at its type and shape."""
-        if stored_name not in stored.keys():  # noqa: SIM118 - not a dict
-            raise CheckpointError(f"{file} lacks the tensor {stored_name}, though {INDEX} says that it is there")
-        part = stored.get_slice(stored_name)
-        check_shape(file, stored_name, tuple(part.get_shape()), tensor_shape(self.config, name))
-        if part.get_dtype() not in ITEM_SIZES:
-            raise CheckpointError(f"{file}: tensor {stored_name} is stored as {part.get_dtype()}: not supported yet")
-        return ITEM_SIZES[part.get_dtype()] * math.prod(tensor_shape(self.config, name))
+        if stored_name not in stored:
+            raise CheckpointError(f"{file} lacks the tensor {stored_name}: it is damaged or not a whole model")
+        shape = self.config.tensor_shape(name)
+        check_shape(file, stored_name, stored.shape(stored_name), shape)
+        return stored.item_size(stored_name) * math.prod(shape)
 
     def _find(self, name: str) -> tuple[str, Path]:
-        if name.startswith("layers."):
-            _, layer, part = name.removesuffix(".weight").split(".", 2)
-            stored_name = f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
-        else:
-            stored_name = OUTER_NAMES[name]
+        stored_name = stored_as(name)
+        if self._files is None:
+            return stored_name, self._single
         if stored_name not in self._files:
             raise CheckpointError(f"{self.path} lacks the tensor {stored_name}: it is damaged or not a whole model")
         return stored_name, self._files[stored_name]
 
 
-@contextmanager
-def _opened(file: Path, framework: str) -> Iterator[Any]:
-    """A safetensors file whose tensors are read one by one. Raises `CheckpointError` if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework=framework) as stored:
-            yield stored
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): it is damaged or truncated") from error
-
-
-def interleave_rotary(weight: "torch.Tensor", head_dim: int) -> "torch.Tensor":
-    """Rows of wq or wk from Hugging Face's order (first halves of all rotary pairs, then second halves) to Meta's.
-
-    weight: [heads * D, C]. transformers' converter does the opposite when it reads Meta's files.
-    """
-    heads = weight.shape[0] // head_dim
-    return weight.view(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+def stored_as(name: str) -> str:
+    """Hugging Face's name of a tensor."""
+    if not name.startswith("layers."):
+        return OUTER_NAMES[name]
+    _, layer, part = name.split(".", 2)
+    stem, _, kind = part.rpartition(".")
+    return f"model.layers.{layer}.{LAYER_NAMES[stem]}.{kind}"

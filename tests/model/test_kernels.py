@@ -1,11 +1,14 @@
 """The fused kernels against their references, over odd sizes. Needs a CUDA device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.kernels import PrefillMetadata, Quantized, kernels_for
 from model.kernels.reference import ReferenceKernels
 from model.layers import DenseLinear, Float8Linear, rotary_table
+from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 GPU = torch.device("cuda")
@@ -53,7 +56,7 @@ HEADS = [(64, 8, 128), (32, 32, 128), (9, 3, 64), (40, 40, 128), (4, 1, 96)]
 def test_rotate_and_write(dtype: torch.dtype, h: int, k: int, d: int, tokens: int) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(tokens, (h + 2 * k) * d, device=GPU, dtype=dtype)
-    rotary = rotary_table(4096, d, 10000.0, GPU)
+    rotary = rotary_table(4096, replace(TINY, head_dim=d), GPU)
     positions = torch.randint(0, 4096, (tokens,), device=GPU)
     slots = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
     caches = [[torch.zeros(20, BLOCK, k, d, device=GPU, dtype=t) for _ in range(2)] for t in (dtype, torch.float32)]

