@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.prompt_formats import PROMPT_FORMATS, PromptFormatName
+
+FORMAT_NAMES = ", ".join(("none", *PROMPT_FORMATS))
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -16,7 +19,9 @@ class Strict(BaseModel):
 class ModelArgs(Strict):
     """Which weights to serve, and as what."""
 
-    path: str = Field(description="checkpoint file or directory, or pkg:module/file for one inside a Python package")
+    path: str = Field(
+        description="checkpoint file or directory, pkg:module/file inside a Python package, or shape:llama-2-70b"
+    )
     name: str = Field(description="the model name that clients use")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="bfloat16", description="type of the weights; on cpu, float16 weights are multiplied in float32"
@@ -25,10 +30,14 @@ class ModelArgs(Strict):
         default="none", description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load"
     )
     load_format: Literal["auto", "dummy"] = Field(
-        default="auto", description="auto: read the weights at path; dummy: random weights of the shape found there"
+        default="auto",
+        description="auto: read the weights at path; dummy: random weights of its shape, for capacity tests",
     )
     max_model_len: PositiveInt | None = Field(
         default=None, description="longest prompt + output, in tokens; default: what the model was trained for"
+    )
+    prompt_format: Literal["auto", "none"] | PromptFormatName = Field(
+        default="auto", description="of chats: the checkpoint's own template, or one of these: " + FORMAT_NAMES
     )
 
 

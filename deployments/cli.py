@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -135,6 +135,78 @@ def offline(
     print(json.dumps(result_))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command(epilog="Example: caravan inspect /models/llama-2-7b --stages 2")
+def inspect(
+    path: Annotated[str, typer.Argument(help="checkpoint file or directory, pkg:module/file, or shape:llama-2-70b")],
+    stages: Annotated[int, typer.Option(help="also show a split into this many stages")] = 2,
+    dtype: Annotated[
+        str, typer.Option(help="type of the weights when served: bfloat16, float16 or float32")
+    ] = "bfloat16",
+    prompt_format: Annotated[str, typer.Option(help="as in model.prompt_format")] = "auto",
+) -> None:
+    """What a checkpoint is: family, shape, types, context, prompt format with an example, and its split into stages."""
+    from rich.console import Console
+
+    from deployments.inspection import ITEM_SIZES
+    from deployments.inspection import inspect as inspected
+    from model.weights import resolve_path
+
+    if dtype not in ITEM_SIZES:
+        fail(f"--dtype {dtype}: must be one of {', '.join(ITEM_SIZES)}")
+    try:
+        Console(soft_wrap=True).print(inspected(resolve_path(path), stages, dtype, prompt_format))
+    except ValueError as error:
+        fail(str(error))
+
+
+@app.command(
+    epilog="Example: caravan shard /models/llama-2-70b --stages 4 --out /models/llama-2-70b-4 --dtype bfloat16"
+)
+def shard(
+    path: Annotated[str, typer.Argument(help="checkpoint file or directory, or pkg:module/file")],
+    out: Annotated[Path, typer.Option(help="a new directory")],
+    stages: Annotated[int, typer.Option(help="number of stages")],
+    split: Annotated[
+        str, typer.Option(help="layers per stage, e.g. 41,39; default: balanced, as pipeline.split auto")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="store as bfloat16, float16 or float32; default: as it is read")] = "",
+) -> None:
+    """Cut a checkpoint into one file per stage, so that a node needs only its own; each tensor gets a checksum."""
+    import torch
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from deployments.inspection import ITEM_SIZES
+    from model.config import split_layers
+    from model.weights import open_checkpoint, resolve_path
+    from model.weights.sharded import stage_bytes, write_shards
+
+    if dtype and dtype not in ITEM_SIZES:
+        fail(f"--dtype {dtype}: must be one of {', '.join(ITEM_SIZES)}")
+    kind = getattr(torch, dtype) if dtype else None
+    try:
+        source = resolve_path(path)
+        checkpoint = open_checkpoint(source)
+        parts = split_layers(checkpoint.config, stages, [int(n) for n in split.split(",")] if split else None)
+        names = [name for part in parts for name in part.tensor_names(checkpoint.config)]
+        total = stage_bytes(checkpoint, names, kind)
+        with Progress(
+            "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        ) as bar:
+            task = bar.add_task(f"{stages} stages to {out}", total=total)
+            write_shards(source, checkpoint, parts, out, kind, lambda count: bar.advance(task, count))
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(
+        f"{out}: give it as model.path, with pipeline.stages: {stages}" + (f" and split: [{split}]" if split else "")
+    )
+
+
+def fail(message: str) -> NoReturn:
+    """One plain sentence and exit status 1."""
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
 
 
 @app.command(epilog="Example: caravan version")

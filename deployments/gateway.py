@@ -30,7 +30,8 @@ from deployments.formats import ChatFormat, CompletionFormat, Format, usage
 from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
 from deployments.text import Piece, pieces
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.infill import can_infill, encode_infill, infill_stop_ids
+from model.tokenizer import Detokenizer, Tokenizer, check_fits, load_tokenizer
 from model.weights import read_config, resolve_path
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,15 @@ class Usage:
         return usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request makes of its text."""
+
+    token_ids: list[int]
+    stop_ids: frozenset[int] = frozenset()  # that end the answer, beside the tokenizer's own
+    starts_text: bool = False  # whether the answer is a text of its own, not the continuation of the prompt
+
+
 class Gateway:
     """One gateway: a model's name, tokenizer and template in front of an engine client."""
 
@@ -75,9 +85,11 @@ class Gateway:
         self.config = config
         self.engine = engine
         self.recorder = recorder
+        model = read_config(path)
         self.tokenizer: Tokenizer = load_tokenizer(path)
-        self.template: ChatTemplate | None = load_chat_template(path, self.tokenizer)
-        self.max_model_len = config.model.max_model_len or read_config(path).context_length
+        check_fits(self.tokenizer, model.vocab_size, path)
+        self.template: ChatTemplate | None = load_chat_template(path, self.tokenizer, config.model.prompt_format)
+        self.max_model_len = config.model.max_model_len or model.context_length
         self.created = int(time.time())
 
     # -- the two endpoints --------------------------------------------------------------------------------------------
@@ -87,31 +99,34 @@ class Gateway:
         self._check_model(request)
         prompt = await self._chat_prompt(request)
         answer = ChatFormat(f"chatcmpl-{secrets.token_hex(12)}", self.config.model.name, request.wants_usage)
-        return await self._answer(http, request, prompt, answer, "chat", self.max_model_len)
+        return await self._answer(http, request, prompt, answer, self.max_model_len)
 
     async def completion(self, http: Request) -> Response:
         request = parse(CompletionRequest, await self._body(http))
         self._check_model(request)
         prompt = await self._completion_prompt(request)
         answer = CompletionFormat(f"cmpl-{secrets.token_hex(12)}", self.config.model.name, request.wants_usage)
-        return await self._answer(http, request, prompt, answer, "completions", DEFAULT_COMPLETION_TOKENS)
+        return await self._answer(http, request, prompt, answer, DEFAULT_COMPLETION_TOKENS)
 
     async def _answer(
-        self, http: Request, request: SamplingFields, prompt: list[int], answer: Format, endpoint: str, default: int
+        self, http: Request, request: SamplingFields, prompt: Prompt, answer: Format, default: int
     ) -> Response:
-        max_tokens = self._max_tokens(len(prompt), request.budget, default)
+        ids = prompt.token_ids
+        max_tokens = self._max_tokens(len(ids), request.budget, default)
         self._check_biases(request)
-        sampling = request.sampling(max_tokens, self.tokenizer.eos_ids)
-        counts = Usage(endpoint, http.scope["state"]["request_id"], len(prompt), time.monotonic())
-        engine_request = EngineRequest(request_id=secrets.token_hex(12), token_ids=prompt, sampling=sampling)
-        stream = self._counted(pieces(self.engine.generate(engine_request), self.tokenizer, request.stop), counts)
+        sampling = request.sampling(max_tokens, self.tokenizer.eos_ids | prompt.stop_ids)
+        endpoint = "chat" if prompt.starts_text else "completions"
+        counts = Usage(endpoint, http.scope["state"]["request_id"], len(ids), time.monotonic())
+        events = self.engine.generate(EngineRequest(request_id=secrets.token_hex(12), token_ids=ids, sampling=sampling))
+        detokenizer = Detokenizer(self.tokenizer, at_start=prompt.starts_text)
+        stream = self._counted(pieces(events, self.tokenizer, detokenizer, request.stop), counts)
         if not request.stream:
             body = await or_disconnect(http, self._whole(stream, answer, counts))
             return Response(msgspec.json.encode(body), media_type="application/json")
         # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
         first = await or_disconnect(http, anext(stream))
-        events = self._events(first, stream, answer, counts, request.wants_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        body_parts = self._events(first, stream, answer, counts, request.wants_usage)
+        return StreamingResponse(body_parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def _whole(self, stream: AsyncGenerator[Piece, None], answer: Format, counts: Usage) -> dict[str, Any]:
         try:
@@ -202,21 +217,24 @@ class Gateway:
             if not 0 <= int(token_id) < self.tokenizer.vocab_size:
                 raise bad_request(f"logit_bias: {token_id} is not a token id of this model", "logit_bias")
 
-    async def _chat_prompt(self, request: ChatRequest) -> list[int]:
+    async def _chat_prompt(self, request: ChatRequest) -> Prompt:
         template = self.template
         if template is None:
             raise bad_request("this model has no chat format: use /v1/completions", "messages")
         messages = [message.as_template_input for message in request.messages]
         size = sum(len(m["content"]) for m in messages)
         try:
-            return await in_thread_if(size > LONG_TEXT, lambda: template.encode(messages))
+            ids = await in_thread_if(size > LONG_TEXT, lambda: template.encode(messages))
         except PromptFormatError as error:
             raise bad_request(str(error), "messages") from None
+        return Prompt(ids, template.stop_ids, starts_text=True)
 
-    async def _completion_prompt(self, request: CompletionRequest) -> list[int]:
+    async def _completion_prompt(self, request: CompletionRequest) -> Prompt:
         prompt = request.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
+        if request.suffix:
+            return await self._infill_prompt(prompt, request.suffix)
         if isinstance(prompt, str):
             text = prompt
             ids = await in_thread_if(len(text) > LONG_TEXT, lambda: self.tokenizer.encode(text, add_bos=True))
@@ -224,7 +242,17 @@ class Gateway:
             ids = self._checked_ids(prompt)
         if not ids:
             raise bad_request("prompt: is empty", "prompt")
-        return ids
+        return Prompt(ids)
+
+    async def _infill_prompt(self, prefix: Any, suffix: str) -> Prompt:
+        """Code Llama writes what belongs between prompt and suffix."""
+        if not can_infill(self.tokenizer):
+            raise bad_request("suffix: this model cannot fill in text before a suffix", "suffix")
+        if not isinstance(prefix, str):
+            raise bad_request("prompt: must be a string if there is a suffix", "prompt")
+        long = len(prefix) + len(suffix) > LONG_TEXT
+        ids = await in_thread_if(long, lambda: encode_infill(self.tokenizer, prefix, suffix))
+        return Prompt(ids, infill_stop_ids(self.tokenizer))
 
     def _checked_ids(self, ids: Sequence[Any]) -> list[int]:
         if any(isinstance(i, str | list) for i in ids):

@@ -7,7 +7,7 @@ is refused by name, never dropped silently.
 import math
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -66,6 +66,7 @@ class SamplingFields(BaseModel):
     """What both endpoints share."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    takes: ClassVar[frozenset[str]] = frozenset()  # fields of REFUSED that this endpoint serves after all
 
     model: str
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
@@ -125,7 +126,10 @@ class SamplingFields(BaseModel):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
+    takes: ClassVar[frozenset[str]] = frozenset({"suffix"})
+
     prompt: str | list[Any]
+    suffix: str | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
     @property
@@ -208,7 +212,7 @@ def parse(kind: type[R], body: Any) -> R:
         raise bad_request(f"the body must be a JSON object, not {_kind_of(body)}")
     for name, harmless in REFUSED.items():
         value = body.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in harmless and name not in kind.takes:
             raise bad_request(f"{name} is not supported by this service with this value", name)
     try:
         request = kind.model_validate(body)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.sequence import TokenEvent
-from model.tokenizer import Detokenizer, Tokenizer
+from model.tokenizer import Detokenizer, Tokenizer, padded_bytes
 
 
 class StopMatcher:
@@ -60,10 +60,13 @@ class Piece:
 
 
 async def pieces(
-    events: AsyncGenerator[list[TokenEvent], None], tokenizer: Tokenizer, stops: Sequence[str]
+    events: AsyncGenerator[list[TokenEvent], None],
+    tokenizer: Tokenizer,
+    detokenizer: Detokenizer,
+    stops: Sequence[str],
 ) -> AsyncGenerator[Piece, None]:
     """One piece per message of the engine; the last one has a finish_reason. Closing it cancels the request."""
-    detokenizer, matcher = Detokenizer(tokenizer), StopMatcher(stops)
+    matcher = StopMatcher(stops)
     try:
         async for batch in events:
             piece = Piece(num_tokens=len(batch), num_cached_tokens=batch[0].num_cached_tokens)
@@ -81,8 +84,8 @@ def _add(piece: Piece, event: TokenEvent, tokenizer: Tokenizer, detokenizer: Det
     if event.finish_reason != "stop":  # a stop token ends the answer and is no part of it
         piece.text += matcher.push(detokenizer.push(event.token_id))
         if event.logprob is not None:
-            top = [(tokenizer.token_bytes(i), value) for i, value in event.top_logprobs or []]
-            piece.logprobs.append(TokenLogprob(tokenizer.token_bytes(event.token_id), event.logprob, top))
+            top = [(padded_bytes(tokenizer, i), value) for i, value in event.top_logprobs or []]
+            piece.logprobs.append(TokenLogprob(padded_bytes(tokenizer, event.token_id), event.logprob, top))
     piece.finish_reason = event.finish_reason
     if event.finish_reason is not None and not matcher.matched:
         piece.text += matcher.push(detokenizer.finish())

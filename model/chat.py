@@ -1,4 +1,4 @@
-"""Messages to token ids, by the checkpoint's own chat template.
+"""Messages to token ids, by the checkpoint's own chat template or one of `prompt_formats`.
 
 The template's control tokens become ids; the same characters typed by a user stay text. To tell them apart, a mark
 that no message contains is put inside every control token's name in the messages before rendering, and taken out again
@@ -15,13 +15,16 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.prompt_formats import PROMPT_FORMATS
 from model.tokenizer import Tokenizer
-from model.weights import is_gguf
+from model.tokenizer.companions import token_text
+from model.weights import find_gguf
 from model.weights.hf import read_json
 
 Message = Mapping[str, str]
 
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: valid text never holds them
+CHATML_MARKS = {"<|im_start|>", "<|im_end|>"}
 MAX_GROWTH = 20_000  # characters that a template may add for each message
 
 
@@ -33,10 +36,28 @@ class ChatTemplate:
     """A Jinja chat template, sandboxed: it can read the messages and nothing else."""
 
     def __init__(
-        self, source: str, tokenizer: Tokenizer, *, bos_token: str | None = None, eos_token: str | None = None
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "the checkpoint's own",
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        stop_tokens: Sequence[str] = (),
     ) -> None:
-        """`bos_token` and `eos_token` are what the template knows by these names; default: the tokenizer's own."""
+        """`bos_token` and `eos_token` are what the template knows by these names; default: the tokenizer's own.
+
+        Raises `PromptFormatError` if the tokenizer lacks one of `stop_tokens`, or the template is not valid Jinja.
+        """
+        self.name = name
         self._tokenizer = tokenizer
+        missing = [token for token in stop_tokens if token not in tokenizer.control_tokens]
+        if missing:
+            raise PromptFormatError(
+                f"the prompt format {name} needs the token {missing[0]}, which this model's tokenizer does not have: "
+                "name another model.prompt_format"
+            )
+        self.stop_ids = frozenset(tokenizer.control_tokens[token] for token in stop_tokens)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -122,15 +143,34 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template that comes with the checkpoint, or None if it is a base model without one.
+def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "auto") -> ChatTemplate | None:
+    """How the model at `path` wants its messages, or None if it is a base model.
 
-    Raises `PromptFormatError` for a template that is not valid Jinja, `CheckpointError` for damaged files.
+    `prompt_format`: "none", a name of `PROMPT_FORMATS`, or "auto": the checkpoint's own template, else orca2 if the
+    tokenizer has ChatML's marks, else none.
+
+    Raises `PromptFormatError` for a template that is not valid Jinja or does not fit the tokenizer, `CheckpointError`
+    for damaged files.
     """
-    source, bos_token, eos_token = _from_gguf(path, tokenizer) if is_gguf(path) else _from_files(path)
-    if not isinstance(source, str):
+    if prompt_format == "none":
         return None
-    return ChatTemplate(source, tokenizer, bos_token=bos_token, eos_token=eos_token)
+    if prompt_format != "auto":
+        return named_template(prompt_format, tokenizer)
+    gguf_file = find_gguf(path)
+    if gguf_file is None and (path / "tokenizer.gguf").is_file():
+        gguf_file = path / "tokenizer.gguf"
+    source, bos_token, eos_token = _from_gguf(gguf_file, tokenizer) if gguf_file else _from_files(path)
+    if isinstance(source, str):
+        return ChatTemplate(source, tokenizer, bos_token=bos_token, eos_token=eos_token)
+    return named_template("orca2", tokenizer) if tokenizer.control_tokens.keys() >= CHATML_MARKS else None
+
+
+def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """One of `PROMPT_FORMATS`. Raises `PromptFormatError` if there is none of this name, or it does not fit."""
+    found = {str(key): value for key, value in PROMPT_FORMATS.items()}.get(name)
+    if found is None:
+        raise PromptFormatError(f"there is no prompt format {name}; there are {', '.join(PROMPT_FORMATS)}")
+    return ChatTemplate(found.template, tokenizer, name=name, stop_tokens=found.stop_tokens)
 
 
 def _from_gguf(path: Path, tokenizer: Tokenizer) -> tuple[Any, str | None, str | None]:
@@ -150,14 +190,8 @@ def _from_files(path: Path) -> tuple[Any, str | None, str | None]:
         source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
     if (path / "chat_template.jinja").is_file():
         source = (path / "chat_template.jinja").read_text("utf-8")
-    bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
+    bos, eos = (token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return source, bos, eos
-
-
-def _token_text(token: Any) -> str | None:
-    """A token in tokenizer_config.json is its text, or an object that holds it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _refuse(message: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the gateway reads configurations and tokenizers and has no 
 
 Format = Literal["gguf", "sharded", "huggingface", "meta", "shape"]
 
+SHAPE = "shape:"
 MANIFEST = "manifest.json"  # of a checkpoint that `caravan shard` wrote
 
 
@@ -33,16 +34,23 @@ class Checkpoint(Protocol):
         """Bytes that `tensors(names)` reads from disk."""
         ...
 
+    def stored_type(self, name: str) -> str:
+        """How a tensor is stored, in the format's own words: BF16, Q4_K, ..."""
+        ...
+
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield (name, tensor) in the order of `names`; tensors may be views of the file. Raises `CheckpointError`."""
         ...
 
 
 def resolve_path(path: str) -> Path:
-    """A file or directory, or `pkg:module/file` for one that an installed Python package ships.
+    """A file or directory, `pkg:module/file` for one that an installed Python package ships, or `shape:name`.
 
     Raises `CheckpointError` if it is not there. The package is not imported.
     """
+    if path.startswith(SHAPE):
+        shape_config(Path(path))
+        return Path(path)
     if path.startswith("pkg:"):
         module, _, rest = path.removeprefix("pkg:").partition("/")
         spec = importlib.util.find_spec(module) if module.isidentifier() else None
@@ -83,8 +91,20 @@ def find_gguf(path: Path) -> Path | None:
     return first[0] if first else None
 
 
+def shape_config(path: Path) -> ModelConfig:
+    """The shape that `shape:name` names. Raises `CheckpointError`."""
+    from model.families import SHAPES
+
+    name = str(path).removeprefix(SHAPE)
+    if name not in SHAPES:
+        raise CheckpointError(f"model.path {path}: there is no such shape; there are {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 def detect_format(path: Path) -> Format:
     """What kind of checkpoint `path` is, by its files. Raises `CheckpointError`."""
+    if str(path).startswith(SHAPE):
+        return "shape"
     if find_gguf(path) is not None:
         return "gguf"
     if (path / MANIFEST).is_file():
@@ -114,6 +134,8 @@ def read_config(path: Path) -> ModelConfig:
             from model.weights import meta
 
             return meta.read_config(path)
+        case "shape":
+            return shape_config(path)
         case _:
             from model.weights import hf
 
@@ -135,6 +157,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             from model.weights.meta import MetaCheckpoint
 
             return MetaCheckpoint(path)
+        case "shape":
+            raise CheckpointError(f"model.path {path} is a shape without weights: set model.load_format: dummy")
         case _:
             from model.weights.hf import open_hf
 

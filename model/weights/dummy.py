@@ -22,6 +22,9 @@ class DummyCheckpoint:
         """Nothing is read from disk."""
         return 0
 
+    def stored_type(self, name: str) -> str:
+        return "none"
+
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, float32 tensor) in the order of `names`."""
         for name in names:

@@ -117,8 +117,9 @@ def required_field(path: Path, key: str) -> Any:
 
 def read_config(path: Path) -> ModelConfig:
     """The model's shape from the metadata. Raises `CheckpointError` for anything but a Llama."""
+    files = split_files(path)
     _check_plain(path)
-    tensors = {tensor.name: tensor for file in split_files(path) for tensor in open_reader(file).tensors}
+    tensors = {tensor.name: tensor for file in files for tensor in open_reader(file).tensors}
 
     def need(key: str) -> Any:
         return required_field(path, f"llama.{key}")
@@ -206,6 +207,9 @@ class GGUFCheckpoint:
 
     def nbytes(self, names: Sequence[str]) -> int:
         return sum(int(self._find(name)[1].n_bytes) for name in names)
+
+    def stored_type(self, name: str) -> str:
+        return str(self._find(name)[1].tensor_type.name)
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         for name in names:

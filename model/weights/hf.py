@@ -118,6 +118,7 @@ class TensorFile(Protocol):
         """Bytes per element. Raises `CheckpointError` for types that are not weights."""
         ...
 
+    def stored_type(self, name: str) -> str: ...
     def get(self, name: str) -> "torch.Tensor": ...
 
 
@@ -134,10 +135,13 @@ class SafetensorsFile:
         return tuple(self._stored.get_slice(name).get_shape())
 
     def item_size(self, name: str) -> int:
-        kind = self._stored.get_slice(name).get_dtype()
+        kind = self.stored_type(name)
         if kind not in ITEM_SIZES:
             raise CheckpointError(f"{self._file}: tensor {name} is stored as {kind}: not supported")
         return ITEM_SIZES[kind]
+
+    def stored_type(self, name: str) -> str:
+        return str(self._stored.get_slice(name).get_dtype())
 
     def get(self, name: str) -> "torch.Tensor":
         tensor: torch.Tensor = self._stored.get_tensor(name)
@@ -162,6 +166,9 @@ class TorchFile:
         from model.weights.torch_file import item_size
 
         return item_size(self._file, name, self._tensors[name])
+
+    def stored_type(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def get(self, name: str) -> "torch.Tensor":
         return self._tensors[name]
@@ -233,6 +240,12 @@ class HFCheckpoint:
             with self._opened(file) as stored:
                 total += self._checked_size(name, stored_name, file, stored)
         return total
+
+    def stored_type(self, name: str) -> str:
+        stored_name, file = self._find(name)
+        with self._opened(file) as stored:
+            self._checked_size(name, stored_name, file, stored)
+            return stored.stored_type(stored_name)
 
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         for name in names:

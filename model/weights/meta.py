@@ -65,7 +65,7 @@ def _vocab_size(path: Path, raw: dict[str, Any]) -> int:
     tokenizer = path / "tokenizer.model"
     if not tokenizer.is_file():
         raise CheckpointError(f"{path}/params.json gives no vocab_size: put the model's tokenizer.model beside it")
-    from model.tokenizer import SentencePieceTokenizer
+    from model.tokenizer.spm import SentencePieceTokenizer
 
     return SentencePieceTokenizer(tokenizer).vocab_size
 
@@ -92,6 +92,9 @@ class MetaCheckpoint:
         sizes = [item_size(self.files[0], name, self._find(name, parts)[0]) for name in names]
         return sum(size * math.prod(self.config.tensor_shape(name)) for size, name in zip(sizes, names, strict=True))
 
+    def stored_type(self, name: str) -> str:
+        return str(self._find(name, self._open())[0].dtype).removeprefix("torch.")
+
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         for _, group in groupby(names, key=lambda name: name.split(".")[:2]):
             parts = self._open()  # anew for each layer, so that the pages read for the last one are let go of
@@ -111,9 +114,12 @@ class MetaCheckpoint:
 
     def _find(self, name: str, parts: "list[dict[str, torch.Tensor]]") -> "list[torch.Tensor]":
         """What the parts hold of a tensor: one tensor if each holds the whole."""
+        from model.weights.torch_file import item_size
+
         for file, part in zip(self.files, parts, strict=True):
             if name not in part:
                 raise CheckpointError(f"{file} lacks the tensor {name}: it is damaged or not a whole model")
+            item_size(file, name, part[name])
         tensors = [part[name] for part in parts]
         expected = self.config.tensor_shape(name)
         if len(expected) == 1:

