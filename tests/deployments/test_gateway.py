@@ -245,7 +245,8 @@ BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("complete", {"prompt": ["a", "b"]}, "prompt", "several prompts"),
     ("complete", {"prompt": 5}, "prompt", "prompt"),
     ("complete", {"logprobs": 6}, "logprobs", "logprobs"),
-    ("complete", {"suffix": "x"}, "suffix", "not supported"),
+    ("complete", {"suffix": "x"}, "suffix", "this model cannot fill in text"),
+    ("chat", {"suffix": "x"}, "suffix", "not supported"),
     ("complete", {"echo": True}, "echo", "not supported"),
 ]
 

@@ -226,7 +226,8 @@ def test_bos_eos_and_user_defined_tokens_of_a_gguf(tmp_path):
     ("changes", "message"),
     [
         ({"pre": "deepseek-coder"}, "tokenizer.ggml.pre = deepseek-coder is not supported"),
-        ({"model": "llama"}, "tokenizer.ggml.model = llama is not supported"),
+        ({"model": "llama"}, "lacks the metadata tokenizer.ggml.scores"),
+        ({"model": "t5"}, "tokenizer.ggml.model = t5 is not supported"),
         ({"merges": None}, "lacks the metadata tokenizer.ggml.merges"),
         ({"merges": ["no such"]}, "vocabulary is damaged"),
         ({"token_type": [1, 1]}, "262 tokens have 2 types"),
@@ -285,7 +286,7 @@ def test_directories_without_a_usable_tokenizer_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json, which is not supported yet"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged, or not a tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot be read as a sentencepiece model"):
