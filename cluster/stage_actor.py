@@ -17,6 +17,7 @@ from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
 from cluster.stage_loop import StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers
+from model.heap import freed_blocks_returned
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.memory import kv_budget
@@ -82,16 +83,17 @@ class StageActor:
         fp8 = config.model.quantization == "fp8"
         if fp8 and self._device.type != "cuda":
             raise ValueError("model.quantization: fp8 needs pipeline.device: cuda")
-        self._decoder = Decoder(
-            checkpoint.config,
-            spec.layers,
-            checkpoint.tensors(names),
-            dtype,
-            self._device,
-            spec.max_model_len,
-            self._counter(checkpoint, names),
-            fp8,
-        )
+        with freed_blocks_returned():
+            self._decoder = Decoder(
+                checkpoint.config,
+                spec.layers,
+                checkpoint.tensors(names),
+                dtype,
+                self._device,
+                spec.max_model_len,
+                self._counter(checkpoint, names),
+                fp8,
+            )
         self._loaded = 1.0
         return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
 

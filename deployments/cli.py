@@ -95,7 +95,7 @@ def dashboard(
         output.write_text(dashboard_json(), "utf-8")
 
 
-bench = typer.Typer(help="Measure: offline (the engine alone).", no_args_is_help=True)
+bench = typer.Typer(help="Measure: offline (the engine alone), load (reading a checkpoint).", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -133,6 +133,29 @@ def offline(
     Console().print(offline_table(f"{app_config.model.name}: {config}", result))
     result_ = {**result, "list": {k: v for k, v in result.get("list", {}).items() if k != "trace"}}
     print(json.dumps(result_))
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@bench.command(epilog="Example: caravan bench load --gb 2 --stages 4")
+def load(
+    gb: Annotated[float, typer.Option(help="size of the checkpoint that is written for it")] = 2.0,
+    stages: Annotated[int, typer.Option(help="stages that share it")] = 4,
+    directory: Annotated[Path | None, typer.Option(help="where to write it; default: a temporary directory")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON here")] = None,
+) -> None:
+    """Bytes read, peak memory and time of stages that read their shares, beside a plain safetensors read."""
+    import json
+    import tempfile
+
+    from rich.console import Console
+
+    from deployments.bench_load import bench_load, load_table
+
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        result = bench_load(gb, stages, Path(temporary))
+    Console().print(load_table(result))
+    print(json.dumps(result))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
 

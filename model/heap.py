@@ -1,0 +1,26 @@
+"""How the C library's heap treats large blocks while weights are loaded."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+WHILE_LOADING, OTHERWISE = 1 << 20, 32 << 20  # bytes; 32 MiB is where glibc's own adjustment ends
+
+
+@contextmanager
+def freed_blocks_returned() -> Iterator[None]:
+    """Blocks of a MiB and more are mappings of their own, gone as soon as they are freed.
+
+    Left to itself, glibc raises the size from which this is so with every large block that is freed, and keeps holes in
+    the heap: a tenth of a stage's weights. Activations are better off on the heap, so this is for loading only. Does
+    nothing where the C library has no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, WHILE_LOADING)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, OTHERWISE)
