@@ -24,7 +24,8 @@ class ModelArgs(Strict):
     )
     name: str = Field(description="the model name that clients use")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        default="bfloat16", description="type of the weights; on cpu, float16 weights are multiplied in float32"
+        default="bfloat16",
+        description="type of the weights; a cpu without it multiplies them in float32",
     )
     quantization: Literal["none", "fp8"] = Field(
         default="none", description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load"

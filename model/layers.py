@@ -12,6 +12,8 @@ from torch.nn.functional import linear
 from model.config import ModelConfig
 from model.kernels import Activations, Quantized, kernels_for
 
+PACKED_FOR_ROWS = 8  # the batch that oneDNN lays weights out for; others work as well
+
 
 class Linear(Protocol):
     """y = x W^T for x [T, in], W [out, in]."""
@@ -65,6 +67,25 @@ class PackedFloat16Linear:
         return y
 
 
+class PackedBfloat16Linear:
+    """Weights and activations in bfloat16, the weights laid out once for oneDNN's kernels (AMX, AVX512-BF16)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), PACKED_FOR_ROWS)
+        self._bias = bias
+
+    @staticmethod
+    def available() -> bool:
+        """Whether this processor multiplies bfloat16 by itself."""
+        here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return bool(here and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return y
+
+
 def make_linear(
     weight: torch.Tensor,
     dtype: torch.dtype,
@@ -77,14 +98,18 @@ def make_linear(
     bias = bias.to(device, compute) if bias is not None else None
     if fp8:
         return Float8Linear(weight.to(device, dtype), bias)
-    if device.type == "cpu" and dtype == torch.float16 and "fbgemm" in torch.backends.quantized.supported_engines:
+    if device.type == "cpu" and compute == torch.bfloat16:
+        return PackedBfloat16Linear(weight, bias)
+    if device.type == "cpu" and dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
         return PackedFloat16Linear(weight, bias)
     return DenseLinear(weight.to(device, compute), bias)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Type of activations and KV: on a CPU float16 is storage only, arithmetic is float32."""
-    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+    """Type of activations and KV: on a CPU a 16-bit type that it does not multiply by itself is storage only."""
+    if device.type != "cpu" or (dtype == torch.bfloat16 and PackedBfloat16Linear.available()):
+        return dtype
+    return torch.float32
 
 
 def rotary_table(length: int, config: ModelConfig, device: torch.device) -> torch.Tensor:

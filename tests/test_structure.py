@@ -60,7 +60,7 @@ def test_commands_in_the_readme_exist() -> None:
     assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\n ])", readme)) <= targets
     cli = (ROOT / "deployments/cli.py").read_text()
     for command in re.findall(r"^caravan ([a-z]+)", readme, re.MULTILINE):
-        assert f"def {command}(" in cli
+        assert f"def {command}(" in cli or f'name="{command}"' in cli
 
 
 def test_no_paths_of_a_machine() -> None:

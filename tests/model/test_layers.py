@@ -8,7 +8,15 @@ import torch
 
 from model.config import RopeScaling
 from model.kernels.reference import rotate
-from model.layers import DenseLinear, PackedFloat16Linear, make_linear, rotary_frequencies, rotary_table
+from model.layers import (
+    DenseLinear,
+    PackedBfloat16Linear,
+    PackedFloat16Linear,
+    compute_dtype,
+    make_linear,
+    rotary_frequencies,
+    rotary_table,
+)
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -29,6 +37,22 @@ def test_the_form_follows_dtype_and_device() -> None:
     weight = torch.randn(8, 8)
     assert isinstance(make_linear(weight, torch.float16, CPU), PackedFloat16Linear)
     assert isinstance(make_linear(weight, torch.float32, CPU), DenseLinear)
+    own = PackedBfloat16Linear.available()
+    assert isinstance(make_linear(weight, torch.bfloat16, CPU), PackedBfloat16Linear if own else PackedFloat16Linear)
+    assert compute_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if own else torch.float32)
+    assert compute_dtype(torch.float16, CPU) == torch.float32
+    assert compute_dtype(torch.float16, torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.skipif(not PackedBfloat16Linear.available(), reason="this processor does not multiply bfloat16 by itself")
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 500])
+@pytest.mark.parametrize(("out", "width"), [(960, 576), (33, 17), (1, 8)])
+def test_packed_bfloat16_equals_dense_up_to_rounding(rows: int, out: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, width).bfloat16(), torch.randn(out, width), torch.randn(out).bfloat16()
+    exact = DenseLinear(weight.bfloat16().float(), bias.float())(x.float())
+    found = PackedBfloat16Linear(weight, bias)(x)
+    torch.testing.assert_close(found.float(), exact, atol=0.02 * math.sqrt(width), rtol=0.01)
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:
