@@ -95,7 +95,9 @@ def dashboard(
         output.write_text(dashboard_json(), "utf-8")
 
 
-bench = typer.Typer(help="Measure: offline (the engine alone), load (reading a checkpoint).", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: offline (the engine alone), serve (over HTTP), load (reading a checkpoint).", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 
 
@@ -135,6 +137,54 @@ def offline(
     print(json.dumps(result_))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@bench.command(epilog="Example: caravan bench serve --concurrency 16,64,256 --requests 600 --processes 4")
+def serve(
+    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
+    requests: Annotated[int, typer.Option(help="how many requests of the fixed list, for each concurrency")] = 100,
+    concurrency: Annotated[str, typer.Option(help="streams at once; several, like 1,8,64, make a sweep")] = "8",
+    rate: Annotated[float, typer.Option(help="requests a second that arrive by themselves; 0: closed loop")] = 0.0,
+    processes: Annotated[int, typer.Option(help="client processes; one drives about 2,000 tokens a second")] = 1,
+    vocab_size: Annotated[int, typer.Option(help="prompts are random ids below this")] = 32_000,
+    max_tokens: Annotated[int, typer.Option(help="cut prompts and outputs of the list to this length; 0: leave")] = 0,
+    output: Annotated[Path | None, typer.Option(help="write the results as JSON here")] = None,
+) -> None:
+    """A running service over HTTP, streamed, on a fixed list of lengths: TTFT, inter-token and end-to-end latency."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from deployments.chat_client import ChatFailed, served_model
+    from ops import load, workload
+
+    try:
+        model = served_model(url)
+    except ChatFailed as error:
+        fail(str(error))
+    longest = max_tokens or workload.LONGEST
+    bodies = [
+        {
+            "model": model,
+            "prompt": workload.prompt(i, min(prompt, longest), vocab_size),
+            "max_tokens": min(new, longest),
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        for i, (prompt, new) in enumerate(workload.lengths(requests))
+    ]
+    results = []
+    for at_once in (int(n) for n in concurrency.split(",")):
+        summary = load.run_in_processes(f"{url}/v1/completions", bodies, at_once, min(processes, at_once), rate)
+        Console().print(summary.table(f"{model} at {url}, {at_once} streams" + (f", {rate:g}/s" if rate else "")))
+        results.append({"concurrency": at_once, "rate": rate, "processes": processes, **asdict(summary)})
+    print(json.dumps(results))
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    if any(result["failed"] for result in results):
+        fail("some requests failed")
 
 
 @bench.command(epilog="Example: caravan bench load --gb 2 --stages 4")

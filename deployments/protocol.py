@@ -86,6 +86,7 @@ class SamplingFields(BaseModel):
     stream_options: StreamOptions | None = None
     n: Whole | None = None
     user: str | None = None
+    ignore_eos: bool | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -118,7 +119,7 @@ class SamplingFields(BaseModel):
             presence_penalty=given(self.presence_penalty, 0.0),
             frequency_penalty=given(self.frequency_penalty, 0.0),
             logit_bias=self.logit_bias or {},  # type: ignore[arg-type]  # AfterValidator made the keys ints
-            stop_token_ids=tuple(sorted(eos_ids)),
+            stop_token_ids=() if self.ignore_eos else tuple(sorted(eos_ids)),
             logprobs=self.num_logprobs,
         )
 
@@ -195,7 +196,6 @@ REFUSED: dict[str, Sequence[Any]] = {
     "prediction": (),
     "web_search_options": (),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

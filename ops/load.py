@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import httpx
@@ -20,6 +23,7 @@ class Stream:
     end_to_end_latency_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     output_tokens: int = 0
+    prompt_tokens: int = 0
     text: str = ""
     error: str = ""  # why it does not count as served; empty if it does
 
@@ -33,6 +37,7 @@ class Summary:
     seconds: float
     output_tokens: int
     output_throughput: float  # tokens/s
+    total_token_throughput: float  # tokens/s, prompts included
     ttft_s: dict[str, float]
     inter_token_latency_s: dict[str, float]
     end_to_end_latency_s: dict[str, float]
@@ -46,8 +51,8 @@ class Summary:
             values = getattr(self, name)
             table.add_row(name, *(f"{values[q] * 1000:.1f} ms" for q in ("p50", "p95", "p99")))
         table.caption = (
-            f"{self.requests} requests, {self.failed} failed, {self.output_throughput:.1f} output tok/s "
-            f"over {self.seconds:.1f} s"
+            f"{self.requests} requests, {self.failed} failed, {self.output_throughput:.1f} output tok/s, "
+            f"{self.total_token_throughput:.1f} total tok/s over {self.seconds:.1f} s"
         )
         return table
 
@@ -93,22 +98,58 @@ def _take(result: Stream, chunk: dict[str, Any]) -> None:
         result.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
     if chunk.get("usage"):
         result.output_tokens = chunk["usage"]["completion_tokens"]
+        result.prompt_tokens = chunk["usage"]["prompt_tokens"]
 
 
-async def run(url: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> tuple[Summary, list[Stream]]:
-    """All bodies, `concurrency` at a time (closed loop). Each should ask for usage in the stream."""
+async def run(
+    url: str, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float = 0.0
+) -> tuple[Summary, list[Stream]]:
+    """All bodies, `concurrency` at a time (closed loop). Each should ask for usage in the stream.
+
+    With a `rate` they arrive by themselves, so many a second on average and at random times (open loop, Poisson), of
+    which `concurrency` may be open at once.
+    """
     limits = httpx.Limits(max_connections=concurrency)
     results: list[Stream] = []
     queue = list(reversed(bodies))
+    rng = random.Random(0)
+    arrivals = list(reversed(list(accumulate(rng.expovariate(rate) for _ in bodies)))) if rate else []
     started = time.perf_counter()
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
 
         async def worker() -> None:
             while queue:
-                results.append(await stream(client, url, queue.pop()))
+                body = queue.pop()
+                if arrivals:
+                    await asyncio.sleep(max(0.0, started + arrivals.pop() - time.perf_counter()))
+                results.append(await stream(client, url, body))
 
         await asyncio.gather(*(worker() for _ in range(concurrency)))
     return summarise(results, time.perf_counter() - started), results
+
+
+def run_in_processes(
+    url: str, bodies: Sequence[dict[str, Any]], concurrency: int, processes: int, rate: float = 0.0
+) -> Summary:
+    """The same from several processes, so that the clients are not what is measured: each takes its share."""
+    started = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        jobs = [
+            (url, list(bodies[i::processes]), max(1, concurrency // processes), rate / processes)
+            for i in range(processes)
+        ]
+        pool.map(_nothing, range(processes))  # their start is not what is measured either
+        started = time.perf_counter()
+        streams = [stream for part in pool.starmap(_run_share, jobs) for stream in part]
+    return summarise(streams, time.perf_counter() - started)
+
+
+def _nothing(_: int) -> None:
+    time.sleep(0.2)
+
+
+def _run_share(url: str, bodies: list[dict[str, Any]], concurrency: int, rate: float) -> list[Stream]:
+    return asyncio.run(run(url, bodies, concurrency, rate))[1]
 
 
 def summarise(results: Sequence[Stream], seconds: float) -> Summary:
@@ -120,6 +161,7 @@ def summarise(results: Sequence[Stream], seconds: float) -> Summary:
         seconds=seconds,
         output_tokens=tokens,
         output_throughput=tokens / seconds,
+        total_token_throughput=(tokens + sum(r.prompt_tokens for r in good)) / seconds,
         ttft_s=percentiles([r.ttft_s for r in good]),
         inter_token_latency_s=percentiles([gap for r in good for gap in r.gaps_s]),
         end_to_end_latency_s=percentiles([r.end_to_end_latency_s for r in good]),
