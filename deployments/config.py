@@ -22,6 +22,12 @@ class GatewayArgs(Strict):
     ready_max_age_s: PositiveFloat = Field(
         default=10.0, description="a replica whose status is older than this counts as gone"
     )
+    resume_attempts: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="how often a stream whose engine is lost goes on with another one"
+    )
+    resume_timeout_s: PositiveFloat = Field(
+        default=300.0, description="how long such a stream waits for an engine before it ends with an error"
+    )
 
 
 class AutoscalingArgs(Strict):

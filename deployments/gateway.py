@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -24,10 +24,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import CaravanError
 from cluster.sequence import Request as EngineRequest
 from deployments.config import AppConfig
-from deployments.engine_client import EngineClient
+from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import ApiError, bad_request, from_engine
 from deployments.formats import ChatFormat, CompletionFormat, Format, usage
 from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.resume import ResumingEngineClient
 from deployments.text import Piece, pieces
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
 from model.infill import can_infill, encode_infill, infill_stop_ids
@@ -41,13 +42,6 @@ LONG_TEXT = 4_000  # characters; tokenising more than this would hold up other s
 
 
 T = TypeVar("T")
-
-
-class MetricsRecorder(Protocol):
-    """What the gateway needs of ops.metrics.Recorder."""
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -83,7 +77,8 @@ class Gateway:
     def __init__(self, config: AppConfig, engine: EngineClient, recorder: MetricsRecorder) -> None:
         path = resolve_path(config.model.path)
         self.config = config
-        self.engine = engine
+        g = config.gateway
+        self.engine = ResumingEngineClient(engine, g.resume_attempts, g.resume_timeout_s, recorder)
         self.recorder = recorder
         model = read_config(path)
         self.tokenizer: Tokenizer = load_tokenizer(path)

@@ -98,7 +98,7 @@ def _take(result: Stream, chunk: dict[str, Any]) -> None:
         result.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
     if chunk.get("usage"):
         result.output_tokens = chunk["usage"]["completion_tokens"]
-        result.prompt_tokens = chunk["usage"]["prompt_tokens"]
+        result.prompt_tokens = chunk["usage"].get("prompt_tokens", 0)
 
 
 async def run(

@@ -73,6 +73,10 @@ METRICS: tuple[Metric, ...] = (
         "streams_broken_total", "gateway", "short", "Streams that ended with an error after they had begun",
         "Demand", "Broken streams/s",
     ),
+    counter(
+        "streams_resumed_total", "gateway", "short", "Streams that lost their engine and went on with another one",
+        "Demand", "Resumed streams/s",
+    ),
     gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
     gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),
     gauge("waiting_tokens", "engine", "short", "Tokens of waiting sequences", "Demand", "Waiting tokens"),

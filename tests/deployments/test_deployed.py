@@ -84,7 +84,8 @@ def write_config(file: Path, **args: Any) -> str:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     file = tmp_path_factory.mktemp("deployed") / "config.yaml"
-    url = write_config(file)
+    # Arithmetic in float32: what is computed again after a death, in other batches, then gives the same tokens.
+    url = write_config(file, model={"dtype": "float16"})
     os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
     try:
         with ray_head(2) as head:
@@ -273,6 +274,35 @@ def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:
     eventually(lambda: service.replicas() == 1, 90, "back to one replica")
     eventually(lambda: len(service.processes("StageActor")) == 2, 30, "the second pipeline's stages are gone")
     assert service.http.get("/ready").status_code == 200
+
+
+def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> None:
+    """kill -9 of the engine process, which takes its stages with it: Serve makes another, and the stream goes on."""
+    body = {
+        "model": NAME, "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0.8, "seed": 5,
+        "ignore_eos": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    url = f"{service.url}/v1/completions"
+
+    async def main() -> tuple[load.Stream, load.Stream]:
+        async with httpx.AsyncClient(timeout=None) as client:
+            undisturbed = await load.stream(client, url, body)
+            stages = service.processes("StageActor")
+            running = asyncio.ensure_future(load.stream(client, url, body))
+            await asyncio.sleep(undisturbed.end_to_end_latency_s / 3)
+            (engine,) = service.processes("ServeReplica:caravan:Engine")
+            assert not running.done()
+            os.kill(engine, signal.SIGKILL)
+            disturbed = await running
+            assert not set(stages) & set(service.processes("StageActor")), "stages of the dead engine are left"
+        return undisturbed, disturbed
+
+    undisturbed, disturbed = asyncio.run(main())
+    assert (undisturbed.error, disturbed.error) == ("", "")
+    assert undisturbed.output_tokens == disturbed.output_tokens == 400
+    assert disturbed.text == undisturbed.text
+    eventually(lambda: service.gauge("ray_caravan_streams_resumed_total") == 1, 30, "the metric counts it")
+    assert service.gauge("ray_caravan_streams_broken_total") == 0
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

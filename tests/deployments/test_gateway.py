@@ -25,6 +25,7 @@ ARGS = {
     "model": {"path": golden.MODEL, "name": "tiny", "max_model_len": 256},
     "pipeline": {"device": "cpu"},
     "cache": {"memory_gb": 0.1},
+    "gateway": {"resume_attempts": 0},
 }
 
 
