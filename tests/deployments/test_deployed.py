@@ -301,8 +301,9 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
     assert (undisturbed.error, disturbed.error) == ("", "")
     assert undisturbed.output_tokens == disturbed.output_tokens == 400
     assert disturbed.text == undisturbed.text
-    eventually(lambda: service.gauge("ray_caravan_streams_resumed_total") == 1, 30, "the metric counts it")
-    assert service.gauge("ray_caravan_streams_broken_total") == 0
+    eventually(lambda: service.gauge("streams_resumed_total") == 1, 30, "the metric counts it")
+
+    assert service.gauge("streams_broken_total") == 0
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
