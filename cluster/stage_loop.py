@@ -46,6 +46,7 @@ class StageLoop:
         self._expected = 0  # step id of the next batch
         # The first stage of several is told what the last one sampled:
         self._is_fed = stage.layers.is_first and not stage.layers.is_last
+        self._feeds = stage.layers.is_last and not stage.layers.is_first
         self._awaiting_tokens: deque[Batch] = deque()  # batches that sample, oldest first
         self._tokens_until = -1  # tokens of all steps up to this one are in
 
@@ -81,7 +82,10 @@ class StageLoop:
             time.sleep(POLL_S)
 
     def _may_launch(self) -> bool:
-        return bool(self._inbox) and (not self._is_fed or self._inbox[0].tokens_from <= self._tokens_until)
+        if not self._inbox or (self._is_fed and self._inbox[0].tokens_from > self._tokens_until):
+            return False
+        # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for.
+        return not (self._feeds and self._outbox)
 
     def _feed(self, tokens: SampledTokens) -> None:
         batch = self._awaiting_tokens.popleft()
