@@ -1,0 +1,76 @@
+"""The order in which a stage takes, launches and reports, with a device that is slower than its host."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import stage_loop
+from cluster.stage_loop import StageLoop
+from cluster.transport import StopRequested
+from model.batch import Batch, StepOutput
+from model.sampling import Sampled
+
+
+class SlowSpan:
+    """A step that the device finishes only after some looks at it."""
+
+    def __init__(self) -> None:
+        self.looks = 5
+
+    def is_over(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> float:
+        return 0.0
+
+    started = finished = wait
+
+
+class Engine:
+    """The control channel: gives all batches at once, ends the stage when all of them are answered."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.orders, self.expected, self.answered = list(batches), len(batches), list[int]()
+
+    def receive(self, wait: bool = True) -> Batch | None:
+        if len(self.answered) == self.expected:
+            raise StopRequested
+        assert self.orders or not wait, "the stage waits for orders with steps unreported"
+        return self.orders.pop(0) if self.orders else None
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, StepOutput):
+            self.answered.append(message.step_id)
+
+
+def make_batch(step_id: int) -> Batch:
+    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    return Batch(0, step_id, one, one, zero, zero, zero, step_id - 1, zero, [])
+
+
+def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage before cannot send step n + 1 until it has the tokens of step n: they must be on their way."""
+    watch = SimpleNamespace(start=lambda: None, stop=SlowSpan)
+    monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: watch)
+    engine = Engine([make_batch(n) for n in range(4)])
+    received: list[int] = []
+
+    def receive(into: torch.Tensor) -> torch.Tensor:
+        assert engine.answered == received, "waits for a step that needs tokens which it has not reported"
+        received.append(len(received))
+        return into
+
+    stage: Any = SimpleNamespace(
+        layers=SimpleNamespace(is_first=False, is_last=True),
+        decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+        hidden_shape=lambda batch: (1, 8),
+        run=lambda batch, hidden: Sampled(torch.tensor([3]), {}),
+    )
+    upstream: Any = SimpleNamespace(receive=receive)
+    control: Any = engine
+    StageLoop(1, stage, control, 0, upstream, None).run()
+    assert engine.answered == [0, 1, 2, 3]
