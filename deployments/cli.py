@@ -222,9 +222,9 @@ def inspect(
     """What a checkpoint is: family, shape, types, context, prompt format with an example, and its split into stages."""
     from rich.console import Console
 
-    from deployments.inspection import ITEM_SIZES
     from deployments.inspection import inspect as inspected
     from model.weights import resolve_path
+    from model.weights.sharded import ITEM_SIZES
 
     if dtype not in ITEM_SIZES:
         fail(f"--dtype {dtype}: must be one of {', '.join(ITEM_SIZES)}")
@@ -250,10 +250,9 @@ def shard(
     import torch
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from deployments.inspection import ITEM_SIZES
     from model.config import split_layers
     from model.weights import open_checkpoint, resolve_path
-    from model.weights.sharded import stage_bytes, write_shards
+    from model.weights.sharded import ITEM_SIZES, stage_bytes, write_shards
 
     if dtype and dtype not in ITEM_SIZES:
         fail(f"--dtype {dtype}: must be one of {', '.join(ITEM_SIZES)}")

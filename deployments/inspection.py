@@ -14,8 +14,8 @@ from model.families import family_of
 from model.infill import can_infill
 from model.tokenizer import Tokenizer, check_fits, load_tokenizer
 from model.weights import CheckpointError, detect_format, open_checkpoint, read_config
+from model.weights.sharded import ITEM_SIZES
 
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 EXAMPLE = [{"role": "user", "content": "Hello!"}]
 
 

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from model.prompt_formats import PROMPT_FORMATS
 from model.tokenizer import Tokenizer
 from model.tokenizer.companions import token_text
-from model.weights import find_gguf
+from model.weights import find_gguf_vocabulary
 from model.weights.hf import read_json
 
 Message = Mapping[str, str]
@@ -156,9 +156,7 @@ def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "a
         return None
     if prompt_format != "auto":
         return named_template(prompt_format, tokenizer)
-    gguf_file = find_gguf(path)
-    if gguf_file is None and (path / "tokenizer.gguf").is_file():
-        gguf_file = path / "tokenizer.gguf"
+    gguf_file = find_gguf_vocabulary(path)
     source, bos_token, eos_token = _from_gguf(gguf_file, tokenizer) if gguf_file else _from_files(path)
     if isinstance(source, str):
         return ChatTemplate(source, tokenizer, bos_token=bos_token, eos_token=eos_token)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from model.weights import SHAPE, CheckpointError, find_gguf, shape_config
+from model.weights import SHAPE, CheckpointError, find_gguf_vocabulary, shape_config
 
 
 class Tokenizer(Protocol):
@@ -69,9 +69,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         from model.tokenizer.dummy import DummyTokenizer
 
         return DummyTokenizer(shape_config(path).vocab_size)
-    gguf_file = find_gguf(path)
-    if gguf_file is None and (path / "tokenizer.gguf").is_file():
-        gguf_file = path / "tokenizer.gguf"
+    gguf_file = find_gguf_vocabulary(path)
     if gguf_file is not None:
         return _from_gguf(gguf_file)
     if (path / "tokenizer.model").is_file():

@@ -101,6 +101,12 @@ def shape_config(path: Path) -> ModelConfig:
     return SHAPES[name]
 
 
+def find_gguf_vocabulary(path: Path) -> Path | None:
+    """The GGUF file with the vocabulary of the checkpoint at `path`, if it is in one."""
+    beside = path / "tokenizer.gguf"
+    return find_gguf(path) or (beside if beside.is_file() else None)
+
+
 def detect_format(path: Path) -> Format:
     """What kind of checkpoint `path` is, by its files. Raises `CheckpointError`."""
     if str(path).startswith(SHAPE):
