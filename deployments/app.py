@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig, parse_app_config
 from deployments.engine_client import ServeEngineClient
 from deployments.engine_replica import EngineReplica
-from deployments.gateway import create_gateway
+from deployments.http import create_gateway
 from ops import logs
 from ops.metrics import Recorder
 

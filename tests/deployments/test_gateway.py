@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments.config import AppConfig, parse_app_config
-from deployments.gateway import create_gateway
+from deployments.http import create_gateway
 from deployments.status import ReplicaStatus
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import resolve_path
