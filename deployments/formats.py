@@ -70,10 +70,10 @@ class ChatFormat(OpenAIFormat):
 
     @staticmethod
     def _logprobs(logprobs: list[TokenLogprob]) -> Json | None:
-        def entry(token: bytes, logprob: float) -> Json:
-            return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+        def entry(x: TokenLogprob) -> Json:
+            return {"token": x.token.decode("utf-8", "replace"), "logprob": x.logprob, "bytes": list(x.token)}
 
-        content = [{**entry(x.token, x.logprob), "top_logprobs": [entry(*t) for t in x.top]} for x in logprobs]
+        content = [{**entry(x), "top_logprobs": [entry(t) for t in x.top]} for x in logprobs]
         return {"content": content, "refusal": None} if content else None
 
 
@@ -112,6 +112,6 @@ class CompletionFormat(OpenAIFormat):
         return {
             "tokens": tokens,
             "token_logprobs": [x.logprob for x in logprobs],
-            "top_logprobs": [{t.decode("utf-8", "replace"): value for t, value in x.top} for x in logprobs],
+            "top_logprobs": [{t.token.decode("utf-8", "replace"): t.logprob for t in x.top} for x in logprobs],
             "text_offset": offsets,
         }

@@ -47,6 +47,7 @@ class GenerationRequest:
     prompt: Prompt
     sampling: SamplingParams
     stops: Sequence[str] = ()
+    include_stop: bool = False  # whether the stop string that ends an answer is shown
 
 
 @dataclass(slots=True)
@@ -158,7 +159,7 @@ class Gateway:
             EngineRequest(request_id=secrets.token_hex(12), token_ids=ids, sampling=request.sampling)
         )
         detokenizer = Detokenizer(self.tokenizer, at_start=request.prompt.starts_text)
-        stream = pieces(events, self.tokenizer, detokenizer, request.stops)
+        stream = pieces(events, self.tokenizer, detokenizer, request.stops, request.include_stop)
         return Generation(self._counted(stream, request, usage), usage)
 
     async def _counted(

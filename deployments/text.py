@@ -9,20 +9,25 @@ from model.tokenizer import Detokenizer, Tokenizer, padded_bytes
 
 
 class StopMatcher:
-    """Finds the first stop string in a text that arrives in pieces; holds back what may be the beginning of one."""
+    """Finds the first stop string in a text that arrives in pieces; holds back what may be the beginning of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    The stop string itself is shown only with `include`.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """The part of all text so far that is safe to show and was not shown before."""
         text = self._held + text
-        starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if starts:
-            self.matched, self._held = True, ""
-            return text[: min(starts)]
+        found = min(((at, stop) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
+            at, self.matched = found
+            self._held = ""
+            return text[: at + len(self.matched) if self._include else at]
         keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -41,11 +46,13 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token with its alternatives, as text and bytes."""
+    """One token, and its likeliest alternatives."""
 
+    token_id: int
     token: bytes
     logprob: float
-    top: list[tuple[bytes, float]]
+    text: str = ""  # what it adds to the answer before stop strings are looked for; "" until a character is whole
+    top: list["TokenLogprob"] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -57,6 +64,8 @@ class Piece:
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    stop_string: str | None = None  # that ended the answer
+    stop_token: TokenLogprob | None = None  # that ended the answer, if logprobs were asked for
 
 
 async def pieces(
@@ -64,14 +73,15 @@ async def pieces(
     tokenizer: Tokenizer,
     detokenizer: Detokenizer,
     stops: Sequence[str],
+    include_stop: bool = False,
 ) -> AsyncGenerator[Piece, None]:
     """One piece per message of the engine; the last one has a finish_reason. Closing it cancels the request."""
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(stops, include=include_stop)
     try:
         async for batch in events:
             piece = Piece(num_tokens=len(batch), num_cached_tokens=batch[0].num_cached_tokens)
             for event in batch:
-                if not matcher.matched:
+                if matcher.matched is None:
                     _add(piece, event, tokenizer, detokenizer, matcher)
             yield piece
             if piece.finish_reason is not None:
@@ -81,14 +91,23 @@ async def pieces(
 
 
 def _add(piece: Piece, event: TokenEvent, tokenizer: Tokenizer, detokenizer: Detokenizer, matcher: StopMatcher) -> None:
-    if event.finish_reason != "stop":  # a stop token ends the answer and is no part of it
-        piece.text += matcher.push(detokenizer.push(event.token_id))
-        if event.logprob is not None:
-            top = [(padded_bytes(tokenizer, i), value) for i, value in event.top_logprobs or []]
-            piece.logprobs.append(TokenLogprob(padded_bytes(tokenizer, event.token_id), event.logprob, top))
+    if event.finish_reason == "stop":  # a stop token ends the answer and is no part of it
+        piece.stop_token = _logprob(event, tokenizer, "")
+    else:
+        text = detokenizer.push(event.token_id)
+        piece.text += matcher.push(text)
+        if (logprob := _logprob(event, tokenizer, text)) is not None:
+            piece.logprobs.append(logprob)
     piece.finish_reason = event.finish_reason
-    if event.finish_reason is not None and not matcher.matched:
+    if event.finish_reason is not None and matcher.matched is None:
         piece.text += matcher.push(detokenizer.finish())
         piece.text += matcher.finish()
-    if matcher.matched:
-        piece.finish_reason = "stop"
+    if matcher.matched is not None:
+        piece.finish_reason, piece.stop_string = "stop", matcher.matched
+
+
+def _logprob(event: TokenEvent, tokenizer: Tokenizer, text: str) -> TokenLogprob | None:
+    if event.logprob is None:
+        return None
+    top = [TokenLogprob(i, padded_bytes(tokenizer, i), value) for i, value in event.top_logprobs or []]
+    return TokenLogprob(event.token_id, padded_bytes(tokenizer, event.token_id), event.logprob, text, top)
