@@ -2,9 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from deployments.bench_cli import DEFAULT_URL, bench, fail
 
 app = typer.Typer(
     name="caravan",
@@ -13,8 +15,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
 
 
@@ -95,121 +97,6 @@ def dashboard(
         output.write_text(dashboard_json(), "utf-8")
 
 
-bench = typer.Typer(
-    help="Measure: offline (the engine alone), serve (over HTTP), load (reading a checkpoint).", no_args_is_help=True
-)
-app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def bench_() -> None:
-    """Measure."""
-
-
-@bench.command(epilog="Example: caravan bench offline deployments/configs/llama2-7b-dummy.yaml --batch-sizes 1,64")
-def offline(
-    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
-    requests: Annotated[int, typer.Option(help="how many requests of the fixed list; 0: none")] = 1200,
-    batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
-    output: Annotated[Path | None, typer.Option(help="write the result as JSON here")] = None,
-) -> None:
-    """The engine alone in a Ray of its own: a fixed list of requests at once, and single batches."""
-    import json
-
-    import ray
-    import yaml
-
-    from deployments.config import ConfigError, parse_app_config
-    from deployments.offline import bench_offline, offline_table
-
-    try:
-        app_config = parse_app_config(yaml.safe_load(config.read_text("utf-8"))["applications"][0]["args"])
-    except (OSError, ConfigError) as error:
-        typer.echo(f"{config}: {error}", err=True)
-        raise typer.Exit(1) from None
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    result = bench_offline(app_config, requests, [int(size) for size in batch_sizes.split(",") if size])
-    ray.shutdown()
-    from rich.console import Console
-
-    Console().print(offline_table(f"{app_config.model.name}: {config}", result))
-    result_ = {**result, "list": {k: v for k, v in result.get("list", {}).items() if k != "trace"}}
-    print(json.dumps(result_))
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-@bench.command(epilog="Example: caravan bench serve --concurrency 16,64,256 --requests 600 --processes 4")
-def serve(
-    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
-    requests: Annotated[int, typer.Option(help="how many requests of the fixed list, for each concurrency")] = 100,
-    concurrency: Annotated[str, typer.Option(help="streams at once; several, like 1,8,64, make a sweep")] = "8",
-    rate: Annotated[float, typer.Option(help="requests a second that arrive by themselves; 0: closed loop")] = 0.0,
-    processes: Annotated[int, typer.Option(help="client processes; one drives about 2,000 tokens a second")] = 1,
-    vocab_size: Annotated[int, typer.Option(help="prompts are random ids below this")] = 32_000,
-    max_tokens: Annotated[int, typer.Option(help="cut prompts and outputs of the list to this length; 0: leave")] = 0,
-    output: Annotated[Path | None, typer.Option(help="write the results as JSON here")] = None,
-) -> None:
-    """A running service over HTTP, streamed, on a fixed list of lengths: TTFT, inter-token and end-to-end latency."""
-    import json
-    from dataclasses import asdict
-
-    from rich.console import Console
-
-    from deployments.chat_client import ChatFailed, served_model
-    from ops import load, workload
-
-    try:
-        model = served_model(url)
-    except ChatFailed as error:
-        fail(str(error))
-    longest = max_tokens or workload.LONGEST
-    bodies = [
-        {
-            "model": model,
-            "prompt": workload.prompt(i, min(prompt, longest), vocab_size),
-            "max_tokens": min(new, longest),
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
-        for i, (prompt, new) in enumerate(workload.lengths(requests))
-    ]
-    results = []
-    for at_once in (int(n) for n in concurrency.split(",")):
-        summary = load.run_in_processes(f"{url}/v1/completions", bodies, at_once, min(processes, at_once), rate)
-        Console().print(summary.table(f"{model} at {url}, {at_once} streams" + (f", {rate:g}/s" if rate else "")))
-        results.append({"concurrency": at_once, "rate": rate, "processes": processes, **asdict(summary)})
-    print(json.dumps(results))
-    if output is not None:
-        output.write_text(json.dumps(results, indent=1) + "\n")
-    if any(result["failed"] for result in results):
-        fail("some requests failed")
-
-
-@bench.command(epilog="Example: caravan bench load --gb 2 --stages 4")
-def load(
-    gb: Annotated[float, typer.Option(help="size of the checkpoint that is written for it")] = 2.0,
-    stages: Annotated[int, typer.Option(help="stages that share it")] = 4,
-    directory: Annotated[Path | None, typer.Option(help="where to write it; default: a temporary directory")] = None,
-    output: Annotated[Path | None, typer.Option(help="write the result as JSON here")] = None,
-) -> None:
-    """Bytes read, peak memory and time of stages that read their shares, beside a plain safetensors read."""
-    import json
-    import tempfile
-
-    from rich.console import Console
-
-    from deployments.bench_load import bench_load, load_table
-
-    with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        result = bench_load(gb, stages, Path(temporary))
-    Console().print(load_table(result))
-    print(json.dumps(result))
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n")
-
-
 @app.command(epilog="Example: caravan inspect /models/llama-2-7b --stages 2")
 def inspect(
     path: Annotated[str, typer.Argument(help="checkpoint file or directory, pkg:module/file, or shape:llama-2-70b")],
@@ -273,12 +160,6 @@ def shard(
     typer.echo(
         f"{out}: give it as model.path, with pipeline.stages: {stages}" + (f" and split: [{split}]" if split else "")
     )
-
-
-def fail(message: str) -> NoReturn:
-    """One plain sentence and exit status 1."""
-    typer.echo(message, err=True)
-    raise typer.Exit(1)
 
 
 @app.command(epilog="Example: caravan version")

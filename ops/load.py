@@ -36,10 +36,12 @@ class Summary:
     failed: int
     seconds: float
     output_tokens: int
+    request_throughput: float  # served requests/s
     output_throughput: float  # tokens/s
     total_token_throughput: float  # tokens/s, prompts included
     ttft_s: dict[str, float]
-    inter_token_latency_s: dict[str, float]
+    inter_token_latency_s: dict[str, float]  # every gap of every stream
+    tpot_s: dict[str, float]  # one mean per stream: time per output token after the first
     end_to_end_latency_s: dict[str, float]
 
     def as_json(self) -> str:
@@ -47,11 +49,12 @@ class Summary:
 
     def table(self, title: str) -> Table:
         table = Table("", "p50", "p95", "p99", title=title)
-        for name in ("ttft_s", "inter_token_latency_s", "end_to_end_latency_s"):
+        for name in ("ttft_s", "inter_token_latency_s", "tpot_s", "end_to_end_latency_s"):
             values = getattr(self, name)
             table.add_row(name, *(f"{values[q] * 1000:.1f} ms" for q in ("p50", "p95", "p99")))
         table.caption = (
-            f"{self.requests} requests, {self.failed} failed, {self.output_throughput:.1f} output tok/s, "
+            f"{self.requests} requests ({self.request_throughput:.2f}/s), {self.failed} failed, "
+            f"{self.output_throughput:.1f} output tok/s, "
             f"{self.total_token_throughput:.1f} total tok/s over {self.seconds:.1f} s"
         )
         return table
@@ -160,10 +163,14 @@ def summarise(results: Sequence[Stream], seconds: float) -> Summary:
         failed=len(results) - len(good),
         seconds=seconds,
         output_tokens=tokens,
+        request_throughput=len(good) / seconds,
         output_throughput=tokens / seconds,
         total_token_throughput=(tokens + sum(r.prompt_tokens for r in good)) / seconds,
         ttft_s=percentiles([r.ttft_s for r in good]),
         inter_token_latency_s=percentiles([gap for r in good for gap in r.gaps_s]),
+        tpot_s=percentiles(
+            [(r.end_to_end_latency_s - r.ttft_s) / (r.output_tokens - 1) for r in good if r.output_tokens > 1]
+        ),
         end_to_end_latency_s=percentiles([r.end_to_end_latency_s for r in good]),
     )
 

@@ -8,6 +8,7 @@ import random
 
 MEAN, SIGMA, SEED = 294, 0.6, 20231219
 SHORTEST, LONGEST = 8, 1024
+VOCAB_SIZE = 32_000  # token ids are below it
 
 
 def lengths(count: int) -> list[tuple[int, int]]:
@@ -21,7 +22,7 @@ def lengths(count: int) -> list[tuple[int, int]]:
     return [(draw(), draw()) for _ in range(count)]
 
 
-def prompt(index: int, length: int, vocab_size: int = 32000) -> list[int]:
+def prompt(index: int, length: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Token ids of request `index`: a beginning-of-text token, then random ones."""
     rng = random.Random(1_000_003 * (index + 1))
     return [1, *(rng.randrange(3, vocab_size) for _ in range(length - 1))]

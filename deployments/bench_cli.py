@@ -1,0 +1,247 @@
+"""`caravan bench`: measure. Starts fast, as all of the command line does: each command imports what it needs."""
+
+import json
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deployments.config import AppConfig
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+bench = typer.Typer(
+    help="Measure: the engine alone, a service over HTTP, how pipelines scale, reading a checkpoint, perplexity.",
+    no_args_is_help=True,
+)
+
+Output = Annotated[Path | None, typer.Option(help="write the result as JSON here")]
+Plot = Annotated[Path | None, typer.Option(help="draw it as a PNG here (needs matplotlib: caravan[bench])")]
+Requests = Annotated[int, typer.Option(help="how many requests of the fixed list")]
+Longest = Annotated[int, typer.Option(help="cut prompts and outputs of the list to this length; 0: leave them")]
+Processes = Annotated[int, typer.Option(help="client processes; one drives about 2,000 tokens a second")]
+
+
+def fail(message: str) -> NoReturn:
+    """One plain sentence and exit status 1."""
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """`1,2,4` as numbers."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+        if any(n <= 0 for n in found):
+            raise ValueError
+    except ValueError:
+        fail(f"{option} {text}: give positive numbers, like 1,8,64")
+    return found
+
+
+def sizes(text: str, option: str) -> list[int]:
+    return [int(n) for n in numbers(text, option)]
+
+
+def read_app_config(path: Path) -> "AppConfig":
+    """The application of a Serve file."""
+    import yaml
+
+    from deployments.config import parse_app_config
+
+    try:
+        return parse_app_config(yaml.safe_load(path.read_text("utf-8"))["applications"][0]["args"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{path}: {error}")
+
+
+def check_plot(path: Path | None) -> None:
+    """Before anything is measured."""
+    from ops.plot import PlotError, check_matplotlib
+
+    if path is not None:
+        try:
+            check_matplotlib()
+        except PlotError as error:
+            fail(f"--plot: {error}")
+
+
+def report(table: "Table", result: dict[str, Any], output: Path | None) -> None:
+    """A table for people, one line of JSON for scripts, and the file, which alone holds the trace of single steps."""
+    from rich.console import Console
+
+    result = {"date": date.today().isoformat(), "command": "caravan " + shlex.join(sys.argv[1:]), **result}
+    Console().print(table)
+    print(json.dumps({k: _without_trace(v) for k, v in result.items()}))
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _without_trace(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "trace"} if isinstance(value, dict) else value
+
+
+@bench.callback()
+def bench_() -> None:
+    """Measure."""
+
+
+@bench.command(
+    epilog="Example: caravan bench offline deployments/configs/llama2-70b-dummy.yaml --batch-sizes 1,64"
+    " --steady 256x450"
+)
+def offline(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
+    requests: Annotated[int, typer.Option(help="how many requests of the fixed list; 0: none")] = 1200,
+    batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
+    steady: Annotated[str, typer.Option(help="also steady decode of sequences x tokens of context, e.g. 256x450")] = "",
+    max_tokens: Longest = 0,
+    output: Output = None,
+) -> None:
+    """The engine alone in a Ray of its own: a fixed list of requests at once, single batches, steady decode.
+
+    Beside each figure its floor: what the devices, measured just before, need at least.
+    """
+    from deployments.bench_offline import bench_offline, offline_table
+    from ops import workload
+
+    app_config, batches = read_app_config(config), sizes(batch_sizes, "--batch-sizes")
+    shape = _shape(steady)
+    try:
+        result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST)
+    except ValueError as error:
+        fail(str(error))
+    report(offline_table(f"{app_config.model.name}: {config}", result), result, output)
+
+
+def _shape(steady: str) -> tuple[int, int] | None:
+    if not steady:
+        return None
+    num_seqs, x, context = steady.partition("x")
+    if not (x and num_seqs.isdecimal() and context.isdecimal() and int(num_seqs) and int(context)):
+        fail(f"--steady {steady}: give sequences x tokens of context, like 256x450")
+    return int(num_seqs), int(context)
+
+
+@bench.command(epilog="Example: caravan bench serve --concurrency 256 --requests 600 --processes 4")
+def serve(
+    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
+    requests: Requests = 100,
+    concurrency: Annotated[int, typer.Option(min=1, help="streams at once (closed loop)")] = 8,
+    rate: Annotated[float, typer.Option(help="instead: requests a second, arriving by themselves (open loop)")] = 0.0,
+    processes: Processes = 1,
+    vocab_size: Annotated[int, typer.Option(help="prompts are random ids below this")] = 32_000,
+    max_tokens: Longest = 0,
+    output: Output = None,
+) -> None:
+    """A running service over HTTP, streamed, on a fixed list of lengths: TTFT, inter-token and end-to-end latency."""
+    from deployments.bench_sweep import Load, as_json, measure
+
+    model, todo = _requests(url, requests, vocab_size, max_tokens)
+    how = Load(rate=rate) if rate else Load(concurrency)
+    summary = measure(url, todo, how, processes)
+    result = as_json(how, summary, processes)
+    report(summary.table(f"{model} at {url}, {how.label}{'' if rate else ' streams'}"), result, output)
+    if summary.failed:
+        fail(f"{summary.failed} of {summary.requests} requests failed")
+
+
+def _requests(url: str, count: int, vocab_size: int, max_tokens: int) -> tuple[str, list[dict[str, Any]]]:
+    """The model that is served at `url`, and the requests of the list to it."""
+    from deployments.bench_sweep import bodies
+    from deployments.chat_client import ChatFailed, served_model
+    from ops import workload
+
+    try:
+        model = served_model(url)
+    except ChatFailed as error:
+        fail(str(error))
+    return model, bodies(model, count, vocab_size, max_tokens or workload.LONGEST)
+
+
+@bench.command(
+    epilog="Example: caravan bench sweep --concurrency 1,8,64,256 --rates 2,4 --requests 600 --plot sweep.png\n\n"
+    "Or the engine alone: caravan bench sweep --offline ray_config.yaml --batch-sizes 1,4,16,64 --plot sweep.png"
+)
+def sweep(
+    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
+    concurrency: Annotated[str, typer.Option(help="streams at once (closed loop), e.g. 1,8,64")] = "",
+    rates: Annotated[str, typer.Option(help="requests a second, arriving by themselves (open loop), e.g. 1,2,4")] = "",
+    requests: Requests = 100,
+    processes: Processes = 1,
+    vocab_size: Annotated[int, typer.Option(help="prompts are random ids below this")] = 32_000,
+    max_tokens: Longest = 0,
+    offline: Annotated[Path | None, typer.Option(help="instead of a service the engine of this configuration")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="with --offline: batches of equal streams, e.g. 1,8,64")] = "",
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Throughput against latency under a list of loads, one after another: a table, a line of JSON, a plot."""
+    check_plot(plot)
+    if offline is not None:
+        if not batch_sizes or concurrency or rates:
+            fail("--offline takes --batch-sizes, and neither --concurrency nor --rates: no HTTP is in front")
+        return _sweep_engine(offline, sizes(batch_sizes, "--batch-sizes"), output, plot)
+    if batch_sizes or not (concurrency or rates):
+        fail("give --concurrency or --rates or both; or --offline FILE with --batch-sizes")
+    _sweep_service(url, concurrency, rates, (requests, vocab_size, max_tokens), processes, output, plot)
+
+
+def _sweep_service(
+    url: str, concurrency: str, rates: str, what: tuple[int, int, int], processes: int, output: Output, plot: Plot
+) -> None:
+    from deployments.bench_sweep import Load, as_json, measure, sweep_points, sweep_table
+    from ops.plot import throughput_latency
+
+    loads = [Load(n) for n in sizes(concurrency, "--concurrency")]
+    loads += [Load(rate=r) for r in numbers(rates, "--rates")]
+    model, todo = _requests(url, *what)
+    results = []
+    for how in loads:
+        typer.echo(f"{how.label} ...", err=True)
+        results.append((how, measure(url, todo, how, processes)))
+    points = {"points": [as_json(*r, processes) for r in results]}
+    report(sweep_table(f"{model} at {url}", results), points, output)
+    if plot is not None:
+        throughput_latency(sweep_points(results), f"{model} over HTTP", "time per output token", plot)
+    if any(summary.failed for _, summary in results):
+        fail("some requests failed")
+
+
+def _sweep_engine(config: Path, batches: list[int], output: Path | None, plot: Path | None) -> None:
+    from deployments.bench_offline import bench_offline, offline_table
+    from deployments.bench_sweep import batch_points
+    from ops.plot import throughput_latency
+
+    app_config = read_app_config(config)
+    try:
+        result = bench_offline(app_config, 0, batches, None, 0)
+    except ValueError as error:
+        fail(str(error))
+    report(offline_table(f"{app_config.model.name}: {config}", result), result, output)
+    if plot is not None:
+        title = f"{app_config.model.name}, the engine alone, {app_config.pipeline.stages} stages"
+        throughput_latency(batch_points(result["batches"]), title, "time per output token", plot)
+
+
+@bench.command(epilog="Example: caravan bench load --gb 2 --stages 4")
+def load(
+    gb: Annotated[float, typer.Option(help="size of the checkpoint that is written for it")] = 2.0,
+    stages: Annotated[int, typer.Option(help="stages that share it")] = 4,
+    directory: Annotated[Path | None, typer.Option(help="where to write it; default: a temporary directory")] = None,
+    output: Output = None,
+) -> None:
+    """Bytes read, peak memory and time of stages that read their shares, beside a plain safetensors read."""
+    import tempfile
+
+    from deployments.bench_load import bench_load, load_table
+
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        result = bench_load(gb, stages, Path(temporary))
+    report(load_table(result), result, output)

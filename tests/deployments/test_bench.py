@@ -1,0 +1,197 @@
+"""Benchmarks: their arithmetic against figures worked out by hand, their commands against a server that only counts."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster.engine import StepReport
+from deployments.bench_offline import Floor, steady_window
+from deployments.cli import app
+from deployments.config import parse_app_config
+from deployments.offline import Run, stage_shares
+from model.batch import StageTiming
+from model.config import split_layers
+from model.families import SHAPES
+from model.roofline import Rates, StageWork, measure
+from ops.plot import PlotError, check_matplotlib, scaling
+
+H200 = Rates(4.27e12, 610e12)
+CPU = torch.device("cpu")
+
+
+def floor(stages: int = 2, quantization: str = "none") -> Floor:
+    args = {
+        "model": {"path": "shape:llama-2-70b", "name": "x", "load_format": "dummy", "quantization": quantization},
+        "pipeline": {"stages": stages},
+    }
+    return Floor(parse_app_config(args), SHAPES["llama-2-70b"], [H200] * stages)
+
+
+def test_the_floor_of_a_70b_stage_is_what_was_measured_for_its_linear_layers() -> None:
+    """40 layers on one H200: 16.0 ms to read the weights; 910 ms for 8,192 tokens, all multiplications."""
+    first, last = floor().step_s(1, 1)
+    assert first == pytest.approx(16.0e-3, rel=0.01)
+    assert last == pytest.approx(first + 2 * 32_000 * 8192 / 4.27e12, rel=0.01)  # the head
+    assert floor().step_s(8192, 0)[0] == pytest.approx(910e-3, rel=0.02)
+
+
+def test_in_8_bits_half_is_read() -> None:
+    assert floor(quantization="fp8").step_s(1, 1)[0] == pytest.approx(floor().step_s(1, 1)[0] / 2)
+
+
+def test_keys_and_values_count_by_context() -> None:
+    """128 sequences of 450 tokens: 160 KiB of each token lie on a stage of 40 layers."""
+    more = floor().step_s(128, 128, 128 * 450)[0] - floor().step_s(128, 128)[0]
+    assert more == pytest.approx(128 * 450 * 160 * 1024 / 4.27e12, rel=1e-6)
+
+
+def test_the_limit_of_the_list_is_the_arithmetic_one() -> None:
+    """698,203 tokens through 70B on two GPUs at 610 TFLOP/s: 78 s, which is 4,380 output tokens a second."""
+    limit = floor().limit({"prompt_tokens": 698_203 - 343_617, "output_tokens": 343_617})
+    assert limit == pytest.approx(4_380, rel=0.03)
+
+
+def test_work_of_stages_adds_up() -> None:
+    model = SHAPES["llama-2-7b"]
+    works = [StageWork.of(model, part, torch.bfloat16, fp8=False) for part in split_layers(model, 4)]
+    read = model.num_parameters - model.embedding_parameters - model.dim - 32 * 2 * model.dim  # no lookup, no norms
+    assert sum(w.weight_bytes for w in works) == pytest.approx(2 * read, rel=1e-3)
+
+
+def test_rates_of_this_machine_are_plausible() -> None:
+    rates = measure(torch.float32, CPU, fp8=False)
+    assert 1e8 < rates.bytes_per_s < 1e13
+    assert 1e9 < rates.flops < 1e16
+
+
+def timing(stage: int, step: int, started: float, seconds: float, wait: float) -> StageTiming:
+    return StageTiming(0, step, stage, started, started + seconds, wait, 0.0)
+
+
+def test_a_bubble_is_what_is_not_busy_between_the_first_step_and_the_last() -> None:
+    timings = [timing(0, i, i, 0.75, 100.0 if i == 0 else 0.25) for i in range(100)]
+    (share,) = stage_shares(timings, 1)
+    assert share["busy"] == pytest.approx(0.75, abs=0.005), "the wait for the run to begin does not count"
+    assert share["bubble"] == pytest.approx(0.25, abs=0.005)
+
+
+def test_a_steady_window_counts_its_own_steps_only() -> None:
+    run = Run(first_step=1000)
+    for i in range(300):
+        slow = i < 100
+        run.on_step(StepReport(128, 128, 0.001, []))
+        run.ended[-1] = 0.5 * min(i, 100) + 0.025 * max(0, i - 100)
+        for stage in (0, 1):
+            run.on_timing(timing(stage, 1000 + i, float(i), 0.02, 0.48 if slow else 0.005))
+    found = steady_window(run, floor(), 101, 300, 2, 450)
+    assert found["ms_per_step"] == pytest.approx(25)
+    assert found["output_throughput"] == pytest.approx(128 / 0.025)
+    assert (found["num_seqs"], found["all_decode"], found["steps"]) == (256, True, 199)
+    assert [s["bubble"] for s in found["stages"]] == pytest.approx([0.2, 0.2], abs=0.002)
+    assert found["floor_ms_per_step"] == pytest.approx(16.2 + 2.2, rel=0.02)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+class Service(BaseHTTPRequestHandler):
+    """Serves a model called tiny, as many tokens as are asked for."""
+
+    most_at_once = open_now = 0
+    lock = threading.Lock()
+
+    def do_GET(self) -> None:
+        self.answer(json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.lock:
+            type(self).open_now += 1
+            type(self).most_at_once = max(self.most_at_once, self.open_now)
+        chunks: list[dict[str, Any]] = [{"choices": [{"text": "x"}]}] * body["max_tokens"]
+        usage = {"completion_tokens": body["max_tokens"], "prompt_tokens": len(body["prompt"])}
+        lines = [json.dumps(c) for c in [*chunks, {"choices": [], "usage": usage}]]
+        with self.lock:
+            type(self).open_now -= 1
+        self.answer("".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode())
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def caravan(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_a_sweep_gives_a_table_a_line_a_file_and_a_plot(url: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    done = caravan(
+        "sweep", "--url", url, "--concurrency", "1,3", "--rates", "200", "--requests", "6", "--max-tokens", "12",
+        "--output", str(output), "--plot", str(plot),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["points"] == json.loads(output.read_text())["points"]
+    assert [(p["concurrency"], p["rate"]) for p in line["points"]] == [(1, 0.0), (3, 0.0), (0, 200.0)]
+    for point in line["points"]:
+        assert (point["requests"], point["failed"]) == (6, 0)
+        assert point["output_throughput"] == pytest.approx(point["output_tokens"] / point["seconds"])
+        assert point["ttft_s"]["p50"] <= point["end_to_end_latency_s"]["p50"]
+    assert all(word in done.stdout for word in ("TTFT", "TPOT", "200/s"))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sweep"], "--concurrency or --rates"),
+        (["sweep", "--concurrency", "1,zwei"], "--concurrency 1,zwei"),
+        (["sweep", "--offline", "ray_config.yaml", "--rates", "1"], "--batch-sizes"),
+        (["offline", "ray_config.yaml", "--steady", "256"], "256x450"),
+        (["offline", "nothing.yaml"], "nothing.yaml"),
+        (["serve", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_clear_sentence(arguments: list[str], says: str) -> None:
+    done = caravan(*arguments)
+    assert done.exit_code == 1
+    assert says in done.output
+    assert "Traceback" not in done.output
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(PlotError, match=r"pip install 'caravan\[bench\]'"):
+        check_matplotlib()
+    done = caravan("sweep", "--concurrency", "1", "--plot", "x.png")
+    assert done.exit_code == 1
+    assert "pip install" in done.output
+
+
+def test_a_scaling_plot_has_its_ideal_line(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scaling({"fp8": {1: 10.0, 2: 19.0, 4: 36.0}, "bf16": {2: 9.0}}, "scaling", "tok/s", tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 10_000
