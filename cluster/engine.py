@@ -189,6 +189,9 @@ class Engine:
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
+        for event in events:
+            if event.error is not None:
+                log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
         if events:
             self._listener.on_tokens(events)
         self._listener.on_step(StepReport(step.batch.num_tokens, step.batch.num_seqs, seconds, step.queue_waits))

@@ -2,6 +2,7 @@
 
 CaravanError
 ├── RequestRejected   the request can never run here (a `ValueError`: the client must change it)
+├── RequestFailed     something went wrong with this request alone; trying again would not help
 ├── EngineStopped     the engine is closing or has failed; the request may run elsewhere
 └── StageDied         a stage exited, hung past its deadline or answered nonsense
 """
@@ -13,6 +14,10 @@ class CaravanError(Exception):
 
 class RequestRejected(CaravanError, ValueError):
     """The request can never run on this engine; the message says why."""
+
+
+class RequestFailed(CaravanError):
+    """Handling this request failed, and no other one with it; the message is for the log."""
 
 
 class EngineStopped(CaravanError):

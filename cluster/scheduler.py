@@ -13,8 +13,8 @@ import numpy as np
 
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
-from cluster.sequence import Request, Sequence, TokenEvent
-from model.batch import SAMPLED, Batch, Penalties, SampleRow, StepOutput, TokenLogprobs, uniform
+from cluster.sequence import NO_TOKEN, Request, Sequence, TokenEvent
+from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
 MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
 
@@ -68,12 +68,13 @@ class Scheduler:
 
     def validate(self, request: Request) -> None:
         """Raise `RequestRejected` if the request can never run here, however empty the engine is."""
-        needed = len(request.token_ids) + request.sampling.max_tokens
+        needed = len(request.token_ids) + request.sampling.max_tokens - 1  # the last token needs no room
         if not request.token_ids:
             raise RequestRejected("the prompt is empty: send at least one token")
         if needed > self.max_model_len:
             raise RequestRejected(
-                f"prompt and max_tokens need {needed} tokens, this engine holds {self.max_model_len}: shorten them"
+                f"prompt and max_tokens need room for {needed} tokens, this engine holds "
+                f"{self.max_model_len}: shorten them"
             )
 
     def add(self, request: Request) -> None:
@@ -152,22 +153,40 @@ class Scheduler:
         self._cohorts.discard(batch.step_id)
         for seq in sequences:
             seq.num_in_flight -= 1
+        self._take_prompt_logprobs(batch, output, sequences)
         events: list[TokenEvent] = []
         for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
             seq = sequences[row]
             seq.num_pending_tokens -= 1
-            if self._running.get(seq.request_id) is seq:
+            if self._running.get(seq.request_id) is not seq:
+                continue
+            seq.failure = seq.failure or output.errors.get(i)
+            if seq.failure is None:
                 events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
+            else:
+                self._release(seq)
+                events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
         return events
+
+    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, sequences: list[Sequence]) -> None:
+        """They are kept until the whole prompt's are there, and leave with the first token."""
+        for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
+            seq = sequences[row.row]
+            if seq.prompt_logprobs is None or self._running.get(seq.request_id) is not seq:
+                continue
+            if found is None:
+                seq.failure = "its prompt's logprobs could not be computed"
+            else:
+                seq.prompt_logprobs += found
 
     def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         cached = seq.num_cached_tokens if seq.num_output_tokens == len(seq.request.output_ids) else 0
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
             self._release(seq)
-        if logprobs is None:
-            return TokenEvent(seq.request_id, token_id, finish_reason, num_cached_tokens=cached)
-        return TokenEvent(seq.request_id, token_id, finish_reason, logprobs.chosen, logprobs.top, cached)
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
 
     def restart(self) -> None:
         """Everything in flight is lost and so is the KV cache: start over at the next epoch, losing no request."""
@@ -226,7 +245,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence blocks for all it knows now; False if they are not to be had."""
-        prefix = self.blocks.cached_prefix(seq.token_ids)
+        # Whose logprobs are wanted must be computed, even if its keys and values are there.
+        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
         # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
         headroom = len(self._running) * self.blocks.block_size
         if not self.blocks.can_allocate(prefix, seq.num_tokens + headroom):
@@ -271,6 +291,8 @@ class Scheduler:
         assert seq.num_pending_tokens == 0
         self._release(seq)
         seq.num_computed_tokens = 0
+        if seq.prompt_logprobs is not None:
+            seq.prompt_logprobs = []
         self._waiting.appendleft(seq)
         self._preemptions += 1
 
@@ -290,6 +312,7 @@ class Scheduler:
         token_ids: list[int] = []
         sample_rows: list[int] = []
         draws: list[SampleRow] = []
+        prompt_rows: list[PromptRow] = []
         tokens_from = -1
         for row, (seq, count) in enumerate(scheduled):
             start = seq.num_computed_tokens
@@ -302,6 +325,8 @@ class Scheduler:
                 if not seq.request.sampling.is_greedy:
                     draws.append(_sample_row(len(sample_rows), seq))
                 sample_rows.append(row)
+            if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
+                prompt_rows.append(_prompt_row(row, seq, start + count))
         width = max(len(seq.block_table) for seq, _ in scheduled)
         slots = np.array([seq.slot for seq, _ in scheduled], np.int32)
         return Batch(
@@ -315,7 +340,15 @@ class Scheduler:
             tokens_from=tokens_from,
             sample_rows=np.array(sample_rows, np.int32),
             draws=draws,
+            prompt_rows=prompt_rows,
         )
+
+
+def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
+    """Of a chunk that ends before token `stop`."""
+    wanted = seq.request.sampling.prompt_logprobs
+    assert wanted is not None
+    return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
 
 
 def _sample_row(row: int, seq: Sequence) -> SampleRow:
@@ -335,4 +368,5 @@ def _sample_row(row: int, seq: Sequence) -> SampleRow:
         logprobs=-1 if p.logprobs is None else p.logprobs,
         logit_bias=p.logit_bias or None,
         penalties=penalties,
+        banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
     )

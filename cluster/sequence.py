@@ -4,9 +4,11 @@ from typing import Literal
 
 import msgspec
 
+from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
+NO_TOKEN = -1  # as the token of an event: a request that failed ends without one
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,6 +18,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     token_ids: list[int]  # the prompt
     sampling: SamplingParams
     output_ids: list[int] = []
+    priority: int = 0  # a lower one goes first
 
     def resume(self, emitted: list[int]) -> "Request":
         """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""
@@ -23,7 +26,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
-    """One token of one request. The last event of a request carries its `finish_reason`."""
+    """One token of one request. The last event of a request carries its `finish_reason`.
+
+    If that is "error", something went wrong with this request alone: `error` says what, and there is no token.
+    """
 
     request_id: str
     token_id: int
@@ -31,6 +37,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None  # natural log of the probability before temperature and filters
     top_logprobs: list[tuple[int, float]] | None = None  # (token id, logprob), best first
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache; set on the first event only
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first; on the first event only
+    error: str | None = None
 
 
 class Sequence:
@@ -44,6 +52,7 @@ class Sequence:
     __slots__ = (
         "arrival",
         "block_table",
+        "failure",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_full_blocks",
@@ -51,6 +60,7 @@ class Sequence:
         "num_pending_tokens",
         "num_prompt_tokens",
         "output_counts",
+        "prompt_logprobs",
         "request",
         "sampled_by",
         "slot",
@@ -70,6 +80,10 @@ class Sequence:
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
+        # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
+        wanted = request.sampling.prompt_logprobs is not None and not request.output_ids
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
+        self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
         self.output_counts: dict[int, int] = {}  # token -> occurrences; kept only where penalties need it
         if request.sampling.needs_counts:
             self.output_counts = dict.fromkeys(request.token_ids, 0)

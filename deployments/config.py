@@ -22,6 +22,12 @@ class GatewayArgs(Strict):
     ready_max_age_s: PositiveFloat = Field(
         default=10.0, description="a replica whose status is older than this counts as gone"
     )
+    max_answers: PositiveInt = Field(
+        default=128, description="answers that one request may ask for: prompts times n, or best_of"
+    )
+    max_request_tokens: PositiveInt = Field(
+        default=262_144, description="tokens that several answers of one request may need together, prompts included"
+    )
     resume_attempts: Annotated[int, Field(ge=0)] = Field(
         default=5, description="how often a stream whose engine is lost goes on with another one"
     )

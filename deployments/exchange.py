@@ -1,17 +1,21 @@
 """One HTTP exchange: a body in, an answer out, whole or as a stream, and a client that may leave at any time."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cluster.errors import CaravanError
 from deployments.errors import ApiError, bad_request, from_engine
 from deployments.gateway import Gateway, Generation, Usage
 from deployments.text import Piece
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -20,12 +24,18 @@ Json = dict[str, Any]
 class AnswerFormat(Protocol):
     """How a route writes its answers: the JSON of a whole one, the bytes of a streamed one."""
 
-    def whole(self, pieces: list[Piece], usage: Usage) -> Json: ...
+    def whole(self, pieces: list[Piece], usage: Usage) -> Json:
+        """From the pieces of all answers, in the order in which they came."""
+        ...
+
     def opening(self) -> bytes:
         """What a stream begins with; sent with the first piece."""
         ...
 
-    def chunk(self, piece: Piece) -> bytes: ...
+    def chunk(self, piece: Piece, usage: Usage) -> bytes:
+        """`usage` as of this piece."""
+        ...
+
     def closing(self, usage: Usage) -> bytes:
         """What a stream ends with."""
         ...
@@ -64,8 +74,7 @@ async def answer(
         return Response(msgspec.json.encode(body), media_type="application/json")
     # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
     first = await or_disconnect(http, anext(generation.pieces))
-    parts = _events(first, gateway, generation, written)
-    return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return EventStream(generation, _events(first, gateway, generation, written))
 
 
 async def _whole(generation: Generation, written: AnswerFormat) -> Json:
@@ -79,18 +88,33 @@ async def _whole(generation: Generation, written: AnswerFormat) -> Json:
 async def _events(
     first: Piece, gateway: Gateway, generation: Generation, written: AnswerFormat
 ) -> AsyncIterator[bytes]:
-    """Server-sent events. An engine that fails under way is said so in the stream, which then ends."""
+    """Server-sent events. What fails under way, be it the engine or this request alone, is said in the stream."""
+    usage = generation.usage
     try:
-        yield written.opening() + written.chunk(first)
+        yield written.opening() + written.chunk(first, usage)
         async for piece in generation.pieces:
-            if piece.text or piece.finish_reason or piece.logprobs:
-                yield written.chunk(piece)
-        yield written.closing(generation.usage)
-    except CaravanError as error:
+            if piece.text or piece.finish_reason or piece.logprobs or piece.prompt_logprobs:
+                yield written.chunk(piece, usage)
+        yield written.closing(usage)
+    except Exception as error:
+        if not isinstance(error, CaravanError):
+            log.exception("a stream failed")
         gateway.recorder.inc("streams_broken_total")
         yield written.broken(from_engine(error))
-    finally:
-        await generation.pieces.aclose()
+
+
+class EventStream(StreamingResponse):
+    """A stream whose generation is closed with it, even if the client has left before the first byte."""
+
+    def __init__(self, generation: Generation, parts: AsyncIterator[bytes]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._generation.pieces.aclose()
 
 
 def sse(body: Json) -> bytes:

@@ -1,6 +1,7 @@
 """The JSON of OpenAI's two endpoints. The whole answer is the stream, folded."""
 
 import time
+from dataclasses import dataclass
 
 from deployments.errors import ApiError
 from deployments.exchange import Json, sse
@@ -19,24 +20,40 @@ def usage_json(usage: Usage) -> Json:
     }
 
 
-class OpenAIFormat:
-    """What both endpoints share: the head of every object, and usage in the last one of a stream if asked for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What every object of one answer begins with, and how often a stream tells the usage."""
 
-    def __init__(self, response_id: str, kind: str, model: str, with_usage: bool) -> None:
+    response_id: str
+    model: str
+    fingerprint: str
+    usage: bool = False  # in a last chunk of its own
+    continuous_usage: bool = False  # so far, in every chunk
+
+
+class OpenAIFormat:
+    """What both endpoints share."""
+
+    def __init__(self, head: Head, kind: str) -> None:
         self._head: Json = {
-            "id": response_id,
+            "id": head.response_id,
             "object": kind,
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": None,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
         }
-        self._with_usage = with_usage
+        self._usage, self._continuous = head.usage, head.continuous_usage
 
-    def _sse(self, choice: Json) -> bytes:
-        return sse({**self._head, "choices": [choice], **({"usage": None} if self._with_usage else {})})
+    def _sse(self, choice: Json, usage: Usage | None) -> bytes:
+        shown: Json = {}
+        if self._continuous and usage is not None:
+            shown = {"usage": usage_json(usage)}
+        elif self._usage:
+            shown = {"usage": None}
+        return sse({**self._head, "choices": [choice], **shown})
 
     def closing(self, usage: Usage) -> bytes:
-        last = sse({**self._head, "choices": [], "usage": usage_json(usage)}) if self._with_usage else b""
+        last = sse({**self._head, "choices": [], "usage": usage_json(usage)}) if self._usage else b""
         return last + DONE
 
     def broken(self, error: ApiError) -> bytes:
@@ -44,29 +61,36 @@ class OpenAIFormat:
 
 
 class ChatFormat(OpenAIFormat):
-    """chat.completion and chat.completion.chunk."""
+    """chat.completion and chat.completion.chunk, with `answers` choices."""
 
-    def __init__(self, response_id: str, model: str, with_usage: bool) -> None:
-        super().__init__(response_id, "chat.completion.chunk", model, with_usage)
+    def __init__(self, head: Head, answers: int = 1) -> None:
+        super().__init__(head, "chat.completion.chunk")
+        self._answers = answers
 
     def opening(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": ""}, None, None)
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk(i, role, None, None, None) for i in range(self._answers))
 
-    def chunk(self, piece: Piece) -> bytes:
+    def chunk(self, piece: Piece, usage: Usage) -> bytes:
         delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        return self._chunk(delta, self._logprobs(piece.logprobs), piece.finish_reason)
+        return self._chunk(piece.index, delta, self._logprobs(piece.logprobs), piece.finish_reason, usage)
 
     def whole(self, pieces: list[Piece], usage: Usage) -> Json:
-        choice = {
-            "index": 0,
+        choices = [self._choice(i, own) for i, own in enumerate(by_answer(pieces, self._answers))]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage_json(usage)}
+
+    def _choice(self, index: int, pieces: list[Piece]) -> Json:
+        return {
+            "index": index,
             "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
             "logprobs": self._logprobs([x for p in pieces for x in p.logprobs]),
             "finish_reason": pieces[-1].finish_reason,
         }
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_json(usage)}
 
-    def _chunk(self, delta: Json, logprobs: Json | None, finish_reason: str | None) -> bytes:
-        return self._sse({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
+    def _chunk(
+        self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None, usage: Usage | None
+    ) -> bytes:
+        return self._sse({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}, usage)
 
     @staticmethod
     def _logprobs(logprobs: list[TokenLogprob]) -> Json | None:
@@ -78,40 +102,84 @@ class ChatFormat(OpenAIFormat):
 
 
 class CompletionFormat(OpenAIFormat):
-    """text_completion, streamed or whole."""
+    """text_completion, streamed or whole. To each prompt there are `best_of` answers, of which the best `n` are shown.
 
-    def __init__(self, response_id: str, model: str, with_usage: bool) -> None:
-        super().__init__(response_id, "text_completion", model, with_usage)
-        self._offset = 0
+    `echoes` are the prompts' texts where they are to be shown, else "".
+    """
+
+    def __init__(self, head: Head, echoes: list[str], n: int = 1, best_of: int = 1, logprobs: bool = True) -> None:
+        super().__init__(head, "text_completion")
+        self._n, self._best_of, self._with_logprobs = n, best_of, logprobs
+        self._echoes = echoes
+        self._offsets: dict[int, int] = {}  # by choice, of its next token; a choice that has one has begun
 
     def opening(self) -> bytes:
         return b""
 
-    def chunk(self, piece: Piece) -> bytes:
-        return self._sse(self._choice([piece]))
+    def chunk(self, piece: Piece, usage: Usage) -> bytes:
+        return self._sse(self._choice(piece.index, [piece]), usage)
 
     def whole(self, pieces: list[Piece], usage: Usage) -> Json:
-        return {**self._head, "choices": [self._choice(pieces)], "usage": usage_json(usage)}
+        answers = by_answer(pieces, len(self._echoes) * self._best_of)
+        prompts = [answers[i : i + self._best_of] for i in range(0, len(answers), self._best_of)]
+        shown = [answer for candidates in prompts for answer in best(candidates, self._n)]
+        choices = [self._choice(i, answer) for i, answer in enumerate(shown)]
+        return {**self._head, "choices": choices, "usage": usage_json(usage)}
 
-    def _choice(self, pieces: list[Piece]) -> Json:
+    def _choice(self, index: int, pieces: list[Piece]) -> Json:
+        echo = "" if index in self._offsets else self._echoes[index // self._n]
+        self._offsets.setdefault(index, 0)
+        logprobs = [x for p in pieces for x in (*p.prompt_logprobs, *p.logprobs)]
         return {
-            "index": 0,
-            "text": "".join(p.text for p in pieces),
-            "logprobs": self._logprobs([x for p in pieces for x in p.logprobs]),
+            "index": index,
+            "text": echo + "".join(p.text for p in pieces),
+            "logprobs": self._logprobs(index, logprobs) if self._with_logprobs and logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
 
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> Json | None:
-        if not logprobs:
-            return None
-        tokens = [x.token.decode("utf-8", "replace") for x in logprobs]
+    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> Json:
         offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
+        for x in logprobs:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(x.text)
         return {
-            "tokens": tokens,
+            "tokens": [label(x) for x in logprobs],
             "token_logprobs": [x.logprob for x in logprobs],
-            "top_logprobs": [{t.token.decode("utf-8", "replace"): t.logprob for t in x.top} for x in logprobs],
+            "top_logprobs": [self._top(x) for x in logprobs],
             "text_offset": offsets,
         }
+
+    @staticmethod
+    def _top(x: TokenLogprob) -> dict[str, float | None] | None:
+        """The token's own is always there, as OpenAI has it, though it may not be among the best."""
+        if x.logprob is None:
+            return None
+        return {label(t): t.logprob for t in x.top} | {label(x): x.logprob}
+
+
+def label(x: TokenLogprob) -> str:
+    r"""A token as a string, in OpenAI's way: bytes that are no text by themselves as `bytes:\xe2\x80`."""
+    try:
+        return x.token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in x.token)
+
+
+def by_answer(pieces: list[Piece], answers: int) -> list[list[Piece]]:
+    """The pieces of each answer."""
+    found: list[list[Piece]] = [[] for _ in range(answers)]
+    for piece in pieces:
+        found[piece.index].append(piece)
+    return found
+
+
+def best(candidates: list[list[Piece]], n: int) -> list[list[Piece]]:
+    """The `n` with the highest log probability per token (OpenAI's `best_of`), best first; all in order if all stay."""
+    return sorted(candidates, key=_mean_logprob, reverse=True)[:n] if n < len(candidates) else candidates
+
+
+def _mean_logprob(pieces: list[Piece]) -> float:
+    """A stop token counts: it is one of the tokens that were drawn."""
+    drawn = [x for p in pieces for x in (*p.logprobs, *([p.stop_token] if p.stop_token else []))]
+    values = [x.logprob for x in drawn if x.logprob is not None]
+    return sum(values) / len(values) if values else float("-inf")

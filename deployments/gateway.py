@@ -4,24 +4,29 @@ A gateway knows no route's JSON. It keeps no state beyond open requests: any num
 """
 
 import asyncio
+import hashlib
 import logging
 import secrets
+import struct
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from cluster.errors import CaravanError
 from cluster.sequence import Request as EngineRequest
 from deployments.config import AppConfig
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import bad_request
+from deployments.fingerprint import fingerprint
 from deployments.resume import ResumingEngineClient
-from deployments.text import Piece, pieces
+from deployments.text import Piece, TextRules, merged, pieces
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
 from model.infill import can_infill, encode_infill, infill_stop_ids
 from model.sampling_params import SamplingParams
-from model.tokenizer import Detokenizer, Tokenizer, check_fits, load_tokenizer
+from model.tokenizer import Tokenizer, check_fits, load_tokenizer
 from model.weights import read_config, resolve_path
 
 log = logging.getLogger(__name__)
@@ -40,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What a route asks for, whatever its JSON looks like."""
+    """One answer that a route asks for, whatever its JSON looks like."""
 
     endpoint: str  # its name in metrics and logs
     request_id: str  # of the HTTP request
@@ -48,6 +53,13 @@ class GenerationRequest:
     sampling: SamplingParams
     stops: Sequence[str] = ()
     include_stop: bool = False  # whether the stop string that ends an answer is shown
+    prompt_only: bool = False  # the prompt's logprobs are all that is wanted
+    priority: int = 0  # a lower one goes first
+
+    def copies(self, n: int) -> "list[GenerationRequest]":
+        """`n` answers to the same prompt. Each draws by a seed of its own, the first one by the request's."""
+        seeds = (derived_seed(self.sampling.seed, i) for i in range(n))
+        return [replace(self, sampling=msgspec.structs.replace(self.sampling, seed=seed)) for seed in seeds]
 
 
 @dataclass(slots=True)
@@ -66,7 +78,7 @@ class Usage:
 class Generation:
     """A request under way. Closing `pieces` cancels it and frees what it holds in the engine."""
 
-    pieces: AsyncGenerator[Piece, None]
+    pieces: AsyncGenerator[Piece, None]  # of all its answers, as they come
     usage: Usage  # as of the last piece
 
 
@@ -85,6 +97,7 @@ class Gateway:
         self.template: ChatTemplate | None = load_chat_template(path, self.tokenizer, config.model.prompt_format)
         self.max_model_len = config.model.max_model_len or model.context_length
         self.created = int(time.time())
+        self.fingerprint = fingerprint(config)
 
     # -- prompts and limits -------------------------------------------------------------------------------------------
 
@@ -142,47 +155,93 @@ class Gateway:
             )
         return allowed
 
+    def check_token_ids(self, ids: Iterable[int], param: str) -> None:
+        """Raise `ApiError` for an id that the model does not have."""
+        for token_id in ids:
+            if not 0 <= token_id < self.tokenizer.vocab_size:
+                raise bad_request(f"{param}: {token_id} is not a token id of this model", param)
+
+    def check_answers(self, answers: int) -> None:
+        """Raise `ApiError` if one request wants more answers than are allowed."""
+        limit = self.config.gateway.max_answers
+        if answers > limit:
+            raise bad_request(f"n: {answers} answers in one request, at most {limit} are allowed", "n")
+
+    def check_size(self, answers: Sequence[GenerationRequest]) -> None:
+        """Raise `ApiError` if several answers need more tokens than one request may."""
+        limit = self.config.gateway.max_request_tokens
+        total = sum(len(a.prompt.token_ids) + a.sampling.max_tokens for a in answers)
+        if len(answers) > 1 and total > limit:
+            raise bad_request(
+                f"n: {len(answers)} answers need up to {total} tokens, one request may have {limit}: ask for fewer "
+                "answers or lower max_tokens",
+                "n",
+            )
+
     def stop_ids(self, prompt: Prompt) -> frozenset[int]:
         """Tokens that end an answer to this prompt."""
         return self.tokenizer.eos_ids | prompt.stop_ids
 
     # -- generating ---------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerationRequest) -> Generation:
-        """Start a request: it is sent to an engine when the first piece is asked for.
+    def generate(self, *requests: GenerationRequest) -> Generation:
+        """Start a request of one or several answers; `Piece.index` is an answer's place among `requests`.
 
-        The pieces raise `RequestRejected` or `EngineStopped`.
+        Each goes to an engine, maybe another one each, when the first piece is asked for. The pieces raise
+        `RequestRejected`, `EngineStopped` or `RequestFailed`; then all answers have ended.
         """
-        ids = request.prompt.token_ids
-        usage = Usage(len(ids), time.monotonic())
-        events = self.engine.generate(
-            EngineRequest(request_id=secrets.token_hex(12), token_ids=ids, sampling=request.sampling)
-        )
-        detokenizer = Detokenizer(self.tokenizer, at_start=request.prompt.starts_text)
-        stream = pieces(events, self.tokenizer, detokenizer, request.stops, request.include_stop)
-        return Generation(self._counted(stream, request, usage), usage)
+        prompts = {id(request.prompt): len(request.prompt.token_ids) for request in requests}
+        usage = Usage(sum(prompts.values()), time.monotonic())
+        streams = [self._counted(self._stream(request), usage) for request in requests]
+        stream = streams[0] if len(streams) == 1 else merged(streams)
+        return Generation(self._recorded(stream, requests[0], usage), usage)
 
-    async def _counted(
-        self, stream: AsyncGenerator[Piece, None], request: GenerationRequest, usage: Usage
-    ) -> AsyncGenerator[Piece, None]:
-        """The same pieces, counted and timed."""
+    def _stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer."""
+        ids, sampling = request.prompt.token_ids, request.sampling
+        events = self.engine.generate(
+            EngineRequest(request_id=secrets.token_hex(12), token_ids=ids, sampling=sampling, priority=request.priority)
+        )
+        rules = TextRules(
+            stops=request.stops,
+            include_stop=request.include_stop,
+            min_tokens=sampling.min_tokens,
+            starts_text=request.prompt.starts_text,
+            prompt_only=request.prompt_only,
+        )
+        return pieces(events, self.tokenizer, ids, rules)
+
+    async def _counted(self, stream: AsyncGenerator[Piece, None], usage: Usage) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer, counted and timed."""
         last = 0.0
         try:
             async for piece in stream:
                 now = time.monotonic()
-                if not usage.completion_tokens:
+                usage.cached_tokens = max(usage.cached_tokens, piece.num_cached_tokens)
+                if not usage.first_token:
                     usage.first_token = now
-                    usage.cached_tokens = piece.num_cached_tokens
                     self.recorder.observe("ttft_seconds", now - usage.started)
-                elif piece.num_tokens:
+                if last and piece.num_tokens:
                     self.recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
                 last = now
                 usage.completion_tokens += piece.num_tokens
-                if piece.finish_reason is not None:
-                    usage.outcome = piece.finish_reason
+                yield piece
+        finally:
+            await stream.aclose()
+
+    async def _recorded(
+        self, stream: AsyncGenerator[Piece, None], request: GenerationRequest, usage: Usage
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of a whole request, whose end is recorded, whatever it is."""
+        try:
+            async for piece in stream:
+                usage.outcome = piece.finish_reason or "cancelled"
                 yield piece
         except CaravanError as error:
             usage.outcome = "rejected" if isinstance(error, ValueError) else "error"
+            raise
+        except Exception:
+            usage.outcome = "error"
             raise
         finally:
             await stream.aclose()
@@ -203,6 +262,14 @@ class Gateway:
             "e2e_s": round(seconds, 4),
         }
         log.info("request finished", extra=fields)
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of a request's answer number `index`: the request's own for the first, and for others a hash of both."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(struct.pack("<Qq", seed % 2**64, index), digest_size=8, person=b"answer").digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 async def in_thread_if(condition: bool, work: Callable[[], list[int]]) -> list[int]:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deployments.errors import ApiError, bad_request
@@ -47,6 +48,11 @@ def _stops(value: Any) -> Any:
     return stops
 
 
+def _absent(value: Any) -> None:
+    if value:
+        raise ValueError("is not supported: this model reads and writes text only")
+
+
 def _biases(value: dict[str, float] | None) -> dict[int, float] | None:
     if value is None:
         return None
@@ -60,6 +66,7 @@ def _biases(value: dict[str, float] | None) -> dict[int, float] | None:
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(BaseModel):
@@ -69,7 +76,8 @@ class SamplingFields(BaseModel):
     takes: ClassVar[frozenset[str]] = frozenset()  # fields of REFUSED that this endpoint serves after all
 
     model: str
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=-1)] | None = None
@@ -82,15 +90,22 @@ class SamplingFields(BaseModel):
     ) = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop_token_ids: Annotated[list[Whole], Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Whole | None = None
-    user: str | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
 
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -101,8 +116,22 @@ class SamplingFields(BaseModel):
         """Output tokens the client asked for, or None."""
         return self.max_tokens
 
+    def check(self) -> None:
+        """What fields say together. Raises `ApiError`."""
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+
     def sampling(self, max_tokens: int, eos_ids: frozenset[int]) -> SamplingParams:
-        """As the engine wants it. A request without a seed gets one, so that it can be resumed elsewhere."""
+        """As the engine wants it. A request without a seed gets one, so that it can be resumed elsewhere.
+
+        Raises `ApiError` for what the engine does not take.
+        """
+        try:
+            return self._sampling(max_tokens, eos_ids)
+        except ValueError as error:
+            raise bad_request(str(error), str(error).split("[")[0].split()[0]) from None
+
+    def _sampling(self, max_tokens: int, eos_ids: frozenset[int]) -> SamplingParams:
 
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
@@ -119,7 +148,8 @@ class SamplingFields(BaseModel):
             presence_penalty=given(self.presence_penalty, 0.0),
             frequency_penalty=given(self.frequency_penalty, 0.0),
             logit_bias=self.logit_bias or {},  # type: ignore[arg-type]  # AfterValidator made the keys ints
-            stop_token_ids=() if self.ignore_eos else tuple(sorted(eos_ids)),
+            stop_token_ids=tuple(sorted((set() if self.ignore_eos else eos_ids) | set(self.stop_token_ids or ()))),
+            min_tokens=given(self.min_tokens, 0),
             logprobs=self.num_logprobs,
         )
 
@@ -127,20 +157,51 @@ class SamplingFields(BaseModel):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"suffix"})
+    takes: ClassVar[frozenset[str]] = frozenset({"suffix", "best_of", "echo"})
 
     prompt: str | list[Any]
     suffix: str | None = None
+    echo: bool | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        """What is shown, or 0 where answers are only compared by them."""
+        return 0 if self.logprobs is None and self.candidates > (self.n or 1) else self.logprobs
+
+    @property
+    def candidates(self) -> int:
+        """Answers to compute for each prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def prompt_only(self) -> bool:
+        return self.max_tokens == 0
+
+    def _sampling(self, max_tokens: int, eos_ids: frozenset[int]) -> SamplingParams:
+        found = super()._sampling(max_tokens, eos_ids)
+        return msgspec.structs.replace(found, prompt_logprobs=self.logprobs if self.echo else None)
+
+    def check(self) -> None:
+        """What fields say together. Raises `ApiError`."""
+        super().check()
+        if self.candidates < (self.n or 1):
+            raise bad_request(f"best_of: must not be below n, which is {self.n}", "best_of")
+        if self.stream and self.candidates > (self.n or 1):
+            raise bad_request("best_of: must equal n when stream is true, for all answers must be there", "best_of")
+        if self.prompt_only and not self.echo:
+            raise bad_request("max_tokens: must be at least 1, unless echo is true", "max_tokens")
+        if self.echo and self.suffix:
+            raise bad_request("echo: is not possible with a suffix", "echo")
 
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Any] | None = None
+    tool_calls: Annotated[None, BeforeValidator(_absent)] = None
+    function_call: Annotated[None, BeforeValidator(_absent)] = None
+    audio: Annotated[None, BeforeValidator(_absent)] = None
 
     @property
     def text(self) -> str:
@@ -166,6 +227,7 @@ class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -178,10 +240,14 @@ class ChatRequest(SamplingFields):
     def budget(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+
 
 # field -> values that mean "not asked for"; anything else is refused by name
 REFUSED: dict[str, Sequence[Any]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -195,7 +261,14 @@ REFUSED: dict[str, Sequence[Any]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "prompt_embeds": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "chat_template": (),
+    "continue_final_message": (False,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -218,10 +291,7 @@ def parse(kind: type[R], body: Any) -> R:
         request = kind.model_validate(body)
     except ValidationError as error:
         raise _explain(error) from None
-    if request.stream_options is not None and request.stream_options.include_usage and not request.stream:
-        raise bad_request("stream_options is only allowed when stream is true", "stream_options")
-    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
-        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    request.check()
     return request
 
 

@@ -42,6 +42,15 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int = -1  # -1: none; k: the chosen token's and the k best
     logit_bias: dict[int, float] | None = None
     penalties: Penalties | None = None
+    banned: tuple[int, ...] = ()  # token ids that may not be drawn now
+
+
+class PromptRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence whose prompt's logprobs are wanted: those of what follows each token of its chunk."""
+
+    row: int  # the sequence's place in the batch
+    next_token: int  # what follows the chunk; SAMPLED if the prompt ends with it, and so do its logprobs
+    logprobs: int  # the k best are reported beside the prompt's own
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
@@ -57,6 +66,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
     sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the sequences whose next token is sampled
     draws: list[SampleRow]  # how, for those that do not simply take the likeliest
+    prompt_rows: list[PromptRow] = []
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +91,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="output"):
     step_id: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]  # by index into Batch.sample_rows, where they were asked for
+    prompt_logprobs: list[list[TokenLogprobs] | None] = []  # per entry of Batch.prompt_rows; None: it failed
+    errors: dict[int, str] = {}  # by index into Batch.sample_rows: why a row has no token; the others are as they are
 
 
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):

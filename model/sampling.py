@@ -6,20 +6,33 @@ A row's token depends on that row alone: its logits, its parameters and its draw
 each along its own last dimension. Nothing here waits for the device: results stay there as a `Sampled`.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from model.batch import Penalties, SampleRow, TokenLogprobs
 
+log = logging.getLogger(__name__)
+
+PROMPT_ROWS = 64  # prompt positions whose logits are computed at a time: [64, V] float32 is what memory is kept for
+
 
 @dataclass(frozen=True, slots=True)
-class RowLogprobs:
-    """Raw logprobs of one row, still on the device."""
+class Logprobs:
+    """Raw logprobs of some positions, still on the device."""
 
-    chosen: torch.Tensor  # []
-    values: torch.Tensor  # [k], best first
-    token_ids: torch.Tensor  # [k]
+    chosen: torch.Tensor  # [n]
+    values: torch.Tensor  # [n, k], best first
+    token_ids: torch.Tensor  # [n, k]
+
+    def to_host(self) -> list[TokenLogprobs]:
+        """One per position. Waits for the device."""
+        best = zip(self.token_ids.tolist(), self.values.tolist(), strict=True)
+        tops = [list(zip(ids, values, strict=True)) for ids, values in best]
+        return [TokenLogprobs(chosen, top) for chosen, top in zip(self.chosen.tolist(), tops, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,46 +40,88 @@ class Sampled:
     """What one step sampled: a token per row, and logprobs where they were asked for."""
 
     token_ids: torch.Tensor  # [R] int64
-    logprobs: dict[int, RowLogprobs]  # by row
+    logprobs: dict[int, Logprobs]  # by row
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)  # per Batch.prompt_rows; None: it failed
+    errors: dict[int, str] = field(default_factory=dict)  # by row: why it has no token
 
     def to_host(self) -> "Sampled":
         """The tokens on their way to the host, without waiting for them; logprobs stay where they are."""
         if self.token_ids.device.type == "cpu":
             return self
         host = torch.empty(self.token_ids.shape, dtype=self.token_ids.dtype, pin_memory=True)
-        return Sampled(host.copy_(self.token_ids, non_blocking=True), self.logprobs)
+        return replace(self, token_ids=host.copy_(self.token_ids, non_blocking=True))
 
     def host_logprobs(self) -> dict[int, TokenLogprobs]:
         """By row. Waits for the device."""
-        return {
-            i: TokenLogprobs(float(row.chosen), list(zip(row.token_ids.tolist(), row.values.tolist(), strict=True)))
-            for i, row in self.logprobs.items()
-        }
+        return {row: values.to_host()[0] for row, values in self.logprobs.items()}
 
 
 def sample(logits: torch.Tensor, draws: list[SampleRow]) -> Sampled:
     """One token per row of logits [R, V] float32 (changed in place): the likeliest, unless one of `draws` says how.
 
-    Logprobs are of the raw logits.
+    Logprobs are of the raw logits. A row that cannot be sampled is reported in `errors`; the others do not notice.
     """
-    raw = {draw.row: logits[draw.row].log_softmax(-1) for draw in draws if draw.logprobs >= 0}
+    errors: dict[int, str] = {}
+    raw: dict[int, torch.Tensor] = {}
     for draw in draws:
-        if draw.penalties is not None:
-            _penalise(logits[draw.row], draw.penalties)
-        if draw.logit_bias:
-            _add_bias(logits[draw.row], draw.logit_bias)
+        with _alone(draw, errors):
+            if draw.logprobs >= 0:
+                raw[draw.row] = logits[draw.row].log_softmax(-1)
+            _adjust(logits[draw.row], draw)
     tokens = logits.argmax(dim=-1)
     for filtered in (False, True):
-        chosen = [draw for draw in draws if draw.temperature > 0 and _is_filtered(draw) == filtered]
+        chosen = [d for d in draws if d.temperature > 0 and _is_filtered(d) == filtered and d.row not in errors]
         if chosen:
-            rows = torch.tensor([draw.row for draw in chosen]).to(logits.device, non_blocking=True)
-            tokens[rows] = (_draw_filtered if filtered else _draw_plain)(logits[rows], chosen)
-    wanted = {draw.row: draw.logprobs for draw in draws}
-    return Sampled(tokens, {i: _row_logprobs(values, tokens[i], wanted[i]) for i, values in raw.items()})
+            _draw(_draw_filtered if filtered else _draw_plain, logits, tokens, chosen, errors)
+    logprobs: dict[int, Logprobs] = {}
+    for draw in draws:
+        with _alone(draw, errors):
+            if draw.row in raw:
+                logprobs[draw.row] = _logprobs(raw[draw.row][None], tokens[draw.row][None], draw.logprobs)
+    return Sampled(tokens, logprobs, errors=errors)
+
+
+def prompt_logprobs(
+    head: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, targets: torch.Tensor, count: int
+) -> Logprobs:
+    """Logprobs of `targets` [n], each the token that follows a position of x [n, C], and of the `count` best."""
+    parts = [
+        _logprobs(head(x[i : i + PROMPT_ROWS]).log_softmax(-1), targets[i : i + PROMPT_ROWS], count)
+        for i in range(0, len(targets), PROMPT_ROWS)
+    ]
+    names = ("chosen", "values", "token_ids")
+    empty = _logprobs(torch.empty(0, count or 1, device=x.device), targets[:0], count)
+    return Logprobs(*(torch.cat([getattr(part, name) for part in parts or [empty]]) for name in names))
+
+
+@contextmanager
+def _alone(draw: SampleRow, errors: dict[int, str]) -> Iterator[None]:
+    """What goes wrong with one row stays its own: it is noted in `errors`, and never raised.
+
+    A device that has failed is nobody's own.
+    """
+    try:
+        if draw.row not in errors:
+            yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        log.exception("a row could not be sampled")
+        errors[draw.row] = f"{type(error).__name__} in the sampler"
 
 
 def _is_filtered(row: SampleRow) -> bool:
     return row.top_k > 0 or row.top_p < 1.0 or row.min_p > 0.0
+
+
+def _adjust(logits: torch.Tensor, draw: SampleRow) -> None:
+    """Whatever changes a row's logits [V] before its token is chosen."""
+    if draw.penalties is not None:
+        _penalise(logits, draw.penalties)
+    if draw.logit_bias:
+        _add_bias(logits, draw.logit_bias)
+    if draw.banned:
+        logits[torch.tensor(draw.banned, device=logits.device)] = -torch.inf
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
@@ -81,6 +136,24 @@ def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
 def _add_bias(logits: torch.Tensor, bias: dict[int, float]) -> None:
     ids = torch.tensor(list(bias), device=logits.device)
     logits[ids] += torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
+
+
+Drawer = Callable[[torch.Tensor, list[SampleRow]], torch.Tensor]
+
+
+def _draw(
+    drawer: Drawer, logits: torch.Tensor, tokens: torch.Tensor, chosen: list[SampleRow], errors: dict[int, str]
+) -> None:
+    """Put what `drawer` draws for `chosen` into `tokens`; together, and each alone if together fails."""
+    try:
+        rows = torch.tensor([draw.row for draw in chosen]).to(logits.device, non_blocking=True)
+        tokens[rows] = drawer(logits[rows], chosen)
+    except torch.AcceleratorError:
+        raise
+    except Exception:
+        for draw in chosen:
+            with _alone(draw, errors):
+                tokens[draw.row] = drawer(logits[draw.row][None], [draw])[0]
 
 
 def _draw_plain(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
@@ -117,6 +190,7 @@ def _invert(weights: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     return found.clamp(max=weights.shape[-1] - 1).squeeze(-1)
 
 
-def _row_logprobs(values: torch.Tensor, token: torch.Tensor, count: int) -> RowLogprobs:
-    best = values.topk(count)
-    return RowLogprobs(values[token], best.values, best.indices)
+def _logprobs(values: torch.Tensor, tokens: torch.Tensor, count: int) -> Logprobs:
+    """Of `tokens` [n], and of the `count` best, in log probabilities [n, V]."""
+    best = values.topk(count, dim=-1)
+    return Logprobs(values.gather(-1, tokens[:, None]).squeeze(-1), best.values, best.indices)

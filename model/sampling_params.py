@@ -24,10 +24,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0  # subtracted for each occurrence in the output
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # no stop token is drawn before so many tokens
     logprobs: int | None = None  # None: no logprobs; k: the chosen token's and the k best
+    prompt_logprobs: int | None = None  # the same of every prompt token but the first
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, math.inf)
+        _check("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check("seed", self.seed, -(2**63), 2**64 - 1)
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_p", self.top_p, 0.0, 1.0)
@@ -38,8 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for token_id, bias in self.logit_bias.items():
             _check(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _check(name, count, 0, MAX_LOGPROBS)
 
     @property
     def needs_counts(self) -> bool:
@@ -49,7 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is all there is to it."""
-        return self.temperature == 0.0 and self.logprobs is None and not self.logit_bias and not self.needs_counts
+        plain = self.logprobs is None and not self.logit_bias and not self.needs_counts and not self.min_tokens
+        return self.temperature == 0.0 and plain
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

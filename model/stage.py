@@ -1,7 +1,10 @@
 """One stage: its share of the decoder and its KV cache on one device."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from model.attention import AttentionMetadata, prepare
@@ -10,7 +13,9 @@ from model.config import StageLayers
 from model.graphs import DecodeGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
-from model.sampling import Sampled, sample
+from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
+
+log = logging.getLogger(__name__)
 
 
 class Stage:
@@ -48,30 +53,54 @@ class Stage:
         """
         metadata = prepare(batch, self.kv.block_size, self.decoder.device)
         token_ids = self._inputs(batch) if self.layers.is_first else None
-        if self._graphs is not None and metadata.prefill is None:
+        if self._graphs is not None and metadata.prefill is None and not batch.prompt_rows:
             out = self._graphs.run(token_ids, hidden, metadata)
             # A copy either way: the next step overwrites what the graph returns.
-            out = out[metadata.sample_tokens] if self.layers.is_last else out.clone()
-        else:
-            out = self._eager(token_ids, hidden, metadata)
+            return self._sample(batch, out[metadata.sample_tokens], []) if self.layers.is_last else out.clone()
+        x = self._eager(token_ids, hidden, metadata)
         if not self.layers.is_last:
-            return out
-        if not len(batch.sample_rows):
-            return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {})
-        sampled = sample(out, batch.draws)
-        if self.layers.is_first:
-            self.feed(batch, sampled.token_ids)
-        return sampled
+            return x
+        prompts = self._prompt_logprobs(batch, x)
+        return self._sample(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
 
     def _eager(
         self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Hidden state [T, C]; on the last stage logits [number of samples, V]."""
-        decoder = self.decoder
-        x = decoder.embed(token_ids) if token_ids is not None else hidden
+        """Hidden state [T, C]."""
+        x = self.decoder.embed(token_ids) if token_ids is not None else hidden
         assert x is not None, "only the first stage makes its own input"
-        x = decoder.forward(x, self.kv, metadata)
-        return decoder.logits(x[metadata.sample_tokens]) if self.layers.is_last else x
+        return self.decoder.forward(x, self.kv, metadata)
+
+    def _sample(self, batch: Batch, logits: torch.Tensor, prompts: list[Logprobs | None]) -> Sampled:
+        """Of logits [number of samples, V], which are changed."""
+        if not len(batch.sample_rows):
+            return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {}, prompts)
+        sampled = replace(sample(logits, batch.draws), prompt_logprobs=prompts)
+        if self.layers.is_first:
+            self.feed(batch, sampled.token_ids)
+        return sampled
+
+    def _prompt_logprobs(self, batch: Batch, x: torch.Tensor) -> list[Logprobs | None]:
+        """Of what follows each token of the chunks that ask for it, in x [T, C]."""
+        ends = batch.query_lens.cumsum()
+        found: list[Logprobs | None] = []
+        for row in batch.prompt_rows:
+            stop = int(ends[row.row])
+            start = stop - int(batch.query_lens[row.row])
+            following = np.append(batch.token_ids[start + 1 : stop], np.int32(row.next_token))
+            known = following if row.next_token != SAMPLED else following[:-1]
+            found.append(self._of_chunk(x[start : start + len(known)], known, row.logprobs))
+        return found
+
+    def _of_chunk(self, x: torch.Tensor, following: Int32Array, count: int) -> Logprobs | None:
+        """None if it fails: that is this sequence's affair alone, unless the device has failed."""
+        try:
+            return prompt_logprobs(self.decoder.logits, x, _on(self.decoder.device, following), count)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("the logprobs of a prompt failed")
+            return None
 
     def _inputs(self, batch: Batch) -> torch.Tensor:
         """Token ids [T], with what was sampled on the way filled in."""
@@ -88,7 +117,14 @@ class Stage:
 
 def to_output(batch: Batch, sampled: Sampled) -> StepOutput:
     """As it travels back to the scheduler. Waits for the device."""
-    return StepOutput(batch.epoch, batch.step_id, sampled.token_ids.tolist(), sampled.host_logprobs())
+    return StepOutput(
+        batch.epoch,
+        batch.step_id,
+        sampled.token_ids.tolist(),
+        sampled.host_logprobs(),
+        [None if values is None else values.to_host() for values in sampled.prompt_logprobs],
+        sampled.errors,
+    )
 
 
 def _on(device: torch.device, values: Int32Array) -> torch.Tensor:

@@ -8,10 +8,9 @@ from fastapi.responses import Response
 
 from deployments.errors import ApiError, bad_request
 from deployments.exchange import AnswerFormat, answer, read_json, request_id
-from deployments.formats import ChatFormat, CompletionFormat
+from deployments.formats import ChatFormat, CompletionFormat, Head
 from deployments.gateway import Gateway, GenerationRequest, Prompt
 from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
-from model.sampling_params import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context
 
@@ -36,64 +35,95 @@ class OpenAI:
 
     async def chat(self, http: Request) -> Response:
         request = parse(ChatRequest, await self._body(http))
-        self._check_model(request)
+        self._check(request)
         prompt = await self._gateway.chat_prompt([message.as_template_input for message in request.messages])
         max_tokens = self._gateway.max_tokens(prompt, request.budget, None, "messages")
-        written = ChatFormat(f"chatcmpl-{secrets.token_hex(12)}", self._name, request.wants_usage)
-        return await self._answer(http, "chat", request, prompt, max_tokens, written)
+        one = self._one(http, "chat", request, prompt, max_tokens)
+        answers = request.n or 1
+        written = ChatFormat(self._head("chatcmpl", request), answers)
+        return await self._answer(http, one.copies(answers), written, request)
 
     async def completion(self, http: Request) -> Response:
         request = parse(CompletionRequest, await self._body(http))
-        self._check_model(request)
-        prompt = await self._completion_prompt(request)
-        max_tokens = self._gateway.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
-        written = CompletionFormat(f"cmpl-{secrets.token_hex(12)}", self._name, request.wants_usage)
-        return await self._answer(http, "completions", request, prompt, max_tokens, written)
+        self._check(request)
+        prompts = await self._completion_prompts(request)
+        answers: list[GenerationRequest] = []
+        for prompt in prompts:
+            wanted = 1 if request.prompt_only else request.budget
+            max_tokens = self._gateway.max_tokens(prompt, wanted, DEFAULT_COMPLETION_TOKENS)
+            answers += self._one(http, "completions", request, prompt, max_tokens).copies(request.candidates)
+        written = CompletionFormat(
+            self._head("cmpl", request),
+            [self._echo(request, i, prompt) for i, prompt in enumerate(prompts)],
+            request.n or 1,
+            request.candidates,
+            request.logprobs is not None,
+        )
+        return await self._answer(http, answers, written, request)
+
+    def _one(
+        self, http: Request, endpoint: str, request: SamplingFields, prompt: Prompt, max_tokens: int
+    ) -> GenerationRequest:
+        return GenerationRequest(
+            endpoint=endpoint,
+            request_id=request_id(http),
+            prompt=prompt,
+            sampling=request.sampling(max_tokens, self._gateway.stop_ids(prompt)),
+            stops=request.stop,
+            include_stop=bool(request.include_stop_str_in_output),
+            prompt_only=isinstance(request, CompletionRequest) and request.prompt_only,
+            priority=request.priority or 0,
+        )
 
     async def _answer(
-        self,
-        http: Request,
-        endpoint: str,
-        request: SamplingFields,
-        prompt: Prompt,
-        max_tokens: int,
-        written: AnswerFormat,
+        self, http: Request, answers: list[GenerationRequest], written: AnswerFormat, request: SamplingFields
     ) -> Response:
-        generation = self._gateway.generate(
-            GenerationRequest(
-                endpoint=endpoint,
-                request_id=request_id(http),
-                prompt=prompt,
-                sampling=self._sampling(request, prompt, max_tokens),
-                stops=request.stop,
-            )
-        )
-        return await answer(http, self._gateway, generation, written, bool(request.stream))
+        self._gateway.check_size(answers)
+        return await answer(http, self._gateway, self._gateway.generate(*answers), written, bool(request.stream))
 
-    async def _completion_prompt(self, request: CompletionRequest) -> Prompt:
+    async def _completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+        """A string, token ids, or a list of either."""
         prompt = request.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
         if request.suffix:
-            return await self._gateway.infill_prompt(prompt, request.suffix)
-        if isinstance(prompt, str):
-            return await self._gateway.text_prompt(prompt)
-        if any(isinstance(i, str | list) for i in prompt):
-            raise bad_request("prompt: several prompts in one request are not supported yet", "prompt")
-        return self._gateway.ids_prompt(prompt)
+            one = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+            return [await self._gateway.infill_prompt(one, request.suffix)]
+        several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
+        parts = list(prompt) if several else [prompt]
+        self._gateway.check_answers(len(parts) * request.candidates)
+        return [await self._one_prompt(part) for part in parts]
 
-    def _sampling(self, request: SamplingFields, prompt: Prompt, max_tokens: int) -> SamplingParams:
-        for token_id in request.logit_bias or {}:
-            if not 0 <= int(token_id) < self._gateway.tokenizer.vocab_size:
-                raise bad_request(f"logit_bias: {token_id} is not a token id of this model", "logit_bias")
-        return request.sampling(max_tokens, self._gateway.stop_ids(prompt))
+    async def _one_prompt(self, part: Any) -> Prompt:
+        if isinstance(part, str):
+            return await self._gateway.text_prompt(part)
+        if isinstance(part, list):
+            return self._gateway.ids_prompt(part)
+        raise bad_request("prompt: must be a string, token ids, or a list of either", "prompt")
+
+    def _echo(self, request: CompletionRequest, index: int, prompt: Prompt) -> str:
+        """The prompt's text, if it is to be shown."""
+        if not request.echo:
+            return ""
+        given = request.prompt[index] if isinstance(request.prompt, list) else request.prompt
+        return given if isinstance(given, str) else self._gateway.tokenizer.decode(prompt.token_ids)
+
+    def _check(self, request: SamplingFields) -> None:
+        if request.model != self._name:
+            raise unknown_model(request.model, self._name)
+        self._gateway.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
+        self._gateway.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
+        self._gateway.check_answers(request.n or 1)
+
+    def _head(self, kind: str, request: SamplingFields) -> Head:
+        return Head(
+            response_id=f"{kind}-{secrets.token_hex(12)}",
+            model=self._name,
+            fingerprint=self._gateway.fingerprint,
+            usage=request.wants_usage,
+            continuous_usage=request.wants_continuous_usage,
+        )
 
     async def _body(self, http: Request) -> Any:
         return await read_json(http, self._gateway.config.gateway.max_body_bytes)
-
-    def _check_model(self, request: SamplingFields) -> None:
-        if request.model != self._name:
-            raise unknown_model(request.model, self._name)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
