@@ -4,9 +4,12 @@ Micro-batches need no name here: a batch takes the sequences that were scheduled
 so successive calls of `schedule` form the cohorts that fill the pipeline by themselves. One cohort more than there are
 stages is in flight: its tokens are still being sampled when it is scheduled, and the first stage begins with it the
 moment they are. Prompts are spread over batches by what waits.
+
+Tenants share fairly: what waits is taken in the order of waiting_queue.py, and whoever is next there but finds no room
+gets it from the tenant that holds more, up to an equal share.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +17,7 @@ import numpy as np
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.sequence import NO_TOKEN, Request, Sequence, TokenEvent
+from cluster.waiting_queue import WaitingQueue
 from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
 MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
@@ -53,10 +57,11 @@ class Scheduler:
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens)
         self._running: OrderedDict[str, Sequence] = OrderedDict()  # least recently scheduled first
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
+        self._priorities: Counter[int] = Counter()  # of running sequences
         self._slots = list(range(max_num_seqs))  # free ones
         # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
         self._tables = np.zeros((max_num_seqs, blocks.blocks_for(self.max_model_len)), np.int32)
@@ -80,7 +85,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        self._waiting.append(Sequence(request, self._arrivals))
+        self._waiting.push(Sequence(request, self._arrivals))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -93,18 +98,18 @@ class Scheduler:
         if seq is not None:
             self._release(seq)
         else:
-            self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+            self._waiting.remove(request_id)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return len(self._waiting) > 0 or len(self._running) > 0
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             running=len(self._running),
             running_tokens=sum(s.num_tokens for s in self._running.values()),
             waiting=len(self._waiting),
-            waiting_tokens=sum(s.num_tokens for s in self._waiting),
+            waiting_tokens=self._waiting.num_tokens,
             kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
             preemptions=self._preemptions,
@@ -117,6 +122,10 @@ class Scheduler:
         self.blocks.check(list(self._running.values()))
         taken = [seq.slot for seq in self._running.values()]
         assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
+        for account in self._waiting.accounts:
+            own = [seq for seq in self._running.values() if self._waiting.account(seq) is account]
+            held = sum(len(seq.block_table) for seq in own)
+            assert (account.num_running, account.num_blocks) == (len(own), held), f"{account.tenant}'s books are wrong"
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -124,6 +133,7 @@ class Scheduler:
         """The next batch, or None if nothing can be computed before an `update`."""
         scheduled: list[tuple[Sequence, int]] = []
         self.admitted = []
+        self._make_way()
         self._schedule_decodes(scheduled)
         num_decodes = len(scheduled)
         self._schedule_prefills(scheduled)
@@ -193,7 +203,6 @@ class Scheduler:
         self._in_flight.clear()
         self._cohorts.clear()
         for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
-            seq.num_in_flight = seq.num_pending_tokens = 0
             self._preempt(seq)
         self.blocks.forget()
         self.epoch += 1
@@ -216,42 +225,46 @@ class Scheduler:
                 continue
             if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
                 if victims is None:  # sorted once: a cache that is full for one is full for many
-                    idle = (s for s in self._running.values() if s.num_in_flight == 0)
-                    victims = sorted(idle, key=lambda s: s.arrival)
+                    victims = sorted((s for s in self._running.values() if s.num_in_flight == 0), key=self._expendable)
                 if not self._make_room(seq, victims, chosen):
                     continue
             self._grow(seq)
+            self._waiting.account(seq).charge(seq, 1)
             scheduled.append((seq, 1))
             chosen.add(id(seq))
 
     def _schedule_prefills(self, scheduled: list[tuple[Sequence, int]]) -> None:
         """Prompt chunks: what waits, spread over the cohorts, within what the budget leaves."""
         prefilling = [s for s in self._running.values() if s.num_uncomputed_tokens > 1]
-        waiting = sum(s.num_uncomputed_tokens for s in prefilling) + sum(s.num_tokens for s in self._waiting)
+        waiting = sum(s.num_uncomputed_tokens for s in prefilling) + self._waiting.num_tokens
         budget = min(self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
-        for seq in prefilling:
-            budget -= self._add_chunk(seq, budget, scheduled)
-        while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
-            if not self._admit(self._waiting[0]):
-                break
-            seq = self._waiting.popleft()
-            budget -= self._add_chunk(seq, budget, scheduled)
-
-    def _add_chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
-        count = min(seq.num_uncomputed_tokens, budget)
-        if count > 0:
+        while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
+            count = min(seq.num_uncomputed_tokens, budget)
+            self._waiting.account(seq).charge(seq, count)
             scheduled.append((seq, count))
-        return count
+            budget -= count
+
+    def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
+        """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
+        head = self._waiting.next()
+        if head is not None and self._waiting.first_of([head, *prefilling]) is head and self._admit(head):
+            return head
+        seq = self._waiting.first_of(prefilling)
+        if seq is not None:
+            prefilling.remove(seq)
+        return seq
 
     def _admit(self, seq: Sequence) -> bool:
-        """Give a waiting sequence blocks for all it knows now; False if they are not to be had."""
-        # Whose logprobs are wanted must be computed, even if its keys and values are there.
-        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
-        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
-        headroom = len(self._running) * self.blocks.block_size
-        if not self.blocks.can_allocate(prefix, seq.num_tokens + headroom):
+        """Let a waiting sequence run, with blocks for all it knows now; False if there is no room."""
+        prefix = self._room_for(seq)
+        if prefix is None:
             return False
+        self._waiting.remove(seq.request_id)
         self.blocks.allocate(seq, prefix, seq.num_tokens)
+        account = self._waiting.account(seq)
+        account.num_running += 1
+        account.num_blocks += len(seq.block_table)
+        self._priorities[seq.request.priority] += 1
         seq.slot = self._slots.pop()
         self._tables[seq.slot, : len(seq.block_table)] = seq.block_table
         seq.num_computed_tokens = len(prefix) * self.blocks.block_size
@@ -262,6 +275,58 @@ class Scheduler:
         self._running[seq.request_id] = seq
         self.admitted.append(seq.request_id)
         return True
+
+    def _room_for(self, seq: Sequence) -> list[int] | None:
+        """The blocks that hold the beginning of a waiting sequence already, if it may run now; None if not."""
+        if not self._slots:
+            return None
+        # Whose logprobs are wanted must be computed, even if its keys and values are there.
+        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
+        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
+        headroom = len(self._running) * self.blocks.block_size
+        return prefix if self.blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
+
+    def _make_way(self) -> None:
+        """Admit who is next at the cost of those that hold more or are less urgent; others wait for free room."""
+        while (seq := self._waiting.next()) is not None and self._may_displace(seq):
+            displaced = 0
+            while self._room_for(seq) is None:
+                victim = self._victim_for(seq)
+                if victim is None:
+                    return
+                self._preempt(victim)
+                displaced += 1
+            if not displaced:
+                return  # it is admitted with its first chunk
+            self._admit(seq)
+
+    def _may_displace(self, seq: Sequence) -> bool:
+        """Whether anybody runs who could have to make way: a quick look that ends the matter with a single tenant."""
+        return max(self._priorities, default=0) > seq.request.priority or (
+            self._waiting.account(seq).num_running < len(self._running)
+        )
+
+    def _victim_for(self, seq: Sequence) -> Sequence | None:
+        """Who is to make way for `seq`, or None if it has to wait.
+
+        That is who is less urgent; among equals, the youngest of the tenant that holds most, as long as `seq`'s tenant
+        stays within its fair share and has not had more service. It may be in flight: what comes of that is dropped.
+        """
+        queue, worst = self._waiting, max(self._priorities)
+        candidates = (s for s in self._running.values() if s.request.priority == worst)
+        if worst <= seq.request.priority:
+            account, active = queue.account(seq), [a for a in queue.accounts if a.num_running or a.waiting]
+            other = max(active, key=queue.share)
+            share = queue.share(account, 1, self.blocks.blocks_for(seq.num_tokens))
+            due = share <= 1 / sum(a.weight for a in active) and share < queue.share(other)
+            if worst < seq.request.priority or not due or account.counter > other.counter + queue.slack:
+                return None
+            candidates = (s for s in candidates if queue.account(s) is other)
+        return max(candidates, key=self._expendable, default=None)
+
+    def _expendable(self, seq: Sequence) -> tuple[int, float, int]:
+        """Who is preempted first: the least urgent, of the tenant that holds most, that arrived last."""
+        return seq.request.priority, self._waiting.share(self._waiting.account(seq)), seq.arrival
 
     def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: set[int]) -> bool:
         """Preempt the youngest of `victims` that are not `chosen`, until `seq` can have one token more.
@@ -284,16 +349,13 @@ class Scheduler:
         before = len(seq.block_table)
         self.blocks.grow(seq, seq.num_computed_tokens + 1)
         if len(seq.block_table) > before:
+            self._waiting.account(seq).num_blocks += len(seq.block_table) - before
             self._tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
 
     def _preempt(self, seq: Sequence) -> None:
-        """Free the blocks and requeue at the head: the tokens are kept, their KV is computed again."""
-        assert seq.num_pending_tokens == 0
+        """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
         self._release(seq)
-        seq.num_computed_tokens = 0
-        if seq.prompt_logprobs is not None:
-            seq.prompt_logprobs = []
-        self._waiting.appendleft(seq)
+        self._waiting.push(seq.again())
         self._preemptions += 1
 
     def _release(self, seq: Sequence) -> None:
@@ -302,6 +364,11 @@ class Scheduler:
         A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
         """
         del self._running[seq.request_id]
+        account = self._waiting.account(seq)
+        account.num_running -= 1
+        account.num_blocks -= len(seq.block_table)
+        self._priorities[seq.request.priority] -= 1
+        self._priorities += Counter()  # forgets what is at zero
         self.blocks.free(seq)
         self._slots.append(seq.slot)
         seq.slot = -1

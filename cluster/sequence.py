@@ -18,7 +18,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     token_ids: list[int]  # the prompt
     sampling: SamplingParams
     output_ids: list[int] = []
-    priority: int = 0  # a lower one goes first
+    tenant: str = ""  # whose it is: tenants share an engine fairly (see waiting_queue.py)
+    weight: float = 1.0  # the tenant's share, compared with other tenants'
+    priority: int = 0  # lower is more urgent, whoever's it is
 
     def resume(self, emitted: list[int]) -> "Request":
         """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""
@@ -54,6 +56,7 @@ class Sequence:
         "block_table",
         "failure",
         "num_cached_tokens",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_full_blocks",
         "num_in_flight",
@@ -78,6 +81,8 @@ class Sequence:
         self.sampled_by = -1  # the step that samples its newest token
         self.slot = -1  # see Batch.slots; given with the blocks
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission
+        # The tenant has paid for these; of a resumed request an earlier engine was paid for all it brings.
+        self.num_charged_tokens = len(self.token_ids) if request.output_ids else 0
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
         # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
@@ -89,6 +94,17 @@ class Sequence:
             self.output_counts = dict.fromkeys(request.token_ids, 0)
             for token_id in request.output_ids:
                 self._count(token_id)
+
+    def again(self) -> "Sequence":
+        """Its successor after a preemption: all tokens known, nothing computed.
+
+        An object of its own, so that what batches in flight still bring for this one is not taken for the other.
+        """
+        successor = Sequence(self.request, self.arrival)
+        successor.token_ids, successor.output_counts = self.token_ids, self.output_counts
+        successor.num_charged_tokens = self.num_charged_tokens
+        successor.prompt_logprobs = None if self.prompt_logprobs is None else []
+        return successor
 
     @property
     def request_id(self) -> str:

@@ -245,3 +245,16 @@ def load(
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         result = bench_load(gb, stages, Path(temporary))
     report(load_table(result), result, output)
+
+
+@bench.command(epilog="Example: caravan bench fairness --seconds 300")
+def fairness(
+    shares: Annotated[str, typer.Option(help="what the small tenant wants of the engine")] = "0.1,0.3,0.45,0.6",
+    seconds: Annotated[float, typer.Option(help="simulated seconds, the first 60 to warm up")] = 300.0,
+    output: Output = None,
+) -> None:
+    """Two tenants before one engine, one with ten times the demand: the real scheduler against a simulated clock."""
+    from deployments.bench_fairness import bench_fairness, fairness_table
+
+    results = bench_fairness([float(share) for share in shares.split(",")], seconds)
+    report(fairness_table(results), {"seconds": seconds, "shares": results}, output)

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 
 from cluster.block_manager import BlockManager
@@ -82,7 +83,7 @@ def test_without_prefix_caching_nothing_is_found() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_books_balance_whatever_happens(seed: int) -> None:
-    """Random arrivals with shared beginnings, aborts, results and losses on a small cache."""
+    """Random arrivals of several tenants with shared beginnings, aborts, results and losses on a small cache."""
     rng = random.Random(seed)
     scheduler = Scheduler(
         BlockManager(24, 4), depth=rng.randint(1, 3), max_num_seqs=6, max_num_batched_tokens=rng.choice([5, 32]),
@@ -93,7 +94,13 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
         action = rng.random()
         if action < 0.2:
             prompt = [*range(rng.randrange(30))] + [rng.randrange(300) for _ in range(rng.randint(1, 12))]
-            scheduler.add(request(str(i), prompt, max_tokens=rng.randint(1, 20)))
+            whose = {
+                "tenant": rng.choice("abc"),
+                "weight": rng.choice([1.0, 2.0]),
+                "priority": rng.choice([0, 0, 0, 5]),
+            }
+            new = request(str(i), prompt, max_tokens=rng.randint(1, 20))
+            scheduler.add(msgspec.structs.replace(new, **whose))
             alive.append(str(i))
         elif action < 0.25 and alive:
             scheduler.abort(alive.pop(rng.randrange(len(alive))))

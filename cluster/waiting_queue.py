@@ -1,0 +1,109 @@
+"""Who is served next: fair between tenants in tokens, by priority and arrival within each of them.
+
+The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588): a tenant's
+counter holds the service it got, and the one that got least is next. A tenant that comes back with nothing waiting is
+lifted to the least counter of those that wait, so that idleness buys nothing.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+
+from cluster.sequence import Sequence
+
+INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # the paper's: an output token costs a pass of its own over the weights
+
+
+class Account:
+    """One tenant: what it was given, what it holds, and what it waits for."""
+
+    __slots__ = ("counter", "num_blocks", "num_running", "tenant", "waiting", "weight")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.weight = 1.0  # its share of the engine, compared with others'
+        self.counter = 0.0  # weighted tokens computed for it, divided by its weight
+        self.num_running = 0
+        self.num_blocks = 0  # KV blocks its running sequences hold
+        self.waiting: list[Sequence] = []  # sorted by `_rank`
+
+    def charge(self, seq: Sequence, num_tokens: int) -> None:
+        """Count the next `num_tokens` of `seq`. What is computed again (preempted, resumed) costs nothing."""
+        start, end = max(seq.num_computed_tokens, seq.num_charged_tokens), seq.num_computed_tokens + num_tokens
+        if end > start:
+            num_input = max(0, min(end, seq.num_prompt_tokens) - start)
+            self.counter += (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * (end - start - num_input)) / self.weight
+            seq.num_charged_tokens = end
+
+
+def _rank(seq: Sequence) -> tuple[int, int]:
+    """Within a tenant. Who was preempted arrived before who waits, and so comes first again."""
+    return seq.request.priority, seq.arrival
+
+
+class WaitingQueue:
+    """All that waits, and every tenant's account."""
+
+    def __init__(self, max_num_seqs: int, num_blocks: int, slack: float) -> None:
+        self.num_tokens = 0  # of all waiting sequences
+        self._max_num_seqs, self._num_blocks = max_num_seqs, num_blocks  # what there is to hold
+        self.slack = slack  # counters no further apart count as equal: then who holds less comes first
+        self._accounts: dict[str, Account] = {}
+        self._waiting: dict[str, Sequence] = {}  # by request id
+        self._last_counter = 0.0  # of the tenant served last: where newcomers to an empty queue begin
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._waiting.values())
+
+    @property
+    def accounts(self) -> Iterable[Account]:
+        return self._accounts.values()
+
+    def account(self, seq: Sequence) -> Account:
+        """The account of a sequence's tenant, opened if need be."""
+        account = self._accounts.get(seq.request.tenant)
+        if account is None:
+            account = self._accounts[seq.request.tenant] = Account(seq.request.tenant)
+        return account
+
+    def share(self, account: Account, num_seqs: int = 0, num_blocks: int = 0) -> float:
+        """The larger of its shares of sequences and KV, by weight, if it held so many more."""
+        seqs = (account.num_running + num_seqs) / self._max_num_seqs
+        return max(seqs, (account.num_blocks + num_blocks) / self._num_blocks) / account.weight
+
+    def push(self, seq: Sequence) -> None:
+        account = self.account(seq)
+        account.weight = seq.request.weight
+        if not account.waiting:
+            others = (a.counter for a in self._accounts.values() if a.waiting)
+            account.counter = max(account.counter, min(others, default=self._last_counter))
+        insort(account.waiting, seq, key=_rank)
+        self._waiting[seq.request_id] = seq
+        self.num_tokens += seq.num_tokens
+
+    def next(self) -> Sequence | None:
+        """Whoever should be admitted next."""
+        return self.first_of(a.waiting[0] for a in self._accounts.values() if a.waiting)
+
+    def first_of(self, candidates: Iterable[Sequence]) -> Sequence | None:
+        """The most urgent, of the tenant that got least, or about as little and holds least."""
+        found = [(seq, self.account(seq)) for seq in candidates]
+        if len(found) < 2:
+            return found[0][0] if found else None
+        urgent = min(seq.request.priority for seq, _ in found)
+        found = [(seq, account) for seq, account in found if seq.request.priority == urgent]
+        limit = min(account.counter for _, account in found) + self.slack
+        found = [(seq, account) for seq, account in found if account.counter <= limit]
+        return min(found, key=lambda item: (self.share(item[1]), item[1].counter, item[0].arrival))[0]
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Take a sequence out, wherever it stands; None if it does not wait."""
+        seq = self._waiting.pop(request_id, None)
+        if seq is not None:
+            account = self.account(seq)
+            del account.waiting[bisect_left(account.waiting, _rank(seq), key=_rank)]
+            self._last_counter = account.counter
+            self.num_tokens -= seq.num_tokens
+        return seq
