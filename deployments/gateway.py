@@ -115,8 +115,11 @@ class Gateway:
 
     async def text_prompt(self, text: str, param: str = "prompt") -> Prompt:
         """Text to be continued as it stands. `param` names it in errors."""
-        ids = await in_thread_if(len(text) > LONG_TEXT, lambda: self.tokenizer.encode(text, add_bos=True))
-        return self.ids_prompt(ids, param)
+        return self.ids_prompt(await self.encode(text), param)
+
+    async def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of plain text."""
+        return await in_thread_if(len(text) > LONG_TEXT, lambda: self.tokenizer.encode(text, add_bos=add_bos))
 
     def ids_prompt(self, ids: Sequence[Any], param: str = "prompt") -> Prompt:
         """Token ids as a client gave them."""

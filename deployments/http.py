@@ -18,7 +18,7 @@ from deployments.config import AppConfig
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import ApiError, from_engine
 from deployments.gateway import Gateway
-from deployments.routes import openai
+from deployments.routes import openai, tokens
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def create_gateway(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
+    app.include_router(tokens.router(gateway))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

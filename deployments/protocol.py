@@ -69,10 +69,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(BaseModel):
-    """What both endpoints share."""
+class Body(BaseModel):
+    """A request's JSON object. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class SamplingFields(Body):
+    """What both endpoints share."""
+
     takes: ClassVar[frozenset[str]] = frozenset()  # fields of REFUSED that this endpoint serves after all
 
     model: str
@@ -276,21 +281,35 @@ REFUSED: dict[str, Sequence[Any]] = {
 }
 
 
+B = TypeVar("B", bound=Body)
 R = TypeVar("R", bound=SamplingFields)
 
 
-def parse(kind: type[R], body: Any) -> R:
-    """A validated request. Raises `ApiError` 400 that names the field."""
+def parse_body(kind: type[B], body: Any) -> B:
+    """A validated body. Raises `ApiError` 400 that names the field."""
     if not isinstance(body, dict):
         raise bad_request(f"the body must be a JSON object, not {_kind_of(body)}")
-    for name, harmless in REFUSED.items():
-        value = body.get(name)
-        if value is not None and value not in harmless and name not in kind.takes:
-            raise bad_request(f"{name} is not supported by this service with this value", name)
     try:
-        request = kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raises `ApiError` 404 if a request names a model that is not `served` here; it may name none."""
+    if name is not None and name != served:
+        shown = name if len(name) < 200 else name[:200] + "..."
+        message = f"The model `{shown}` does not exist; this service has `{served}`"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def parse(kind: type[R], body: Any) -> R:
+    """The same of a request to generate, which may also be refused for what this service cannot do."""
+    for name, harmless in REFUSED.items():
+        value = body.get(name) if isinstance(body, dict) else None
+        if value is not None and value not in harmless and name not in kind.takes:
+            raise bad_request(f"{name} is not supported by this service with this value", name)
+    request = parse_body(kind, body)
     request.check()
     return request
 

@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, draws: list[SampleRow]) -> Sampled:
     logprobs: dict[int, Logprobs] = {}
     for draw in draws:
         with _alone(draw, errors):
-            if draw.row in raw:
+            if draw.row in raw and draw.row not in errors:
                 logprobs[draw.row] = _logprobs(raw[draw.row][None], tokens[draw.row][None], draw.logprobs)
     return Sampled(tokens, logprobs, errors=errors)
 
@@ -101,8 +101,7 @@ def _alone(draw: SampleRow, errors: dict[int, str]) -> Iterator[None]:
     A device that has failed is nobody's own.
     """
     try:
-        if draw.row not in errors:
-            yield
+        yield
     except torch.AcceleratorError:
         raise
     except Exception as error:

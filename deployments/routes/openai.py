@@ -6,11 +6,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deployments.errors import ApiError, bad_request
+from deployments.errors import bad_request
 from deployments.exchange import AnswerFormat, answer, read_json, request_id
 from deployments.formats import ChatFormat, CompletionFormat, Head
 from deployments.gateway import Gateway, GenerationRequest, Prompt
-from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, check_model, parse
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context
 
@@ -49,9 +49,10 @@ class OpenAI:
         prompts = await self._completion_prompts(request)
         answers: list[GenerationRequest] = []
         for prompt in prompts:
-            wanted = 1 if request.prompt_only else request.budget
-            max_tokens = self._gateway.max_tokens(prompt, wanted, DEFAULT_COMPLETION_TOKENS)
-            answers += self._one(http, "completions", request, prompt, max_tokens).copies(request.candidates)
+            max_tokens = self._gateway.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
+            # The engine gives a prompt's logprobs with a first token, wanted or not; that one needs no room.
+            one = self._one(http, "completions", request, prompt, max(1, max_tokens))
+            answers += one.copies(request.candidates)
         written = CompletionFormat(
             self._head("cmpl", request),
             [self._echo(request, i, prompt) for i, prompt in enumerate(prompts)],
@@ -107,8 +108,7 @@ class OpenAI:
         return given if isinstance(given, str) else self._gateway.tokenizer.decode(prompt.token_ids)
 
     def _check(self, request: SamplingFields) -> None:
-        if request.model != self._name:
-            raise unknown_model(request.model, self._name)
+        check_model(request.model, self._name)
         self._gateway.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
         self._gateway.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
         self._gateway.check_answers(request.n or 1)
@@ -131,8 +131,7 @@ class OpenAI:
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        if name != self._name:
-            raise unknown_model(name, self._name)
+        check_model(name, self._name)
         return self._card()
 
     def _card(self) -> dict[str, Any]:
@@ -143,10 +142,3 @@ class OpenAI:
             "owned_by": "caravan",
             "max_model_len": self._gateway.max_model_len,
         }
-
-
-def unknown_model(name: str, served: str) -> ApiError:
-    shown = name if len(name) < 200 else name[:200] + "..."
-    return ApiError(
-        404, f"The model `{shown}` does not exist; this service has `{served}`", param="model", code="model_not_found"
-    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
-from model.batch import Batch
+from model.batch import Batch, TokenLogprobs
 from model.config import split_layers
 from model.llama import Decoder
 from model.stage import Stage
@@ -157,16 +158,46 @@ def test_naive_forward_gives_the_golden_tokens() -> None:
             assert int(naive_logits(prompt + tokens[:n])[0].argmax()) == tokens[n]
 
 
-def test_logits_equal_those_of_transformers() -> None:
+@cache
+def transformers_logits(i: int) -> torch.Tensor:
+    """[n, V] of golden prompt `i`."""
+    with torch.inference_mode():
+        return transformers_llama()(torch.tensor([golden.load()[i][0]])).logits[0]
+
+
+@cache
+def transformers_llama() -> Any:
     from transformers import AutoModelForCausalLM
 
     path = resolve_path(golden.MODEL)
-    llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def test_logits_equal_those_of_transformers() -> None:
     for i in (0, 2, 15):
         prompt, _ = golden.load()[i]
-        with torch.inference_mode():
-            expected = llama(torch.tensor([prompt])).logits[0, -1]
-        torch.testing.assert_close(naive_logits(prompt)[0], expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(naive_logits(prompt)[0], transformers_logits(i)[-1], atol=1e-3, rtol=0)
+
+
+def test_logprobs_equal_those_of_transformers() -> None:
+    """Of a prompt of 200 tokens, computed in chunks on two stages, and of the token that follows."""
+    prompt, _ = golden.load()[15]
+    expected = transformers_logits(15).log_softmax(-1)
+    engine, collector = start(stages=2, max_num_batched_tokens=64)
+    try:
+        engine.add(request("r", prompt, max_tokens=1, prompt_logprobs=5, logprobs=5))
+        collector.wait(["r"])
+    finally:
+        engine.close()
+    (event,) = collector.events["r"]
+    assert event.prompt_logprobs is not None
+    assert event.logprob is not None
+    found = [*event.prompt_logprobs, TokenLogprobs(event.logprob, event.top_logprobs or [])]
+    for i, (logprobs, token) in enumerate(zip(found, [*prompt[1:], event.token_id], strict=True)):
+        assert logprobs.chosen == pytest.approx(float(expected[i, token]), abs=1e-3)
+        for alternative, value in logprobs.top:
+            assert value == pytest.approx(float(expected[i, alternative]), abs=1e-3)
+        assert [value for _, value in logprobs.top] == pytest.approx(expected[i].topk(5).values.tolist(), abs=1e-3)
 
 
 def test_seeded_sampling_is_the_same_however_it_is_computed() -> None:

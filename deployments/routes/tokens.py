@@ -1,0 +1,67 @@
+"""Text to token ids and back, and the prompt that a chat becomes: what the model really sees."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from deployments.errors import bad_request
+from deployments.exchange import Json, read_json
+from deployments.gateway import Gateway
+from deployments.protocol import Body, ChatMessage, check_model, parse_body
+from deployments.text import token_name
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: of a text, or of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Any]
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """POST /tokenize and /detokenize."""
+    routes = APIRouter()
+    limit, name = gateway.config.gateway.max_body_bytes, gateway.config.model.name
+
+    @routes.post("/tokenize")
+    async def tokenize(http: Request) -> Json:
+        request = parse_body(TokenizeRequest, await read_json(http, limit))
+        check_model(request.model, name)
+        ids = await _ids(gateway, request)
+        names = [token_name(gateway.tokenizer, i) for i in ids]
+        answer: Json = {"count": len(ids), "max_model_len": gateway.max_model_len, "tokens": ids}
+        if request.messages is not None:
+            answer["prompt"] = b"".join(names).decode("utf-8", "replace")
+        if request.return_token_strs:
+            answer["token_strs"] = [found.decode("utf-8", "replace") for found in names]
+        return answer
+
+    @routes.post("/detokenize")
+    async def detokenize(http: Request) -> Json:
+        request = parse_body(DetokenizeRequest, await read_json(http, limit))
+        check_model(request.model, name)
+        ids = gateway.ids_prompt(request.tokens, "tokens").token_ids if request.tokens else []
+        return {"prompt": gateway.tokenizer.decode(ids)}
+
+    return routes
+
+
+async def _ids(gateway: Gateway, request: TokenizeRequest) -> list[int]:
+    if (request.prompt is None) == (request.messages is None):
+        raise bad_request("prompt: send either prompt or messages", "prompt")
+    if request.messages is not None:
+        return (await gateway.chat_prompt([m.as_template_input for m in request.messages])).token_ids
+    assert request.prompt is not None
+    add_bos = request.add_special_tokens is not False
+    return await gateway.encode(request.prompt, add_bos=add_bos)

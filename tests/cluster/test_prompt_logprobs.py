@@ -1,0 +1,106 @@
+"""Logprobs of prompts: equal to one pass over the whole prompt, however the engine comes to them."""
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import StageDied
+from cluster.sequence import Request, TokenEvent
+from model.batch import Batch, StageTiming, StepOutput, TokenLogprobs
+from tests.cluster.test_engine import PROMPTS
+from tests.conftest import MakeEngine, make_stages, request
+
+PROMPT = PROMPTS[6]  # 100 tokens
+K = 3
+
+
+def naive(prompt: list[int]) -> torch.Tensor:
+    """Log probabilities [n, V] of what follows each token, from one pass."""
+    (stage,) = make_stages(num_blocks=64)
+    n = len(prompt)
+    ids, zero = np.array(prompt, np.int32), np.zeros(1, np.int32)
+    hidden: list[torch.Tensor] = []
+    forward = stage.decoder.forward
+    stage.decoder.forward = lambda *a: hidden.append(forward(*a)) or hidden[0]  # type: ignore[func-returns-value,method-assign]
+    stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, np.arange(64, dtype=np.int32), zero, -1, zero, []), None)
+    return stage.decoder.logits(hidden[0]).log_softmax(-1)
+
+
+def check(prompt: list[int], found: list[TokenLogprobs] | None) -> None:
+    assert found is not None
+    expected = naive(prompt)
+    assert len(found) == len(prompt) - 1
+    for i, logprobs in enumerate(found):
+        assert logprobs.chosen == pytest.approx(float(expected[i, prompt[i + 1]]), abs=1e-4)
+        best = expected[i].topk(K)
+        assert [token for token, _ in logprobs.top] == best.indices.tolist()
+        assert [value for _, value in logprobs.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def asking(name: str, prompt: list[int], max_tokens: int = 4) -> Request:
+    return request(name, prompt, max_tokens=max_tokens, prompt_logprobs=K)
+
+
+def only_on_the_first(events: list[TokenEvent]) -> list[TokenLogprobs] | None:
+    assert all(event.prompt_logprobs is None for event in events[1:])
+    return events[0].prompt_logprobs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stages": 3}, {"max_num_batched_tokens": 7}, {"stages": 2, "max_num_batched_tokens": 64}],
+    ids=str,
+)
+def test_they_equal_one_pass(make_engine: MakeEngine, options: dict[str, int]) -> None:
+    engine, collector = make_engine(**options)
+    engine.add(request("plain", PROMPT))  # fills the prefix cache, and shares batches
+    collector.wait(["plain"])
+    engine.add(request("company", PROMPTS[5], max_tokens=30))
+    for i in (0, 1, 4, 6):
+        engine.add(asking(str(i), PROMPTS[i]))
+    collector.wait(["company", *map(str, (0, 1, 4, 6))])
+    for i in (0, 1, 4, 6):
+        check(PROMPTS[i], only_on_the_first(collector.events[str(i)]))
+    engine.add(request("again", PROMPT))
+    assert collector.wait(["again"])["again"] == collector.tokens("plain")
+    assert collector.events["again"][0].num_cached_tokens > 0, "what was computed for logprobs is reused as any other"
+
+
+def test_after_preemption(make_engine: MakeEngine) -> None:
+    engine, collector = make_engine(stages=2, num_blocks=40, max_num_batched_tokens=16)
+    for i in range(5):
+        engine.add(asking(str(i), PROMPTS[i], max_tokens=60))
+    collector.wait([str(i) for i in range(5)])
+    assert engine.scheduler.stats().preemptions > 0
+    for i in range(5):
+        check(PROMPTS[i], only_on_the_first(collector.events[str(i)]))
+
+
+def test_after_a_stage_died_in_the_middle_of_the_prompt(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, collector = make_engine(stages=2, max_num_batched_tokens=16)
+    receive, count = engine.pipeline.receive, [0]
+
+    def dies_once(timeout: float | None) -> StepOutput | StageTiming | None:
+        message = receive(timeout)
+        count[0] += isinstance(message, StepOutput)
+        if count[0] == 3:
+            count[0] += 1
+            raise StageDied("a test pulled the plug")
+        return message
+
+    monkeypatch.setattr(engine.pipeline, "receive", dies_once)
+    engine.add(asking("r", PROMPT))
+    collector.wait(["r"])
+    assert engine.scheduler.epoch == 1
+    check(PROMPT, only_on_the_first(collector.events["r"]))
+
+
+def test_a_resumed_request_does_not_ask_again(make_engine: MakeEngine) -> None:
+    engine, collector = make_engine()
+    engine.add(asking("whole", PROMPT))
+    tokens = collector.wait(["whole"])["whole"]
+    engine.add(msg := asking("rest", PROMPT).resume(tokens[:2]))
+    assert collector.wait([msg.request_id])["rest"] == tokens[2:]
+    assert only_on_the_first(collector.events["rest"]) is None
