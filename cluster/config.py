@@ -52,7 +52,13 @@ class PipelineArgs(Strict):
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="where stages compute")
     threads: PositiveInt = Field(default=1, description="CPU threads per stage")
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="a step that takes longer has failed, and its stage with it"
+        default=60.0, description="longest time for any step; one that takes longer has failed, and its stage with it"
+    )
+    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=3.0, description="a step hangs after this and 10 times what one of its size has taken so far"
+    )
+    spare: bool = Field(
+        default=False, description="keep a started process per stage in reserve, so that a lost one is replaced sooner"
     )
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=1800.0, description="longest time for placing, loading and linking all stages"

@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.errors import CaravanError, EngineStopped, StageDied
+from cluster.errors import CaravanError, Cause, EngineStopped, StageDied
+from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how often an idle engine looks up
 STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
+DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 3.0, 60.0
 MAX_DEATHS = 3  # stage deaths in a row, without one finished step between, before the engine gives up
 
 
@@ -34,12 +36,23 @@ class StepReport:
     queue_waits: list[float]  # seconds from arrival to admission, of requests this step admitted
 
 
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What one rebuilt pipeline says to metrics."""
+
+    cause: Cause
+    seconds: float  # from the death's being noticed to the pipeline's being ready
+    num_replaced: int  # stages; the others kept their weights
+    num_seqs: int  # sequences whose KV is computed again
+
+
 class Listener(Protocol):
     """Where the engine reports to, from its own thread: once per step, not per token."""
 
     def on_tokens(self, events: list[TokenEvent]) -> None: ...
     def on_step(self, report: StepReport) -> None: ...
     def on_timing(self, timing: StageTiming) -> None: ...
+    def on_recovery(self, report: RecoveryReport) -> None: ...
     def on_failure(self, error: CaravanError) -> None:
         """The engine has stopped; no request that is still open gets any more tokens."""
         ...
@@ -50,7 +63,7 @@ class InFlight:
     """A batch on its way through the stages."""
 
     batch: Batch
-    deadline: float
+    submitted: float
     scheduler_seconds: float
     queue_waits: list[float] = field(default_factory=list)
 
@@ -59,7 +72,7 @@ class Engine:
     """Scheduler + pipeline + thread. `add` and `abort` are safe from any thread."""
 
     def __init__(
-        self, scheduler: Scheduler, pipeline: Pipeline, listener: Listener, *, step_timeout_s: float = 60.0
+        self, scheduler: Scheduler, pipeline: Pipeline, listener: Listener, patience: Patience | None = None
     ) -> None:
         self.scheduler = scheduler
         self.pipeline = pipeline
@@ -67,12 +80,13 @@ class Engine:
         self.stats = scheduler.stats()  # as of the last turn of the loop
         self._stats_at = time.monotonic()
         self._listener = listener
-        self._step_timeout_s = step_timeout_s
+        self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
         self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
         self._arrived: dict[str, float] = {}
         self._in_flight: deque[InFlight] = deque()
         self._deaths = 0  # since the last finished step
         self._recovering: StageDied | None = None
+        self._turned = time.monotonic()
         self._closing = False
         self._failure: CaravanError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -91,9 +105,15 @@ class Engine:
         return self._recovering
 
     @property
-    def oldest_step_age(self) -> float:
-        """Seconds since work last moved; 0 when nothing is in flight."""
-        return time.monotonic() - self.last_progress if self._in_flight else 0.0
+    def overdue_s(self) -> float:
+        """Seconds that the oldest step is late; 0 or less while work moves or there is none."""
+        deadline = self._deadline()
+        return time.monotonic() - deadline if deadline is not None else 0.0
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the loop last turned, which it does about every second unless it rebuilds the pipeline."""
+        return 0.0 if self._recovering is not None else time.monotonic() - self._turned
 
     def add(self, request: Request) -> None:
         """Queue a request; its tokens go to the listener. Raises `RequestRejected` or `EngineStopped` at once."""
@@ -122,6 +142,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._closing:
+                self._turned = time.monotonic()
                 try:
                     self._take_inbox()
                     self._fill()
@@ -161,23 +182,26 @@ class Engine:
                 self.last_progress = started
             now = time.monotonic()
             waits = [now - self._arrived.pop(i) for i in self.scheduler.admitted if i in self._arrived]
-            self._in_flight.append(InFlight(batch, now + self._step_timeout_s, now - started, waits))
-            self.pipeline.submit(batch)
+            self._in_flight.append(InFlight(batch, now, now - started, waits))
+            self.pipeline.submit(batch, self._patience.limit(batch.num_tokens))
 
     def _take_result(self) -> None:
-        message = self.pipeline.receive(self._patience())
+        deadline = self._deadline()
+        wait = IDLE_WAIT_S if deadline is None else max(0.0, deadline - time.monotonic()) + 0.001
+        message = self.pipeline.receive(wait)
         if isinstance(message, StepOutput):
             self._finish_step(message)
         elif isinstance(message, StageTiming):
             self._listener.on_timing(message)
-        elif self._in_flight and time.monotonic() > self._in_flight[0].deadline:
+        elif deadline is not None and time.monotonic() > deadline:
             step = self._in_flight[0].batch.step_id
-            raise StageDied(f"step {step} was not finished within pipeline.step_timeout_s = {self._step_timeout_s:g} s")
+            age = time.monotonic() - self.last_progress
+            raise self.pipeline.diagnose(f"step {step} has not finished for {age:.1f} s")
 
-    def _patience(self) -> float:
-        if not self._in_flight:
-            return IDLE_WAIT_S
-        return max(0.0, self._in_flight[0].deadline - time.monotonic()) + 0.001
+    def _deadline(self) -> float | None:
+        """Until when the oldest step must have finished. Stages share cores, so the largest one in flight counts."""
+        sizes = [step.batch.num_tokens for step in tuple(self._in_flight)]
+        return self.last_progress + self._patience.limit(max(sizes)) if sizes else None
 
     def _finish_step(self, output: StepOutput) -> None:
         step = self._in_flight[0] if self._in_flight else None
@@ -186,6 +210,7 @@ class Engine:
         self._in_flight.popleft()
         self._deaths = 0
         started = time.monotonic()
+        self._patience.observe(step.batch.num_tokens, started - max(step.submitted, self.last_progress))
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
@@ -198,18 +223,26 @@ class Engine:
 
     def _recover(self, death: StageDied) -> None:
         """Rebuild the pipeline and compute every open sequence again: its stream goes on with the same tokens."""
+        started, running, cause = time.monotonic(), self.scheduler.stats().running, death.cause
         self._recovering = death
-        self._deaths += 1
-        self._in_flight.clear()
-        log.error("%s; %d sequences are recomputed", death, self.scheduler.stats().running)
-        if self._deaths > MAX_DEATHS:
-            raise EngineStopped(f"{MAX_DEATHS} stage deaths in a row, the last one: {death}") from death
-        self.scheduler.restart()
-        try:
-            self.pipeline.recover(self.scheduler.epoch)
-        except StageDied as again:
-            return self._recover(again)
+        while True:
+            self._deaths += 1
+            self._in_flight.clear()
+            log.error("%s; %d sequences are recomputed", death, running)
+            if self._deaths > MAX_DEATHS:
+                raise EngineStopped(f"{MAX_DEATHS} stage deaths in a row, the last one: {death}") from death
+            self.scheduler.restart()
+            try:
+                replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths == MAX_DEATHS)
+                break
+            except StageDied as again:
+                death = self._recovering = again
+        self._patience.restart()
+        self.last_progress = time.monotonic()
+        report = RecoveryReport(cause, self.last_progress - started, replaced, running)
         self._recovering = None
+        log.warning("recovered in %.1f s: %d stages replaced, %d sequences go on", report.seconds, replaced, running)
+        self._listener.on_recovery(report)
 
     def _fail(self, error: CaravanError) -> None:
         self._failure = error

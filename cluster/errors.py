@@ -4,8 +4,15 @@ CaravanError
 ├── RequestRejected   the request can never run here (a `ValueError`: the client must change it)
 ├── RequestFailed     something went wrong with this request alone; trying again would not help
 ├── EngineStopped     the engine is closing or has failed; the request may run elsewhere
+│   └── EngineLeaving the engine goes as planned; the request may run elsewhere at once
 └── StageDied         a stage exited, hung past its deadline or answered nonsense
+
+LinkBroken            in a stage: its neighbour is gone or silent. Says nothing against this stage itself.
 """
+
+from typing import Literal
+
+Cause = Literal["killed", "failed", "hung", "link", "start"]  # labels of the recovery metrics
 
 
 class CaravanError(Exception):
@@ -24,5 +31,17 @@ class EngineStopped(CaravanError):
     """The engine no longer takes or finishes requests; the message gives the first cause."""
 
 
+class EngineLeaving(EngineStopped):
+    """The engine is about to go as planned (a rolling update, a smaller number of replicas)."""
+
+
 class StageDied(CaravanError):
     """A stage can no longer compute; the message names the stage, its node and the first cause."""
+
+    def __init__(self, message: str, cause: Cause = "failed") -> None:
+        super().__init__(message)
+        self.cause: Cause = cause
+
+
+class LinkBroken(RuntimeError):
+    """A hidden state could not be sent or received. Raised in a stage, whose weights are as good as before."""

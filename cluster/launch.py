@@ -7,6 +7,7 @@ from ray.util.placement_group import PlacementGroup
 from cluster.block_manager import BlockManager
 from cluster.config import EngineConfig
 from cluster.engine import Engine, Listener
+from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.ray_pipeline import Progress, RayPipeline
 from cluster.scheduler import Scheduler
@@ -31,7 +32,7 @@ def launch_engine(
     max_model_len = model_len(config, model)
     pipeline = RayPipeline(config, stage_layers(config, model), max_model_len, group, first_bundle, on_progress)
     try:
-        return make_engine(config, pipeline, pipeline.num_blocks, max_model_len, listener)
+        return make_engine(config, pipeline, pipeline.num_blocks or 0, max_model_len, listener)
     except BaseException:
         pipeline.close()
         raise
@@ -55,7 +56,8 @@ def make_engine(
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    engine = Engine(scheduler, pipeline, listener, step_timeout_s=config.pipeline.step_timeout_s)
+    patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
+    engine = Engine(scheduler, pipeline, listener, patience)
     engine.start()
     return engine
 

@@ -3,13 +3,41 @@
 Legend: T tokens, C model dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
+from cluster.errors import LinkBroken
+
 UPSTREAM, DOWNSTREAM = 0, 1  # ranks in the pair: the sender and the receiver
+TO_NEXT, FROM_PREVIOUS = "sending to the next stage", "receiving from the stage before"
+
+
+class Link(Protocol):
+    """One direction of traffic between neighbours, made anew for every epoch. Used by one thread.
+
+    Every operation has a deadline; a neighbour that is dead or silent is a `LinkBroken`.
+    """
+
+    def send(self, hidden: torch.Tensor, timeout_s: float) -> None:
+        """Send [T, C] while the caller goes on computing; waits only for the send before this one."""
+        ...
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything sent has left."""
+        ...
+
+    def receive(self, into: torch.Tensor, timeout_s: float) -> torch.Tensor:
+        """Fill `into` with the next hidden state; the shape follows from the batch, so none is sent."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection, whatever is still on its way."""
+        ...
 
 
 class Rendezvous:
@@ -32,13 +60,14 @@ class Rendezvous:
 
 
 def join(address: tuple[str, int], timeout_s: float) -> TCPStore:
-    """The receiver's view of its sender's store."""
+    """The receiver's view of its sender's store. Raises `LinkBroken` if nobody is there."""
     host, port = address
-    return TCPStore(host, port, world_size=2, is_master=False, timeout=timedelta(seconds=timeout_s))
+    with _broken_if_it_fails(f"finding the stage before at {host}:{port}"):
+        return TCPStore(host, port, world_size=2, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
-class Link:
-    """One direction of traffic between neighbours. Every operation has a deadline; a dead peer is a RuntimeError."""
+class GlooLink:
+    """A `Link` through host memory. A peer that dies is noticed at once, one that is cut off at the deadline."""
 
     def __init__(self, store: TCPStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:
         """`host` is this node's address: left to itself gloo picks an interface by name resolution, often wrongly."""
@@ -46,28 +75,38 @@ class Link:
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         self._peer = 1 - rank
-        self._timeout = timedelta(seconds=timeout_s)
-        self._group: Any = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
-        self._store = store  # the group's connections last as long as their store
-        self._sending: tuple[object, torch.Tensor] | None = None
+        with _broken_if_it_fails("connecting with the neighbour"):
+            self._group: Any = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
+        self._store: Any = store  # the group's connections last as long as their store
+        self._sending: tuple[Any, torch.Tensor] | None = None
 
-    def send(self, hidden: torch.Tensor) -> None:
-        """Send [T, C] while the caller goes on computing; waits only for the send before this one."""
-        self.flush()
+    def send(self, hidden: torch.Tensor, timeout_s: float) -> None:
+        self.flush(timeout_s)
         hidden = hidden.contiguous()
-        self._sending = (self._group.send([hidden], self._peer, 0), hidden)  # keep it alive until it is gone
+        with _broken_if_it_fails(TO_NEXT):
+            self._sending = (self._group.send([hidden], self._peer, 0), hidden)  # keep it alive until it is gone
 
-    def flush(self) -> None:
-        """Wait until everything sent has left."""
+    def flush(self, timeout_s: float) -> None:
         if self._sending is not None:
             work, _ = self._sending
             self._sending = None
-            work.wait(self._timeout)  # type: ignore[attr-defined]
+            with _broken_if_it_fails(TO_NEXT):
+                work.wait(timedelta(seconds=timeout_s))
 
-    def receive(self, into: torch.Tensor) -> torch.Tensor:
-        """Fill `into` with the next hidden state; the shape follows from the batch, so none is sent."""
-        self._group.recv([into], self._peer, 0).wait(self._timeout)
+    def receive(self, into: torch.Tensor, timeout_s: float) -> torch.Tensor:
+        with _broken_if_it_fails(FROM_PREVIOUS):
+            self._group.recv([into], self._peer, 0).wait(timedelta(seconds=timeout_s))
         return into
 
     def close(self) -> None:
-        self._sending = None
+        self._sending = self._group = self._store = None
+
+
+@contextmanager
+def _broken_if_it_fails(what: str) -> Iterator[None]:
+    """torch's errors as ours, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).strip().splitlines()[0].split("] ", 1)[-1]
+        raise LinkBroken(f"{what}: {words[:200]}") from error

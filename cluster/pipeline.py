@@ -9,6 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.errors import StageDied
 from model.batch import Batch, StageTiming, StepOutput
 
 if TYPE_CHECKING:  # torch is only needed by whoever builds the stages
@@ -23,8 +24,8 @@ class Pipeline(Protocol):
         """Number of stages: how many batches can be computed at once."""
         ...
 
-    def submit(self, batch: Batch) -> None:
-        """Hand a batch to all stages; does not wait. Raises `StageDied`."""
+    def submit(self, batch: Batch, timeout_s: float) -> None:
+        """Hand a batch to all stages, which may take `timeout_s` for it; does not wait. Raises `StageDied`."""
         ...
 
     def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
@@ -35,8 +36,16 @@ class Pipeline(Protocol):
         """Make a `receive` in progress return. Safe from any thread."""
         ...
 
-    def recover(self, epoch: int) -> None:
-        """After `StageDied`: make all stages ready for step 0 of `epoch` with an empty cache. Raises `StageDied`."""
+    def diagnose(self, message: str) -> StageDied:
+        """A step is overdue, says `message`: find out which stage is to blame."""
+        ...
+
+    def recover(self, epoch: int, fresh: bool = False) -> int:
+        """After `StageDied`: make all stages ready for step 0 of `epoch` with an empty cache; `fresh`: by new ones.
+
+        Returns how many had to be replaced; the others keep their weights. Raises `StageDied`, or `EngineStopped` if
+        there is no use in trying again.
+        """
         ...
 
     def close(self) -> None:
@@ -57,7 +66,7 @@ class LocalPipeline:
     def depth(self) -> int:
         return len(self._stages)
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: Batch, timeout_s: float) -> None:
         self._batches.append(batch)
 
     def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
@@ -85,9 +94,13 @@ class LocalPipeline:
     def wake(self) -> None:
         self._woken.set()
 
-    def recover(self, epoch: int) -> None:
+    def diagnose(self, message: str) -> StageDied:
+        return StageDied(message, "hung")
+
+    def recover(self, epoch: int, fresh: bool = False) -> int:
         """Nothing survives a failure in this process that would have to be rebuilt."""
         self._batches.clear()
+        return 0
 
     def close(self) -> None:
         self._batches.clear()

@@ -11,19 +11,23 @@ import ray
 import zmq
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import EngineConfig
-from cluster.errors import StageDied
-from cluster.stage_actor import LoadReport, StageActor, StageSpec
-from cluster.transport import ControlServer, Ready, interface_address
+from cluster.errors import Cause, EngineStopped, LinkBroken, StageDied
+from cluster.stage_actor import LoadReport, StageSpec
+from cluster.stage_handle import ASK_S, StageHandle, activity_of
+from cluster.transport import ControlServer, Ready, StepOrder, interface_address
 from model.batch import Batch, SampledTokens, StageTiming, StepOutput
 from model.config import StageLayers
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0  # how long stages get to leave their loops before they are killed
+LEAVE_S = 5.0  # how long stages get to leave their loops before they are killed
+LINK_S = 15.0  # how long neighbours look for each other
+PLACE_S = 30.0  # how long a replacement may look for a place and start its process
+SETTLE_S = 0.3  # after a first death, so that what it caused is not taken for the cause
 POLL_S = 0.5  # how often loading progress and run refs are looked at
+BLAME: tuple[Cause, ...] = ("killed", "failed", "hung", "start", "link")  # of several ends, the first is the cause
 
 Progress = Callable[[float], None]
 
@@ -44,34 +48,40 @@ class RayPipeline:
         first_bundle: int,
         on_progress: Progress = lambda share: None,
     ) -> None:
-        self._specs = [StageSpec(i, part, config, max_model_len) for i, part in enumerate(layers)]
         self._config = config
-        self._group = group
-        self._first_bundle = first_bundle
         self._on_progress = on_progress
         self._lock = threading.Lock()  # guards _control against wake() during close
-        self._start(epoch=0)
+        self._halted = threading.Event()
+        self._death: StageDied | None = None
+        self.num_blocks: int | None = None  # KV blocks of every stage, fixed by the first start
+        self._stages = [
+            StageHandle(StageSpec(i, part, config, max_model_len), group, first_bundle + i, config.pipeline.spare)
+            for i, part in enumerate(layers)
+        ]
+        self._control = self._open_control()
+        deadline = time.monotonic() + config.pipeline.start_timeout_s
+        try:
+            self._load(self._stages, deadline)
+            self._run(0, deadline)
+        except BaseException:
+            self._end_all()
+            raise
 
     @property
     def depth(self) -> int:
-        return len(self._specs)
+        return len(self._stages)
 
     @property
     def stages(self) -> list[LoadReport]:
         """What each stage holds, and where."""
-        return self._reports
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks that every stage has room for."""
-        return min(report.num_blocks for report in self._reports)
+        return [stage.report for stage in self._stages if stage.report is not None]
 
     # -- the protocol -----------------------------------------------------------------------------------------------
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: Batch, timeout_s: float) -> None:
         self._raise_if_dead()
         try:
-            self._control.send(batch)
+            self._control.send(StepOrder(batch, timeout_s))
         except zmq.ZMQError as error:
             raise StageDied(f"a stage is not reachable: {error}") from error
 
@@ -97,88 +107,96 @@ class RayPipeline:
 
     def wake(self) -> None:
         with self._lock:
-            if not self._stopping.is_set():
+            if not self._halted.is_set():
                 self._control.wake()
 
-    def recover(self, epoch: int) -> None:
-        """Replace all stages: fresh actors in the same bundles load, link and run again."""
-        self._stop()
-        self._start(epoch)
+    def diagnose(self, message: str) -> StageDied:
+        """A process that does not answer hangs, and so does one that computes all the time; else it is a link."""
+        asked = [stage.actor.activity.remote() for stage in self._stages]
+        ray.wait(asked, num_returns=len(asked), timeout=ASK_S)
+        activities = [activity_of(ref) for ref in asked]
+        if self._death is not None and self._death.cause != "link":
+            return self._death
+        for wanted, what in ((None, "does not answer"), ("computing", "is still computing")):
+            for stage, activity in zip(self._stages, activities, strict=True):
+                if activity == wanted:
+                    stage.kill()
+                    return StageDied(f"{message}: {stage.name} {what}", "hung")
+        seen = ", ".join(f"{s.name} is {a}" for s, a in zip(self._stages, activities, strict=True))
+        return StageDied(f"{message}: no stage is to blame, so a link is ({seen})", "link")
+
+    def recover(self, epoch: int, fresh: bool = False) -> int:
+        """Replace the stages that are lost, or all if `fresh`, in their bundles; link all of them anew."""
+        self._halt()
+        lost = [stage for stage in self._stages if fresh or not stage.is_sound()]
+        self._halted, self._death = threading.Event(), None
+        self._control = self._open_control()
+        deadline = time.monotonic() + self._config.pipeline.start_timeout_s
+        for stage in lost:
+            stage.replace()
+        self._await_placed(lost)
+        self._load(lost, deadline)
+        self._run(epoch, deadline)
+        return len(lost)
 
     def close(self) -> None:
         try:
-            self._control.send(None)
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+            self._halt()
         except Exception as error:  # closing after a failure: whatever is left is killed below
             log.info("stages did not stop by themselves: %s", error)
-        self._stop()
+        self._end_all()
 
     # -- start and stop ---------------------------------------------------------------------------------------------
-
-    def _start(self, epoch: int) -> None:
-        self._death: StageDied | None = None
-        self._actors: list[Any] = []
-        self._runs: list[Any] = []
-        self._stopping = threading.Event()
-        deadline = time.monotonic() + self._config.pipeline.start_timeout_s
-        self._control = self._open_control()
-        try:
-            self._actors = [self._place(spec) for spec in self._specs]
-            self._reports: list[LoadReport] = self._load(deadline)
-            self._link(epoch, deadline)
-            self._runs = [a.run.remote(self._control.address(i), epoch) for i, a in enumerate(self._actors)]
-            self._watch = threading.Thread(target=self._watch_runs, name="stage-watch", daemon=True)
-            self._watch.start()
-            self._await_ready(epoch, deadline)
-        except BaseException:
-            self._stop()
-            raise
 
     def _open_control(self) -> ControlServer:
         interface = self._config.pipeline.network_interface
         host = interface_address(interface) if interface else ray.util.get_node_ip_address()
-        return ControlServer(host, self.depth)
+        return ControlServer(host, len(self._stages))
 
-    def _place(self, spec: StageSpec) -> Any:
-        bundle = self._first_bundle + spec.index
-        resources = self._group.bundle_specs[bundle]
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-        actor_class: Any = ray.remote(StageActor)
-        return actor_class.options(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            max_concurrency=2,  # run() and progress()
-            scheduling_strategy=strategy,
-        ).remote(spec)
+    def _await_placed(self, stages: list[StageHandle]) -> None:
+        """Raises `EngineStopped`, for others may have a place: there is no use in waiting with the streams."""
+        deadline = time.monotonic() + PLACE_S
+        for stage in stages:
+            if not stage.answers(max(0.0, deadline - time.monotonic())):
+                raise EngineStopped(f"{stage.name} found no place, or could not start, within {PLACE_S:g} s")
 
-    def _load(self, deadline: float) -> list[LoadReport]:
-        """All stages at once, with progress."""
-        loads = [actor.load.remote() for actor in self._actors]
+    def _load(self, stages: list[StageHandle], deadline: float) -> None:
+        """All of them at once, with progress; then the cache of each."""
+        loads = [stage.actor.load.remote(self.num_blocks) for stage in stages]
         pending = loads
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             self._get(done, deadline)
             if pending:
-                shares = [actor.progress.remote() for actor in self._actors]
+                shares = [stage.actor.progress.remote() for stage in stages]
                 ready, _ = ray.wait(shares, num_returns=len(shares), timeout=POLL_S)
-                self._on_progress(sum(self._get(ready, deadline)) / self.depth)
+                self._on_progress(sum(self._get(ready, deadline)) / len(stages))
             self._check_deadline(deadline, "load its weights", [loads.index(ref) for ref in pending])
         self._on_progress(1.0)
-        reports: list[LoadReport] = self._get(loads, deadline)
-        for spec, report in zip(self._specs, reports, strict=True):
+        for stage, report in zip(stages, self._get(loads, deadline), strict=True):
+            stage.report = report
             log.info(
-                "stage %d: layers %d-%d, %.1f M parameters, room for %d KV blocks, on %s pid %d",
-                spec.index, spec.layers.start, spec.layers.stop - 1, report.num_parameters / 1e6,
-                report.num_blocks, report.node, report.pid,
+                "%s: layers %d-%d, %.1f M parameters, room for %d KV blocks",
+                stage.name, stage.spec.layers.start, stage.spec.layers.stop - 1, report.num_parameters / 1e6,
+                report.num_blocks,
             )  # fmt: skip
-        return reports
+        self.num_blocks = self.num_blocks or min(report.num_blocks for report in self.stages)
+        self._get([stage.actor.allocate.remote(self.num_blocks) for stage in stages], deadline)
+
+    def _run(self, epoch: int, deadline: float) -> None:
+        """Link all stages and let them run; the spares are started once nobody waits."""
+        self._link(epoch, deadline)
+        for i, stage in enumerate(self._stages):
+            stage.running = stage.actor.run.remote(self._control.address(i), epoch)
+        threading.Thread(target=self._watch, args=(self._halted,), name="stage-watch", daemon=True).start()
+        self._await_ready(epoch, deadline)
+        for stage in self._stages:
+            stage.prepare_spare()
 
     def _link(self, epoch: int, deadline: float) -> None:
-        listening = self._get([actor.listen.remote() for actor in self._actors[:-1]], deadline)
+        listening = self._get([stage.actor.listen.remote(LINK_S) for stage in self._stages[:-1]], deadline)
         addresses = [None, *listening]
-        refs = [
-            a.link.remote(epoch, address, self.num_blocks) for a, address in zip(self._actors, addresses, strict=True)
-        ]
+        refs = [s.actor.link.remote(epoch, a, LINK_S) for s, a in zip(self._stages, addresses, strict=True)]
         self._get(refs, deadline)
 
     def _await_ready(self, epoch: int, deadline: float) -> None:
@@ -201,45 +219,54 @@ class RayPipeline:
             cause = error.cause
             if isinstance(cause, ValueError):
                 raise ValueError(str(cause)) from error
-            raise StageDied(f"a stage failed to start: {type(cause).__name__}: {cause}") from error
+            if isinstance(cause, LinkBroken):
+                raise StageDied(f"the stages could not be linked: {cause}", "link") from error
+            raise StageDied(f"a stage failed to start: {type(cause).__name__}: {cause}", "start") from error
         except RayActorError as error:
-            raise StageDied(f"a stage died while it started: {error}") from error
+            raise StageDied(f"a stage died while it started: {error}", "start") from error
 
     def _check_deadline(self, deadline: float, what: str, stages: list[int]) -> None:
         if time.monotonic() > deadline and stages:
             names = ", ".join(map(str, stages))
             timeout = self._config.pipeline.start_timeout_s
-            raise StageDied(f"stage {names} did not {what} within pipeline.start_timeout_s = {timeout:g} s")
+            raise StageDied(f"stage {names} did not {what} within pipeline.start_timeout_s = {timeout:g} s", "start")
 
-    def _watch_runs(self) -> None:
-        """In its own thread: the end of any run() is the death of its stage."""
-        runs, stopping = list(self._runs), self._stopping
-        while not stopping.is_set():
-            done, _ = ray.wait(runs, num_returns=1, timeout=POLL_S)
-            if done and not stopping.is_set():
-                self._death = self._post_mortem(runs.index(done[0]), done[0])
-                self.wake()
+    def _watch(self, halted: threading.Event) -> None:
+        """In its own thread: the end of any run() is a death, and the first cause of it is looked for."""
+        runs = {stage.running: stage for stage in self._stages}
+        while not halted.is_set():
+            done, _ = ray.wait(list(runs), num_returns=1, timeout=POLL_S)
+            if done:
+                done, _ = ray.wait(list(runs), num_returns=len(runs), timeout=SETTLE_S)
+                deaths = [runs[run].end().death for run in done]
+                first = min(deaths, key=lambda death: BLAME.index(death.cause))
+                with self._lock:
+                    if not halted.is_set():
+                        self._death = first
+                        self._control.wake()
                 return
-
-    def _post_mortem(self, stage: int, run: Any) -> StageDied:
-        report = self._reports[stage]
-        where = f"stage {stage} (pid {report.pid} on {report.node})"
-        try:
-            ray.get(run)
-            return StageDied(f"{where} left its loop unasked")
-        except RayTaskError as error:
-            return StageDied(f"{where} failed: {type(error.cause).__name__}: {error.cause}")
-        except RayActorError as error:
-            return StageDied(f"{where} died: {str(error).strip().splitlines()[-1].strip()}")
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
-            raise self._death
+            # Who loses a link is the neighbour of whoever is to blame.
+            raise self.diagnose(str(self._death)) if self._death.cause == "link" else self._death
 
-    def _stop(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+    def _halt(self) -> None:
+        """Make the stages leave their loops, and close the control channel. Safe to call twice."""
         with self._lock:
-            if not self._stopping.is_set():
-                self._stopping.set()
+            if self._halted.is_set():
+                return
+            self._halted.set()
+        self._control.stop()
+        runs = [stage.running for stage in self._stages if stage.running is not None]
+        if runs:
+            ray.wait(runs, num_returns=len(runs), timeout=LEAVE_S)
+        self._control.close()
+
+    def _end_all(self) -> None:
+        for stage in self._stages:
+            stage.close()
+        with self._lock:
+            if not self._halted.is_set():
+                self._halted.set()
                 self._control.close()

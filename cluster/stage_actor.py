@@ -1,7 +1,8 @@
-"""One stage as a Ray actor: load, link, then run until told to stop.
+"""One stage as a Ray actor: load once; then, for every epoch, link and run until told to stop.
 
-The engine calls `load`, `listen`, `link` once and then `run`, whose end (or the actor's death) is how it learns that
-something went wrong. A stage executes batches in order, checks epoch and step id, and decides nothing.
+The engine calls `load`, then `listen`, `link` and `run`, whose end (or the actor's death) is how it learns that
+something went wrong. A stage that only lost a neighbour keeps its weights and is linked again at the next epoch.
+A stage executes batches in order, checks epoch and step id, and decides nothing.
 """
 
 import logging
@@ -13,8 +14,8 @@ import ray
 import torch
 
 from cluster.config import EngineConfig
-from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
-from cluster.stage_loop import StageLoop
+from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Link, Rendezvous, join
+from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers
 from model.heap import freed_blocks_returned
@@ -62,6 +63,8 @@ class StageActor:
             else ray.util.get_node_ip_address()
         )
         self._loaded = 0.0
+        self._stage: Stage | None = None
+        self._loop: StageLoop | None = None
         self._rendezvous: Rendezvous | None = None
         self._upstream: Link | None = None
         self._downstream: Link | None = None
@@ -70,8 +73,18 @@ class StageActor:
         """Share of the weights loaded, 0 to 1."""
         return self._loaded
 
-    def load(self) -> LoadReport:
-        """Read this stage's share of the checkpoint; raises `ValueError` naming what is wrong with it."""
+    def pid(self) -> int:
+        return os.getpid()
+
+    def activity(self) -> Activity:
+        """What `run` does at this moment; an answer at all says that the process lives."""
+        return self._loop.activity if self._loop is not None else "idle"
+
+    def load(self, num_blocks: int | None) -> LoadReport:
+        """Read this stage's share of the checkpoint; raises `ValueError` naming what is wrong with it.
+
+        A stage that replaces another one must hold `num_blocks` as that one did, instead of what there is room for.
+        """
         spec, config = self._spec, self._spec.config
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
@@ -95,7 +108,7 @@ class StageActor:
                 fp8,
             )
         self._loaded = 1.0
-        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, self._num_blocks())
+        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, num_blocks or self._num_blocks())
 
     def _counter(self, checkpoint: Checkpoint, names: list[str]) -> Callable[[str], None]:
         """Called with the name of each tensor that is in place; keeps `progress` true and logs every tenth."""
@@ -126,28 +139,41 @@ class StageActor:
         )
         return budget // per_block - 1  # one block is for padding
 
-    def listen(self) -> tuple[str, int]:
-        """Open the meeting point for the link to the next stage."""
-        self._rendezvous = Rendezvous(self._host, self._spec.config.pipeline.start_timeout_s)
-        return self._rendezvous.address
-
-    def link(self, epoch: int, upstream: tuple[str, int] | None, num_blocks: int) -> None:
-        """Allocate the cache and connect to the neighbours; returns when both ends of each link are up."""
-        config, pipeline = self._spec.config, self._spec.config.pipeline
+    def allocate(self, num_blocks: int) -> None:
+        """The KV cache, and on a GPU the captured steps that work on it: once, for all epochs."""
+        config = self._spec.config
         self._stage = Stage(self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs)
         if self._device.type == "cuda":
             self._stage.capture(lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total))
+
+    def listen(self, timeout_s: float) -> tuple[str, int]:
+        """Open the meeting point for the link to the next stage."""
+        self._rendezvous = Rendezvous(self._host, timeout_s)
+        return self._rendezvous.address
+
+    def link(self, epoch: int, upstream: tuple[str, int] | None, timeout_s: float) -> None:
+        """Connect to the neighbours; returns when both ends of each link are up. Raises `LinkBroken`."""
         if upstream is not None:
-            store = join(upstream, pipeline.start_timeout_s)
-            self._upstream = Link(store, DOWNSTREAM, self._host, epoch, pipeline.step_timeout_s)
+            self._upstream = GlooLink(join(upstream, timeout_s), DOWNSTREAM, self._host, epoch, timeout_s)
         if self._rendezvous is not None:
-            self._downstream = Link(self._rendezvous.store, UPSTREAM, self._host, epoch, pipeline.step_timeout_s)
+            self._downstream = GlooLink(self._rendezvous.store, UPSTREAM, self._host, epoch, timeout_s)
 
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""
+        assert self._stage is not None
         client = ControlClient(control, self._spec.index)
         try:
             client.send(Ready(epoch, self._spec.index))
-            StageLoop(self._spec.index, self._stage, client, epoch, self._upstream, self._downstream).run()
+            self._loop = StageLoop(self._spec.index, self._stage, client, epoch, self._upstream, self._downstream)
+            self._loop.run()
         finally:
+            self._loop = None
             client.close()
+            self._unlink()
+
+    def _unlink(self) -> None:
+        """Close the connections, so that the neighbours do not wait for a stage that has left its loop."""
+        for link in (self._upstream, self._downstream):
+            if link is not None:
+                link.close()
+        self._upstream = self._downstream = self._rendezvous = None

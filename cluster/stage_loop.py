@@ -3,17 +3,21 @@
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from cluster.link import Link
-from cluster.transport import ControlClient, StopRequested
+from cluster.transport import ControlClient, StepOrder, StopRequested
 from model.batch import SAMPLED, Batch, SampledTokens, StageTiming
 from model.sampling import Sampled
 from model.stage import Stage, to_output
 from model.timing import Span, Stopwatch
 
 POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
+LINK_MARGIN_S = 1.0  # a stage waits so much longer for its neighbour than the engine does for the step
+
+Activity = Literal["idle", "computing", "receiving", "sending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class StageLoop:
         self._index, self._stage, self._client, self._epoch = index, stage, client, epoch
         self._upstream, self._downstream = upstream, downstream
         self._stopwatch = Stopwatch(stage.decoder.device)
-        self._inbox: deque[Batch] = deque()
+        self._inbox: deque[StepOrder] = deque()
         self._outbox: deque[Launched] = deque()
         self._expected = 0  # step id of the next batch
         # The first stage of several is told what the last one sampled:
@@ -49,9 +53,15 @@ class StageLoop:
         self._feeds = stage.layers.is_last and not stage.layers.is_first
         self._awaiting_tokens: deque[Batch] = deque()  # batches that sample, oldest first
         self._tokens_until = -1  # tokens of all steps up to this one are in
+        self._activity: Activity = "idle"
+
+    @property
+    def activity(self) -> Activity:
+        """What it does now; read by another thread, to find the stage that hangs."""
+        return "computing" if self._outbox else self._activity
 
     def run(self) -> None:
-        """Until told to stop. Raises `RuntimeError` if a neighbour or the engine breaks the order."""
+        """Until told to stop. Raises `LinkBroken` if a neighbour is gone, `RuntimeError` if the order is broken."""
         try:
             while True:
                 self._take_orders()
@@ -60,8 +70,7 @@ class StageLoop:
                 while self._outbox and self._outbox[0].span.is_over():
                     self._report(self._outbox.popleft())
         except StopRequested:
-            if self._downstream is not None:
-                self._downstream.flush()
+            return
 
     def _take_orders(self) -> None:
         """All that have arrived; waits for one if there is nothing else to do."""
@@ -71,18 +80,19 @@ class StageLoop:
             if isinstance(order, SampledTokens):
                 self._feed(order)
                 continue
-            if (order.epoch, order.step_id) != (self._epoch, self._expected):
+            batch = order.batch
+            if (batch.epoch, batch.step_id) != (self._epoch, self._expected):
                 expected = f"{self._expected} of epoch {self._epoch}"
-                raise RuntimeError(f"got step {order.step_id} of epoch {order.epoch}, expected {expected}")
+                raise RuntimeError(f"got step {batch.step_id} of epoch {batch.epoch}, expected {expected}")
             self._expected += 1
             self._inbox.append(order)
-            if self._is_fed and len(order.sample_rows):
-                self._awaiting_tokens.append(order)
+            if self._is_fed and len(batch.sample_rows):
+                self._awaiting_tokens.append(batch)
         if self._outbox and not self._may_launch():
             time.sleep(POLL_S)
 
     def _may_launch(self) -> bool:
-        if not self._inbox or (self._is_fed and self._inbox[0].tokens_from > self._tokens_until):
+        if not self._inbox or (self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until):
             return False
         # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for.
         return not (self._feeds and self._outbox)
@@ -95,24 +105,36 @@ class StageLoop:
         self._stage.feed(batch, torch.tensor(tokens.token_ids, device=self._stage.decoder.device))
         self._tokens_until = tokens.step_id
 
-    def _launch(self, batch: Batch) -> Launched:
-        hidden = self._receive(batch)
+    def _launch(self, order: StepOrder) -> Launched:
+        batch, timeout_s = order.batch, order.timeout_s + LINK_MARGIN_S
+        hidden = self._receive(batch, timeout_s)
+        self._activity = "computing"
         self._stopwatch.start()
         result = self._stage.run(batch, hidden)
         if isinstance(result, Sampled):
-            return Launched(batch, result.to_host(), self._stopwatch.stop(), 0.0)
-        span = self._stopwatch.stop()
-        assert self._downstream is not None
-        before = time.monotonic()
-        self._downstream.send(result.cpu())  # gloo takes host memory only
-        return Launched(batch, None, span, time.monotonic() - before)
+            launched = Launched(batch, result.to_host(), self._stopwatch.stop(), 0.0)
+        else:
+            span = self._stopwatch.stop()
+            launched = Launched(batch, None, span, self._send(result, timeout_s))
+        self._activity = "idle"
+        return launched
 
-    def _receive(self, batch: Batch) -> torch.Tensor | None:
+    def _receive(self, batch: Batch, timeout_s: float) -> torch.Tensor | None:
         if self._upstream is None:
             return None
+        self._activity = "receiving"
         decoder = self._stage.decoder
-        hidden = self._upstream.receive(torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype))
-        return hidden.to(decoder.device, non_blocking=True)
+        into = torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype)
+        return self._upstream.receive(into, timeout_s).to(decoder.device, non_blocking=True)
+
+    def _send(self, hidden: torch.Tensor, timeout_s: float) -> float:
+        """Returns the seconds it took the host."""
+        assert self._downstream is not None
+        before = time.monotonic()
+        host = hidden.cpu()  # gloo takes host memory only; on a GPU this is where the host waits for the step
+        self._activity = "sending"
+        self._downstream.send(host, timeout_s)
+        return time.monotonic() - before
 
     def _report(self, step: Launched) -> None:
         batch, span = step.batch, step.span

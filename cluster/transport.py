@@ -7,6 +7,7 @@ Messages are msgpack with a fixed schema (msgspec), never pickle.
 Data: one process group per pair of neighbours, so that traffic of one pair never waits for another's.
 """
 
+import contextlib
 import math
 import socket
 import struct
@@ -26,8 +27,15 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     stage: int
 
 
+class StepOrder(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """To all stages: what to compute, and how long the whole step may take."""
+
+    batch: Batch
+    timeout_s: float
+
+
 FromStage = Ready | StepOutput | StageTiming
-ToStage = Batch | SampledTokens
+ToStage = StepOrder | SampledTokens
 STOP = b""  # to a stage: leave the loop
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
@@ -80,11 +88,17 @@ class ControlServer:
         public, secret = self._keys[stage]
         return ControlAddress(self._endpoint, self._server_public, public, secret)
 
-    def send(self, batch: Batch | None) -> None:
-        """To all stages: a batch, or None to stop. Raises `zmq.ZMQError` if one is not connected."""
-        payload = STOP if batch is None else _encoder.encode(batch)
+    def send(self, order: StepOrder) -> None:
+        """To all stages. Raises `zmq.ZMQError` if one is not connected."""
+        payload = _encoder.encode(order)
         for stage in range(len(self._keys)):
             self._router.send_multipart([_identity(stage), payload])
+
+    def stop(self) -> None:
+        """To all stages that are connected: leave the loop."""
+        for stage in range(len(self._keys)):
+            with contextlib.suppress(zmq.ZMQError):
+                self._router.send_multipart([_identity(stage), STOP], zmq.NOBLOCK)
 
     def send_tokens(self, tokens: SampledTokens) -> None:
         """To the first stage. Raises `zmq.ZMQError` if it is not connected."""

@@ -45,6 +45,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.resources.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,  # its streams are handed over at once
+        max_surge_percent=config.resources.max_surge_percent,
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.router:MostRoomRouter",
             request_router_kwargs={"sequences_per_replica": config.scheduler.max_num_seqs},
@@ -59,6 +61,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": config.resources.gateway_cpus},
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=config.resources.drain_timeout_s,
+        max_surge_percent=100,
+        health_check_period_s=2,
     )
     return gateway.bind(engine.bind(args), args)
 

@@ -62,6 +62,10 @@ class ResourceArgs(Strict):
     engine_cpus: PositiveFloat = Field(default=1.0, description="CPUs per engine process")
     stage_cpus: PositiveFloat = Field(default=1.0, description="CPUs per stage")
     stage_gpus: PositiveFloat = Field(default=1.0, description="GPUs per stage, with device cuda")
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=100,
+        description="pipelines that an update starts before it ends old ones, as a share of all; 0 if no GPU is spare",
+    )
     drain_timeout_s: PositiveFloat = Field(
         default=600.0, description="how long a replica that goes may finish its requests"
     )

@@ -1,7 +1,7 @@
 """How a gateway speaks to the engines."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -13,9 +13,11 @@ from ray.serve.handle import DeploymentHandle
 from cluster.errors import CaravanError, EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments import status
+from deployments.assignments import ASSIGNMENTS
 from deployments.status import ReplicaStatus
 from deployments.token_link import Inbox, TokenReceiver
 
+WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
 LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
 
 _encode_request = msgspec.msgpack.Encoder().encode
@@ -47,16 +49,15 @@ class ServeEngineClient:
         self._generate: Any = handle.options(method_name="generate")
         self._app = app
         self._receiver: TokenReceiver | None = None
-        self._calls: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
-        if self._receiver is None:
-            self._receiver = TokenReceiver(ray.util.get_node_ip_address())
-        inbox = self._receiver.open(request.request_id)
-        response = self._generate.remote(_encode_request(request), msgspec.structs.astuple(self._receiver.address))
-        call = asyncio.create_task(self._end(response, inbox))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        receiver = self._receiver = self._receiver or self._open_receiver()
+        name = request.request_id
+        inbox = receiver.open(name)
+        ASSIGNMENTS.open(name, inbox, asyncio.get_running_loop())
+        response = self._generate.remote(name, _encode_request(request), msgspec.structs.astuple(receiver.address))
+        self._keep(self._end(response, inbox))
         finished = False
         try:
             while not finished:
@@ -64,9 +65,25 @@ class ServeEngineClient:
                 finished = events[-1].finish_reason is not None
                 yield events
         finally:
-            self._receiver.close(request.request_id)
+            ASSIGNMENTS.close(name)
+            receiver.close(name)
             if not finished:
                 response.cancel()
+
+    def _open_receiver(self) -> TokenReceiver:
+        self._keep(self._watch())
+        return TokenReceiver(ray.util.get_node_ip_address(), ASSIGNMENTS.heard)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    async def _watch() -> None:
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            ASSIGNMENTS.fail_silent()
 
     @staticmethod
     async def _end(response: Any, inbox: Inbox) -> None:

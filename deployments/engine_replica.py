@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve import metrics as serve_metrics
 
-from cluster.engine import Engine, StepReport
+from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
 from cluster.launch import launch_engine
 from cluster.sequence import Request, TokenEvent
@@ -32,7 +33,9 @@ from ops.metrics import Recorder
 log = logging.getLogger(__name__)
 
 PUBLISH_PERIOD_S = 1.0
+BEAT_PERIOD_S = 1.0  # how often gateways that have requests here hear that the engine lives
 PROBE_PERIOD_S = 5.0  # how often an idle pipeline proves itself with one token
+OVERDUE_S = 1.0  # a step so much later than its deadline, which the engine acts on by itself
 SWITCH_INTERVAL_S = 0.0002
 PROBE_PREFIX = "probe-"
 
@@ -70,30 +73,37 @@ class EngineReplica:
         self._metrics = Recorder(serve_metrics, "engine")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: dict[str, OpenRequest] = {}
-        self._sender = TokenSender()
+        self._sender = TokenSender(self._replica)
         self._engine: Engine | None = None
         self._loaded = 0.0
         self._last_token = time.monotonic()
         self._probe_sent = 0.0
         self._generated = 0  # tokens for clients
         self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
-        self._reports: deque[StepReport | StageTiming] = deque()
+        self._reports: deque[StepReport | StageTiming | RecoveryReport] = deque()
+        self._serving = False  # the constructor is through: what fails from now on is for Serve to replace
         self._stopping = threading.Event()
-        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
-        self._housekeeper.start()
+        # One thread each: the board is in the cluster's control plane, which may be away; gateways must not notice.
+        for period, work in (
+            (BEAT_PERIOD_S, self._beat),
+            (PUBLISH_PERIOD_S, self._keep_house),
+            (PUBLISH_PERIOD_S, self._publish),
+        ):
+            threading.Thread(target=self._repeat, args=(period, work), name=work.__name__, daemon=True).start()
         group = ray.util.get_current_placement_group()
         if group is None:
             raise ValueError("the Engine deployment needs placement_group_bundles: use the application builder's")
         try:
             self._engine = launch_engine(self._config, group, 1, self, self._on_progress)
             self._await_probe()
+            self._serving = True
         except BaseException:
             self._shut_down()
             raise
 
     # -- what the gateway and Serve call ------------------------------------------------------------------------------
 
-    async def generate(self, payload: bytes, reply_to: tuple[str, str]) -> None:
+    async def generate(self, request_id: str, payload: bytes, reply_to: tuple[str, str]) -> None:
         """Run one encoded `Request`; returns when its last token is on its way to `reply_to`.
 
         Cancelling it frees the sequence. Raises `RequestRejected` or `EngineStopped`.
@@ -101,8 +111,10 @@ class EngineReplica:
         assert self._engine is not None
         self._loop = self._loop or asyncio.get_running_loop()
         request = _decode_request(payload)
-        if request.request_id in self._open:
-            raise RequestRejected(f"a request with id {request.request_id} is running already")
+        if request_id != request.request_id:  # the router goes by it (see router.py)
+            raise RequestRejected(f"request {request.request_id} came under the id {request_id}")
+        if request_id in self._open:
+            raise RequestRejected(f"a request with id {request_id} is running already")
         entry = self._open[request.request_id] = OpenRequest(ReplyAddress(*reply_to), self._loop.create_future())
         finished = False
         try:
@@ -125,7 +137,8 @@ class EngineReplica:
         assert self._engine is not None
         stats = self._engine.stats
         kv_use = stats.kv_blocks_used / stats.kv_blocks_total
-        return {"kv_use": kv_use, "waiting": stats.waiting, "report": time.time()}
+        ready = self._status().state == "ready"
+        return {"kv_use": kv_use, "waiting": stats.waiting, "ready": ready, "report": time.time()}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `TokenPolicy`."""
@@ -166,6 +179,9 @@ class EngineReplica:
     def on_timing(self, timing: StageTiming) -> None:
         self._reports.append(timing)
 
+    def on_recovery(self, report: RecoveryReport) -> None:
+        self._reports.append(report)
+
     def on_failure(self, error: CaravanError) -> None:
         self._end(list(self._open.values()), EngineStopped(str(error)))
 
@@ -193,12 +209,10 @@ class EngineReplica:
             return self._make_status("failed", str(engine.failure))
         if engine.recovering is not None:
             return self._make_status("loading", f"rebuilding after: {engine.recovering}")
-        timeout = self._config.pipeline.step_timeout_s
-        age = time.monotonic() - self._last_token
-        if engine.oldest_step_age > timeout:
-            return self._make_status("stalled", f"no step has finished for {engine.oldest_step_age:.0f} s")
-        if age > timeout + 2 * PROBE_PERIOD_S:
-            return self._make_status("stalled", f"no token has come out of the last stage for {age:.0f} s")
+        if engine.overdue_s > OVERDUE_S:
+            return self._make_status("stalled", f"a step is {engine.overdue_s:.0f} s late")
+        if engine.idle_s > self._config.pipeline.step_timeout_s:
+            return self._make_status("stalled", f"the engine has not moved for {engine.idle_s:.0f} s")
         return self._make_status("ready", "")
 
     def _make_status(self, state: status.State, reason: str) -> ReplicaStatus:
@@ -236,25 +250,38 @@ class EngineReplica:
         params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         self._engine.add(Request(request_id=f"{PROBE_PREFIX}{os.urandom(4).hex()}", token_ids=[0], sampling=params))
 
-    # -- once a second ------------------------------------------------------------------------------------------------
+    # -- every now and then -------------------------------------------------------------------------------------------
 
-    def _keep_house(self) -> None:
-        """Publish the status, record metrics, probe an idle pipeline."""
-        while not self._stopping.wait(PUBLISH_PERIOD_S):
+    def _repeat(self, period: float, work: Callable[[], None]) -> None:
+        """In a thread of its own, until the end."""
+        while not self._stopping.wait(period):
             try:
-                status.publish(self._app, self._status())
-                self._record()
-                self._probe_if_idle()
+                work()
             except EngineStopped:
                 pass  # the status says so already
             except Exception:
-                log.exception("housekeeping failed; trying again")
+                log.exception("%s failed; trying again", work.__name__)
+
+    def _beat(self) -> None:
+        self._sender.beat({entry.reply_to for entry in list(self._open.values())})
+
+    def _publish(self) -> None:
+        status.publish(self._app, self._status())
+
+    def _keep_house(self) -> None:
+        """Record metrics, probe an idle pipeline, make room for a replica that works."""
+        self._record()
+        self._probe_if_idle()
+        if self._serving and self._engine is not None and self._engine.failure is not None:
+            log.error("this replica ends, so that Serve starts another one: %s", self._engine.failure)
+            status.publish(self._app, self._status())
+            os._exit(1)  # quicker than failing three health checks; stages and placement group go with it
 
     def _probe_if_idle(self) -> None:
         engine, now = self._engine, time.monotonic()
         if engine is None or engine.failure is not None or engine.recovering is not None:
             return
-        if min(now - self._last_token, now - self._probe_sent) > PROBE_PERIOD_S and engine.oldest_step_age == 0.0:
+        if min(now - self._last_token, now - self._probe_sent) > PROBE_PERIOD_S and not engine.scheduler.has_work:
             self._probe()
 
     def _record(self) -> None:
@@ -269,6 +296,10 @@ class EngineReplica:
                 m.inc("stage_wait_seconds_total", report.wait, stage=stage)
                 m.inc("stage_transfer_seconds_total", report.transfer, stage=stage)
                 m.observe("stage_step_seconds", report.finished - report.started, stage=stage)
+            elif isinstance(report, RecoveryReport):
+                m.inc("recoveries_total", cause=report.cause)
+                m.inc("stages_replaced_total", report.num_replaced)
+                m.observe("recovery_seconds", report.seconds)
             else:
                 m.observe("step_tokens", report.num_tokens)
                 m.observe("scheduler_seconds", report.scheduler_seconds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.block_manager import BlockManager
-from cluster.engine import Engine, StepReport
+from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError
 from cluster.sequence import Request, TokenEvent
 from deployments.app import bundles
@@ -48,6 +48,7 @@ class Run:
     first_step: int = 0  # number of the first of `reports`
     kv_use: float = 0.0  # largest share of the KV blocks in use since `expect`
     blocks: BlockManager | None = None
+    recoveries: list[RecoveryReport] = field(default_factory=list)
     error: CaravanError | None = None
     _open: int = 0
     _begun: int = 0
@@ -102,6 +103,9 @@ class Run:
     def on_timing(self, timing: StageTiming) -> None:
         if timing.step_id >= self.first_step:
             self.timings.append(timing)
+
+    def on_recovery(self, report: RecoveryReport) -> None:
+        self.recoveries.append(report)
 
     def on_failure(self, error: CaravanError) -> None:
         with self._changed:

@@ -8,17 +8,35 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import Literal
 
 import msgspec
 
-from cluster.errors import EngineStopped
+from cluster.errors import EngineLeaving, EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.status import ReplicaStatus
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0
+
+
+class Search:
+    """The time in which a stream has no engine."""
+
+    def __init__(self, cause: Literal["lost", "leaving"], timeout_s: float) -> None:
+        self.cause = cause
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._timeout_s - self.age_s)
 
 
 class ResumingEngineClient:
@@ -32,15 +50,17 @@ class ResumingEngineClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         emitted: list[int] = []
-        deadline: float | None = None  # for the next token, while an engine is being looked for
-        for attempt in range(self._attempts + 1):
-            stream = self._engine.generate(_attempt(request, attempt, emitted))
+        lost = moves = 0
+        search: Search | None = None  # for the next token, while an engine is being looked for
+        while True:
+            stream = self._engine.generate(_attempt(request, lost + moves, emitted))
             try:
-                async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(search.remaining_s if search is not None else None):
                     events = await anext(stream)
-                if deadline is not None:
-                    self._recorder.inc("streams_resumed_total")
-                    deadline = None
+                if search is not None:
+                    self._recorder.inc("streams_resumed_total", cause=search.cause)
+                    self._recorder.observe("stream_pause_seconds", search.age_s)
+                    search = None
                 while True:
                     emitted += [event.token_id for event in events]
                     finished = events[-1].finish_reason is not None
@@ -50,15 +70,19 @@ class ResumingEngineClient:
                     events = await anext(stream)
             except TimeoutError:
                 raise EngineStopped(f"no engine took the stream over within {self._timeout_s:g} s") from None
+            except EngineLeaving as error:  # planned: nothing is wrong with the next one
+                moves += 1
+                search = search or Search("leaving", self._timeout_s)
+                log.info("%s; its stream moves on after %d tokens", error, len(emitted))
             except (EngineStopped, StopAsyncIteration) as error:
-                if attempt == self._attempts:
+                if lost == self._attempts:
                     raise EngineStopped(str(error) or "the engine ended the stream early") from error
-                now = time.monotonic()
-                deadline = deadline or now + self._timeout_s
+                search = search or Search("lost", self._timeout_s)
                 log.warning("a stream lost its engine (%s) after %d tokens; resuming it", error, len(emitted))
+                await asyncio.sleep(min(FIRST_PAUSE_S * 2**lost, LONGEST_PAUSE_S))
+                lost += 1
             finally:
                 await stream.aclose()
-            await asyncio.sleep(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
 
     async def replicas(self) -> list[ReplicaStatus]:
         return await self._engine.replicas()

@@ -1,10 +1,16 @@
 """Routing to the engine replica with the most room."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from deployments.assignments import ASSIGNMENTS
+
+STALE_S = 5.0  # replicas report twice a second
+LAST = 1e6  # the score of a replica that is chosen only if there is no other one
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +20,13 @@ class Load:
     kv_use: float  # share of KV blocks in use, 0 to 1, as last reported
     waiting: int  # requests waiting for KV room, as last reported
     routed: int  # requests this gateway has sent since that report
+    is_doubtful: bool = False  # it is rebuilding its pipeline, or has not been heard of lately
 
 
 def load_score(load: Load, sequences_per_replica: int) -> float:
     """Lower is better: KV in use, plus what waits or is on its way, counted in shares of a full replica."""
-    return load.kv_use + (load.waiting + load.routed) / sequences_per_replica
+    score = load.kv_use + (load.waiting + load.routed) / sequences_per_replica
+    return score + LAST if load.is_doubtful else score
 
 
 class MostRoomRouter(FIFOMixin, RequestRouter):
@@ -26,23 +34,44 @@ class MostRoomRouter(FIFOMixin, RequestRouter):
 
     def initialize_state(self, sequences_per_replica: int = 64, **_: Any) -> None:
         self._sequences_per_replica = sequences_per_replica
-        self._reports: dict[ReplicaID, Any] = {}
+        self._reports: dict[ReplicaID, tuple[Any, float]] = {}  # the last report, and when it came
         self._routed: Counter[ReplicaID] = Counter()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Serve says which replicas run; one that is about to go is not among them any more."""
+        super().update_replicas(replicas)
+        ASSIGNMENTS.set_running({replica.replica_id.unique_id for replica in replicas})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         ranked = sorted(candidate_replicas, key=self._score)
+        if pending_request is not None and ranked:
+            # What the first choice does not answer would otherwise be on nobody's books.
+            ASSIGNMENTS.assign(_request_id(pending_request), ranked[0].replica_id.unique_id)
         return [[replica] for replica in ranked]
 
     def _score(self, replica: RunningReplica) -> float:
-        stats = replica.routing_stats
-        replica_id = replica.replica_id
-        if self._reports.get(replica_id) != stats.get("report"):
-            self._reports[replica_id] = stats.get("report")
+        stats, replica_id, now = replica.routing_stats, replica.replica_id, time.monotonic()
+        report, came = self._reports.get(replica_id, (None, now))
+        if report != stats.get("report"):
+            report, came = stats.get("report"), now
             self._routed[replica_id] = 0  # whatever was routed before is in the report now
-        load = Load(stats.get("kv_use", 0.0), stats.get("waiting", 0), self._routed[replica_id])
+            ASSIGNMENTS.trust(replica_id.unique_id)
+        self._reports[replica_id] = report, came
+        doubtful = (
+            not stats.get("ready", True)
+            or now - came > STALE_S
+            or ASSIGNMENTS.is_suspect(replica_id.unique_id)
+        )  # fmt: skip
+        load = Load(stats.get("kv_use", 0.0), stats.get("waiting", 0), self._routed[replica_id], doubtful)
         return load_score(load, self._sequences_per_replica)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._routed[replica_id] += 1
+        ASSIGNMENTS.assign(_request_id(pending_request), replica_id.unique_id)
+
+
+def _request_id(pending: PendingRequest) -> str:
+    """The first argument of `EngineReplica.generate`."""
+    return str(pending.args[0]) if pending.args else ""

@@ -11,8 +11,9 @@ events of a request that the gateway does not have open (ids are 96 random bits)
 import asyncio
 import contextlib
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 import zmq
@@ -29,8 +30,16 @@ MAX_BACKLOG = 1000  # messages to a gateway that does not read; then it counts a
 MAX_LINKS = 64  # gateways an engine stays connected to; the longest silent one is dropped first
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 8_000
 
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """One message: what an engine has for a gateway, or nothing but that it lives."""
+
+    sender: str  # the engine's replica
+    events: list[TokenEvent]
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[TokenEvent]).decode
+_decode = msgspec.msgpack.Decoder(Tokens).decode
 
 
 class ReplyAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -73,9 +82,10 @@ class Inbox:
 
 
 class TokenReceiver:
-    """A gateway's end. Lives in the event loop that made it."""
+    """A gateway's end. Lives in the event loop that made it. `on_message` is told which engine has spoken."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, on_message: Callable[[str], None] = lambda sender: None) -> None:
+        self._on_message = on_message
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
         public, secret = zmq.curve_keypair()
@@ -102,7 +112,9 @@ class TokenReceiver:
         while True:
             payload = await self._socket.recv()
             try:
-                deliver(_decode(payload), self._inboxes)
+                tokens = _decode(payload)
+                self._on_message(tokens.sender)
+                deliver(tokens.events, self._inboxes)
             except msgspec.DecodeError as error:
                 log.warning("a message on the token link is not one of ours (%s); dropped", error)
 
@@ -122,21 +134,33 @@ def deliver(events: list[TokenEvent], inboxes: Mapping[str, Inbox]) -> None:
 
 
 class TokenSender:
-    """An engine's end. Belongs to one thread, the engine's: nothing here waits."""
+    """An engine's end. Safe from any thread; nothing here waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self._lock = threading.Lock()
         self._context = zmq.Context()
         self._links: OrderedDict[ReplyAddress, tuple[zmq.Socket[bytes], zmq.Socket[bytes]]] = OrderedDict()
 
     def send(self, address: ReplyAddress, events: list[TokenEvent]) -> None:
         """Raises `GatewayLost` if the gateway has closed the link, or reads nothing any more."""
+        with self._lock:
+            self._send(address, Tokens(self._name, events))
+
+    def beat(self, addresses: Iterable[ReplyAddress]) -> None:
+        """Tell these gateways that the engine lives; one that is gone is found out when there is something to say."""
+        for address in addresses:
+            with contextlib.suppress(GatewayLost):
+                self.send(address, [])
+
+    def _send(self, address: ReplyAddress, tokens: Tokens) -> None:
         link, monitor = self._links.get(address) or self._connect(address)
         self._links.move_to_end(address)
         if monitor.poll(0):  # the only event it reports: the connection broke
             self._drop(address)
             raise GatewayLost(f"the gateway at {address.endpoint} is gone")
         try:
-            link.send(_encode(events), zmq.NOBLOCK)
+            link.send(_encode(tokens), zmq.NOBLOCK)
         except zmq.Again:
             self._drop(address)
             raise GatewayLost(f"the gateway at {address.endpoint} has not read {MAX_BACKLOG} messages") from None
@@ -165,6 +189,7 @@ class TokenSender:
 
     def close(self) -> None:
         """Send what is still queued, for at most the linger time."""
-        for address in list(self._links):
-            self._drop(address)
+        with self._lock:
+            for address in list(self._links):
+                self._drop(address)
         self._context.term()

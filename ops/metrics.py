@@ -71,11 +71,28 @@ METRICS: tuple[Metric, ...] = (
     counter("generated_tokens_total", "engine", "short", "Tokens generated", "Demand", "Output tokens/s"),
     counter(
         "streams_broken_total", "gateway", "short", "Streams that ended with an error after they had begun",
-        "Demand", "Broken streams/s",
+        "Recovery", "Broken streams/s",
     ),
     counter(
-        "streams_resumed_total", "gateway", "short", "Streams that lost their engine and went on with another one",
-        "Demand", "Resumed streams/s",
+        "streams_resumed_total", "gateway", "short",
+        "Streams that went on with another engine: theirs was lost, or is leaving as planned",
+        "Recovery", "Resumed streams/s", "cause",
+    ),
+    Metric(
+        "stream_pause_seconds", "histogram", "gateway", "s", "Time a stream had no engine",
+        "Recovery", "Pause of resumed streams", (), REQUEST_BUCKETS,
+    ),
+    counter(
+        "recoveries_total", "engine", "short", "Pipelines rebuilt after a stage was killed, failed, hung or cut off",
+        "Recovery", "Rebuilt pipelines/s", "cause",
+    ),
+    counter(
+        "stages_replaced_total", "engine", "short", "Stages replaced; the others kept their weights",
+        "Recovery", "Replaced stages/s",
+    ),
+    Metric(
+        "recovery_seconds", "histogram", "engine", "s", "Time from a stage's death to the pipeline's next step",
+        "Recovery", "Time to rebuild a pipeline", (), REQUEST_BUCKETS,
     ),
     gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
     gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),

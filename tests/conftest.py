@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.block_manager import BlockManager
-from cluster.engine import Engine, StepReport
+from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
@@ -63,6 +63,7 @@ class Collector:
         self.events: dict[str, list[TokenEvent]] = {}
         self.timings: list[StageTiming] = []
         self.reports: list[StepReport] = []
+        self.recoveries: list[RecoveryReport] = []
         self.failure: CaravanError | None = None
         self._changed = threading.Condition()
 
@@ -77,6 +78,9 @@ class Collector:
 
     def on_timing(self, timing: StageTiming) -> None:
         self.timings.append(timing)
+
+    def on_recovery(self, report: RecoveryReport) -> None:
+        self.recoveries.append(report)
 
     def on_failure(self, error: CaravanError) -> None:
         with self._changed:

@@ -5,14 +5,16 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
-from cluster.engine import Engine
+from cluster.engine import Engine, RecoveryReport
+from cluster.errors import CaravanError
 from cluster.launch import launch_engine
 from cluster.ray_pipeline import RayPipeline
 from tests import golden
@@ -21,20 +23,20 @@ from tests.conftest import Collector, request
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def engine_config(stages: int, **changes: object) -> EngineConfig:
+def engine_config(stages: int, **pipeline: Any) -> EngineConfig:
     return EngineConfig(
         model=ModelArgs(path=golden.MODEL, name="smollm2", dtype="float32", max_model_len=2048),
-        pipeline=PipelineArgs(stages=stages, device="cpu", step_timeout_s=60.0),
+        pipeline=PipelineArgs(stages=stages, device="cpu", **pipeline),
         cache=CacheArgs(memory_gb=0.1),
         scheduler=SchedulerArgs(max_num_seqs=32, max_num_batched_tokens=512),
     )
 
 
-def launch(stages: int) -> tuple[Engine, Collector, object]:
+def launch(stages: int, **options: Any) -> tuple[Engine, Collector, PlacementGroup]:
     group = placement_group([{"CPU": 0.1}, *[{"CPU": 0.3}] * stages])
     ray.get(group.ready(), timeout=60)
     collector = Collector()
-    return launch_engine(engine_config(stages), group, 1, collector), collector, group
+    return launch_engine(engine_config(stages, **options), group, 1, collector), collector, group
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +92,72 @@ def test_both_stages_are_busy_at_once(two_stages: tuple[Engine, Collector]) -> N
     assert overlap > 0.4 * shorter, f"stages overlapped for {overlap:.2f} s of {shorter:.2f} s"
 
 
-def test_stage_killed_in_mid_stream_and_the_stream_goes_on(two_stages: tuple[Engine, Collector]) -> None:
-    engine, collector = two_stages
+def disturb(engine: Engine, collector: Collector, name: str, pid: int, number: signal.Signals) -> RecoveryReport:
+    """A signal to a stage in the middle of a stream, which must go on with the golden tokens; what the engine says."""
     prompt, tokens = golden.load()[2]
-    engine.add(request("survivor", prompt, max_tokens=64))
-    while len(collector.tokens("survivor")) < 5:
+    before = len(collector.recoveries)
+    engine.add(request(name, prompt, max_tokens=64))
+    while len(collector.tokens(name)) < 5:
         time.sleep(0.01)
-    os.kill(pipeline(engine).stages[1].pid, signal.SIGKILL)
-    assert collector.wait(["survivor"], timeout=120)["survivor"] == tokens
+    os.kill(pid, number)
+    sent = time.monotonic()
+    while engine.recovering is None and len(collector.recoveries) == before:
+        time.sleep(0.01)
+    noticed = time.monotonic() - sent
+    assert collector.wait([name], timeout=120)[name] == tokens
     assert engine.failure is None
+    assert noticed < (2.0 if number == signal.SIGKILL else 30.0), f"noticed after {noticed:.1f} s"
+    (report,) = collector.recoveries[before:]
+    return report
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_stage_is_replaced_and_the_other_keeps_its_weights(
+    two_stages: tuple[Engine, Collector], stage: int
+) -> None:
+    engine, collector = two_stages
+    before = [report.pid for report in pipeline(engine).stages]
+    report = disturb(engine, collector, f"killed{stage}", before[stage], signal.SIGKILL)
+    assert (report.cause, report.num_replaced, report.num_seqs) == ("killed", 1, 1)
+    after = [report.pid for report in pipeline(engine).stages]
+    assert after[stage] != before[stage]
+    assert after[1 - stage] == before[1 - stage]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_hangs_is_found_and_replaced(two_stages: tuple[Engine, Collector], stage: int) -> None:
+    engine, collector = two_stages
+    before = [report.pid for report in pipeline(engine).stages]
+    report = disturb(engine, collector, f"stopped{stage}", before[stage], signal.SIGSTOP)
+    assert (report.cause, report.num_replaced) == ("hung", 1)
+    assert pipeline(engine).stages[1 - stage].pid == before[1 - stage]
+    assert not psutil.pid_exists(before[stage]), "what hung is ended, not left behind"
+
+
+@pytest.mark.slow
+def test_a_spare_takes_over() -> None:
+    engine, collector, group = launch(2, spare=True)
+    try:
+        spare_pid = ray.get(pipeline(engine)._stages[1]._spare.pid.remote())
+        disturb(engine, collector, "spare", pipeline(engine).stages[1].pid, signal.SIGKILL)
+        assert pipeline(engine).stages[1].pid == spare_pid
+        assert pipeline(engine)._stages[1]._spare is not None, "the next spare is on its way"
+    finally:
+        engine.close()
+        remove_placement_group(group)
+
+
+def test_a_stage_that_cannot_be_replaced_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place is gone: the requests may run elsewhere, and waiting helps nobody."""
+    monkeypatch.setattr("cluster.ray_pipeline.PLACE_S", 2.0)
+    engine, collector, group = launch(1)
+    engine.add(request("r", [1, 2, 3], max_tokens=2000))
+    while not collector.tokens("r"):
+        time.sleep(0.01)
+    remove_placement_group(group)
+    with pytest.raises(CaravanError, match="no place"):
+        collector.wait(["r"], timeout=60)
+    engine.close()
 
 
 def test_missing_file_is_one_clear_error(tmp_path: Path) -> None:

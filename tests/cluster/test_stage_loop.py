@@ -9,7 +9,7 @@ import torch
 
 from cluster import stage_loop
 from cluster.stage_loop import StageLoop
-from cluster.transport import StopRequested
+from cluster.transport import StepOrder, StopRequested
 from model.batch import Batch, StepOutput
 from model.sampling import Sampled
 
@@ -34,9 +34,10 @@ class Engine:
     """The control channel: gives all batches at once, ends the stage when all of them are answered."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        self.orders, self.expected, self.answered = list(batches), len(batches), list[int]()
+        self.orders = [StepOrder(batch, 5.0) for batch in batches]
+        self.expected, self.answered = len(batches), list[int]()
 
-    def receive(self, wait: bool = True) -> Batch | None:
+    def receive(self, wait: bool = True) -> StepOrder | None:
         if len(self.answered) == self.expected:
             raise StopRequested
         assert self.orders or not wait, "the stage waits for orders with steps unreported"
@@ -59,7 +60,7 @@ def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch:
     engine = Engine([make_batch(n) for n in range(4)])
     received: list[int] = []
 
-    def receive(into: torch.Tensor) -> torch.Tensor:
+    def receive(into: torch.Tensor, timeout_s: float) -> torch.Tensor:
         assert engine.answered == received, "waits for a step that needs tokens which it has not reported"
         received.append(len(received))
         return into

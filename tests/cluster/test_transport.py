@@ -12,8 +12,17 @@ import pytest
 import torch
 import zmq
 
-from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join
-from cluster.transport import ControlAddress, ControlClient, ControlServer, Ready, StopRequested, interface_address
+from cluster.errors import LinkBroken
+from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Rendezvous, join
+from cluster.transport import (
+    ControlAddress,
+    ControlClient,
+    ControlServer,
+    Ready,
+    StepOrder,
+    StopRequested,
+    interface_address,
+)
 from model.batch import SAMPLED, Batch, Penalties, SampledTokens, SampleRow, StageTiming, StepOutput, TokenLogprobs
 
 HOST = "127.0.0.1"
@@ -43,10 +52,12 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
     try:
         for stage, client in enumerate(clients):
             ready(server, client, stage)
-        server.send(batch())
+        server.send(StepOrder(batch(), 2.5))
         for client in clients:
-            received = client.receive()
-            assert isinstance(received, Batch)
+            order = client.receive()
+            assert isinstance(order, StepOrder)
+            assert order.timeout_s == 2.5
+            received = order.batch
             for field in Batch.__struct_fields__:
                 assert np.array_equal(getattr(received, field), getattr(batch(), field))
         for message in (
@@ -58,7 +69,7 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
         server.send_tokens(SampledTokens(5, [1, 2]))
         assert clients[0].receive() == SampledTokens(5, [1, 2])
         assert clients[1].receive(wait=False) is None
-        server.send(None)
+        server.stop()
         for client in clients:
             with pytest.raises(StopRequested):
                 client.receive()
@@ -77,7 +88,8 @@ def test_waiting_ends_by_timeout_or_wake(server: ControlServer) -> None:
 
 def test_a_stage_that_is_not_there_is_an_error(server: ControlServer) -> None:
     with pytest.raises(zmq.ZMQError):
-        server.send(batch())
+        server.send(StepOrder(batch(), 2.5))
+    server.stop()  # which is no error
 
 
 def wrong_keys(address: ControlAddress) -> list[ControlAddress]:
@@ -124,35 +136,48 @@ def test_an_unknown_interface_is_named() -> None:
         interface_address("no-such-0")
 
 
-def linked(timeout_s: float) -> tuple[Link, Link]:
+def linked(timeout_s: float) -> tuple[GlooLink, GlooLink]:
     rendezvous = Rendezvous(HOST, 5.0)
     with ThreadPoolExecutor(1) as pool:
-        receiving = pool.submit(lambda: Link(join(rendezvous.address, 5.0), DOWNSTREAM, HOST, 0, timeout_s))
-        return Link(rendezvous.store, UPSTREAM, HOST, 0, timeout_s), receiving.result(timeout=20)
+        receiving = pool.submit(lambda: GlooLink(join(rendezvous.address, 5.0), DOWNSTREAM, HOST, 0, timeout_s))
+        return GlooLink(rendezvous.store, UPSTREAM, HOST, 0, timeout_s), receiving.result(timeout=20)
 
 
 def test_hidden_states_arrive_in_order() -> None:
     up, down = linked(5.0)
     sent = [torch.randn(n, 8).to(dtype) for n, dtype in ((1, torch.float32), (500, torch.float32), (3, torch.bfloat16))]
     received = []
-    reader = threading.Thread(target=lambda: received.extend(down.receive(torch.empty_like(x)) for x in sent))
+    reader = threading.Thread(target=lambda: received.extend(down.receive(torch.empty_like(x), 5.0) for x in sent))
     reader.start()
     for hidden in sent:
-        up.send(hidden)
-    up.flush()
+        up.send(hidden, 5.0)
+    up.flush(5.0)
     reader.join(timeout=10)
     assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
 
 
 def test_a_silent_neighbour_is_an_error_after_the_deadline() -> None:
-    _up, down = linked(0.3)
+    _up, down = linked(5.0)
     started = time.monotonic()
-    with pytest.raises(RuntimeError):
-        down.receive(torch.empty(2, 8))
+    with pytest.raises(LinkBroken, match="receiving from the stage before"):
+        down.receive(torch.empty(2, 8), 0.3)
     assert time.monotonic() - started < 10
+
+
+def test_a_neighbour_that_goes_is_an_error_at_once() -> None:
+    up, down = linked(60.0)
+    threading.Timer(0.2, up.close).start()
+    started = time.monotonic()
+    with pytest.raises(LinkBroken):
+        down.receive(torch.empty(2, 8), 60.0)
+    assert time.monotonic() - started < 30
 
 
 def test_nobody_at_the_meeting_point_is_an_error_after_the_deadline() -> None:
     rendezvous = Rendezvous(HOST, 0.5)
-    with pytest.raises(RuntimeError):
-        Link(rendezvous.store, UPSTREAM, HOST, 0, 0.5)
+    with pytest.raises(LinkBroken):
+        GlooLink(rendezvous.store, UPSTREAM, HOST, 0, 0.5)
+    host, port = rendezvous.address
+    del rendezvous
+    with pytest.raises(LinkBroken, match=f"{HOST}:"):
+        join((host, port), 0.5)

@@ -1,0 +1,90 @@
+"""Streams on replicas that leave, fall silent, and come back."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from cluster.errors import CaravanError, EngineLeaving, EngineStopped
+from deployments import assignments
+from deployments.assignments import Assignments
+
+
+class Waiting:
+    """A stream's inbox, as far as failing goes."""
+
+    def __init__(self) -> None:
+        self.errors: list[CaravanError] = []
+
+    def fail(self, error: CaravanError) -> None:
+        self.errors.append(error)
+
+
+def after(act: Callable[[Assignments], None], replica: str = "a") -> list[CaravanError]:
+    """What a stream on `replica` is told when `act` happens."""
+
+    async def main() -> list[CaravanError]:
+        book, waiting = Assignments(), Waiting()
+        book.set_running({"a", "b"})
+        book.open("r", waiting, asyncio.get_running_loop())
+        if replica:
+            book.assign("r", replica)
+        act(book)
+        await asyncio.sleep(0)
+        return waiting.errors
+
+    return asyncio.run(main())
+
+
+def test_a_replica_that_leaves_hands_its_streams_over() -> None:
+    (error,) = after(lambda book: book.set_running({"b"}))
+    assert isinstance(error, EngineLeaving)
+
+
+@pytest.mark.parametrize("running", [{"a"}, {"a", "b", "c"}, set[str]()], ids=str)
+def test_streams_stay_where_they_can(running: set[str]) -> None:
+    """Nobody to take them over is a reason to stay, too: a replica that leaves finishes what it has."""
+    assert after(lambda book: book.set_running(running)) == []
+
+
+def test_a_stream_that_was_left_alone_moves_once_somebody_comes() -> None:
+    def act(book: Assignments) -> None:
+        book.set_running(set())
+        book.set_running({"new"})
+
+    (error,) = after(act)
+    assert isinstance(error, EngineLeaving)
+
+
+def test_requests_without_a_replica_or_closed_are_left_alone() -> None:
+    assert after(lambda book: book.set_running({"b"}), replica="") == []
+
+    def close_first(book: Assignments) -> None:
+        book.close("r")
+        book.set_running({"b"})
+
+    assert after(close_first) == []
+
+
+def test_silence_ends_the_waiting_once_and_makes_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignments, "SILENCE_S", -1.0)
+    suspects: list[bool] = []
+
+    def act(book: Assignments) -> None:
+        book.fail_silent()
+        suspects.append(book.is_suspect("a"))
+        book.heard("a")
+        suspects.append(book.is_suspect("a"))
+
+    (error,) = after(act)
+    assert isinstance(error, EngineStopped)
+    assert not isinstance(error, EngineLeaving)
+    assert suspects == [True, False]
+
+
+def test_who_speaks_is_not_silent() -> None:
+    def act(book: Assignments) -> None:
+        book.heard("a")
+        book.fail_silent()
+
+    assert after(act) == []
