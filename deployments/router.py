@@ -3,11 +3,12 @@
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.assignments import ASSIGNMENTS
+if TYPE_CHECKING:
+    from deployments.assignments import Assignments
 
 STALE_S = 5.0  # replicas report twice a second
 LAST = 1e6  # the score of a replica that is chosen only if there is no other one
@@ -40,7 +41,7 @@ class MostRoomRouter(FIFOMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve says which replicas run; one that is about to go is not among them any more."""
         super().update_replicas(replicas)
-        ASSIGNMENTS.set_running({replica.replica_id.unique_id for replica in replicas})
+        _assignments().set_running({replica.replica_id.unique_id for replica in replicas})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -48,7 +49,7 @@ class MostRoomRouter(FIFOMixin, RequestRouter):
         ranked = sorted(candidate_replicas, key=self._score)
         if pending_request is not None and ranked:
             # What the first choice does not answer would otherwise be on nobody's books.
-            ASSIGNMENTS.assign(_request_id(pending_request), ranked[0].replica_id.unique_id)
+            _assignments().assign(_request_id(pending_request), ranked[0].replica_id.unique_id)
         return [[replica] for replica in ranked]
 
     def _score(self, replica: RunningReplica) -> float:
@@ -57,21 +58,28 @@ class MostRoomRouter(FIFOMixin, RequestRouter):
         if report != stats.get("report"):
             report, came = stats.get("report"), now
             self._routed[replica_id] = 0  # whatever was routed before is in the report now
-            ASSIGNMENTS.trust(replica_id.unique_id)
+            _assignments().trust(replica_id.unique_id)
         self._reports[replica_id] = report, came
         doubtful = (
             not stats.get("ready", True)
             or now - came > STALE_S
-            or ASSIGNMENTS.is_suspect(replica_id.unique_id)
+            or _assignments().is_suspect(replica_id.unique_id)
         )  # fmt: skip
         load = Load(stats.get("kv_use", 0.0), stats.get("waiting", 0), self._routed[replica_id], doubtful)
         return load_score(load, self._sequences_per_replica)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._routed[replica_id] += 1
-        ASSIGNMENTS.assign(_request_id(pending_request), replica_id.unique_id)
+        _assignments().assign(_request_id(pending_request), replica_id.unique_id)
 
 
 def _request_id(pending: PendingRequest) -> str:
     """The first argument of `EngineReplica.generate`."""
     return str(pending.args[0]) if pending.args else ""
+
+
+def _assignments() -> "Assignments":
+    """Imported where it is used: Serve ships this class by value, with copies of whatever it refers to."""
+    from deployments.assignments import ASSIGNMENTS
+
+    return ASSIGNMENTS

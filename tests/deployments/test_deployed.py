@@ -35,10 +35,11 @@ class Service:
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         self.http = httpx.Client(base_url=url, timeout=120)
 
-    def gauge(self, name: str) -> float:
-        """Sum of a gauge over all engine replicas that report it."""
+    def gauge(self, name: str, **labels: str) -> float:
+        """Sum of a metric over all replicas that report it with these labels."""
         samples = top.scrape([self.head.metrics])
-        return sum(value for (sample, _), value in samples.items() if sample == name)
+        wanted = set(labels.items())
+        return sum(value for (sample, has), value in samples.items() if sample == name and wanted <= set(has))
 
     def replicas(self) -> int:
         """Engine replicas that are running, as Serve says."""
@@ -273,6 +274,8 @@ def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:
     assert {r.output_tokens for r in results} == {48, 400}
     eventually(lambda: service.replicas() == 1, 90, "back to one replica")
     eventually(lambda: len(service.processes("StageActor")) == 2, 30, "the second pipeline's stages are gone")
+    moved = service.gauge("streams_resumed_total", cause="leaving")
+    assert moved >= 1, "the replica that went should have handed its long stream over"
     assert service.http.get("/ready").status_code == 200
 
 
@@ -301,8 +304,7 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
     assert (undisturbed.error, disturbed.error) == ("", "")
     assert undisturbed.output_tokens == disturbed.output_tokens == 400
     assert disturbed.text == undisturbed.text
-    eventually(lambda: service.gauge("streams_resumed_total") == 1, 30, "the metric counts it")
-
+    eventually(lambda: service.gauge("streams_resumed_total", cause="lost") == 1, 30, "the metric counts it")
     assert service.gauge("streams_broken_total") == 0
 
 
