@@ -6,7 +6,7 @@ READY := .venv/.ready
 XLLAMACPP := 2026.10.11549
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-long check format bench lock clean
+.PHONY: help setup demo serve test test-long chaos check format bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test: $(READY)  ## all tests but the long ones (under 10 minutes on 2 cores)
 
 test-long: $(READY)  ## all tests
 	@$(BIN)/python -m pytest -q
+
+chaos: $(READY)  ## break the deployed service under load: kill -9 of stages, engines and nodes, 1,000 requests
+	@$(BIN)/python -m deployments.chaos --faults stage,engine,node --requests 1000 --streams 64
 
 check: $(READY)  ## format, lint, types
 	@$(BIN)/ruff format --check .

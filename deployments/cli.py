@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deployments.bench_cli import DEFAULT_URL, bench, fail
+from deployments.chaos.command import chaos
 
 app = typer.Typer(
     name="caravan",
@@ -16,6 +17,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command(name="chaos", epilog="Example: caravan chaos --faults stage,engine,node --requests 1000 --streams 64")(
+    chaos
+)
 
 DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
 

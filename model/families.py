@@ -13,6 +13,7 @@ _ROWS = (
     ("code-llama-70b",      8192, 80,    64,   8,  28672,  32016, 1e6,       16_384),
     ("code-llama-7b-python", 4096, 32,   32,   32, 11008,  32000, 1e6,       16_384),
     ("code-llama-13b-python", 5120, 40,  40,   40, 13824,  32000, 1e6,       16_384),
+    ("test-1m",             128,  4,      4,    2,  384,   2048,  10_000.0,  2048),  # for tests of all but the model
 )  # fmt: skip
 
 SHAPES: dict[str, ModelConfig] = {

@@ -22,6 +22,7 @@ class Stream:
     ttft_s: float = 0.0
     end_to_end_latency_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)  # of its chunks, unix seconds
     output_tokens: int = 0
     prompt_tokens: int = 0
     text: str = ""
@@ -63,37 +64,49 @@ class Summary:
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Stream:
     """One request; whatever goes wrong is in its `error`, for a load test wants the count, not a traceback."""
     result = Stream()
-    started = last = time.perf_counter()
-    done = False
+    await stream_into(result, client, url, body)
+    return result
+
+
+async def stream_into(
+    result: Stream, client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> None:
+    """The same, filled in while it runs."""
+    started = time.perf_counter()
     try:
-        async with client.stream("POST", url, json={**body, "stream": True}) as response:
-            if response.status_code != 200:
-                result.error = f"HTTP {response.status_code}"
-                return result
-            async for line in response.aiter_lines():
-                if not line.startswith("data: "):
-                    continue
-                if line == "data: [DONE]":
-                    done = True
-                    continue
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    result.error = str(chunk["error"].get("message"))
-                    return result
-                _take(result, chunk)
-                now = time.perf_counter()
-                if chunk.get("choices"):
-                    if result.ttft_s:
-                        result.gaps_s.append(now - last)
-                    else:
-                        result.ttft_s = now - started
-                    last = now
+        async with client.stream("POST", url, json={**body, "stream": True}, headers=headers) as response:
+            if response.status_code == 200:
+                await _follow(result, response, started)
+            else:
+                result.error = f"HTTP {response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
     except httpx.HTTPError as error:
         result.error = f"{type(error).__name__}: {error}"
     result.end_to_end_latency_s = time.perf_counter() - started
-    if not done and not result.error:
+
+
+async def _follow(result: Stream, response: httpx.Response, started: float) -> None:
+    last, done = started, False
+    async for line in response.aiter_lines():
+        if not line.startswith("data: "):
+            continue
+        if line == "data: [DONE]":
+            done = True
+            continue
+        chunk = json.loads(line[6:])
+        if "error" in chunk:
+            result.error = str(chunk["error"].get("message"))
+            return
+        _take(result, chunk)
+        if chunk.get("choices"):
+            now = time.perf_counter()
+            result.arrivals.append(time.time())
+            if result.ttft_s:
+                result.gaps_s.append(now - last)
+            else:
+                result.ttft_s = now - started
+            last = now
+    if not done:
         result.error = "the stream ended without [DONE]"
-    return result
 
 
 def _take(result: Stream, chunk: dict[str, Any]) -> None:

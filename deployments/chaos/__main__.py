@@ -1,0 +1,7 @@
+"""`python -m deployments.chaos` is `caravan chaos`."""
+
+import typer
+
+from deployments.chaos.command import chaos
+
+typer.run(chaos)

@@ -1,0 +1,247 @@
+"""A run: deploy, learn what is right, then break things under load and watch."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+from deployments.chaos.faults import INJECTORS, Fault, NoVictim
+from deployments.chaos.nodes import Nodes
+from deployments.chaos.report import FaultRecord, Report
+from deployments.chaos.service import MODEL, Service, Setting, open_network
+from deployments.chaos.traffic import (
+    Case,
+    Outcome,
+    Traffic,
+    longest_first_waits,
+    longest_pauses,
+    make_cases,
+    undisturbed,
+)  # fmt: skip
+from deployments.chaos.witness import (
+    OURS,
+    Line,
+    await_true,
+    census,
+    kv_blocks_in_use,
+    listening_ports,
+    placement_groups,
+)  # fmt: skip
+from deployments.local import LocalError
+from model.families import SHAPES
+
+HEAL_TIMEOUT_S = 180.0
+LAST_STREAMS_S = 120.0  # for the streams that are open at the end; then they hang
+EXCUSED_S = 10.0  # a connection through a killed process breaks within this
+LOOK_S = 0.2
+SHOWN = 12  # details of what went wrong
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is done to the service."""
+
+    kinds: Sequence[str]  # of faults; each is drawn from these
+    streams: int = 64
+    requests: int = 1000  # at least so many
+    faults: int = 1  # at least so many
+    every_s: float | None = None  # between faults; None: as soon as the last one has healed
+    calm_s: float = 2.0  # between healing and the next fault
+    hold_s: float = 15.0  # how long a process stays stopped, a link spoiled, a disk full
+    cases: int = 192  # different requests
+    tokens: tuple[int, int] = (64, 192)  # shortest and longest answer
+    seed: int = 0
+
+
+def run(setting: Setting, plan: Plan, say: Say = lambda text: None) -> Report:
+    """Everything from an empty machine to an empty machine. Raises `LocalError` if the service cannot be started."""
+    report = Report({**asdict(setting), **asdict(plan)}, plan.seed)
+    with ExitStack() as stack:
+        network = open_network(setting)
+        if network is not None:
+            stack.enter_context(network)
+        nodes = stack.enter_context(Nodes(network, setting.small_disks, setting.haproxy))
+        service = Service(nodes, setting)
+        say("starting the nodes and the service")
+        service.start()
+        asyncio.run(Torment(service, plan, report, say).run())
+        say("shutting down")
+        _shut_down(service, report)
+    return report
+
+
+def _shut_down(service: Service, report: Report) -> None:
+    """Afterwards nothing of ours may be left on nodes that live on."""
+    service.shutdown()
+    await_true(lambda: not any(census(service.nodes.processes())[kind] for kind in OURS), 30)
+    counts = census(service.nodes.processes())
+    report.leftovers["processes after shutdown"] = sum(counts[kind] for kind in OURS)
+    await_true(lambda: placement_groups(service.nodes) == 0, 10)
+    report.leftovers["placement groups after shutdown"] = placement_groups(service.nodes)
+
+
+class Torment:
+    """Traffic in this thread's event loop, faults from another one."""
+
+    def __init__(self, service: Service, plan: Plan, report: Report, say: Say) -> None:
+        self._service = service
+        self._plan = plan
+        self._report = report
+        self._say = say
+        self._rng = random.Random(plan.seed)
+        self._made: list[Fault] = []
+        self._windows: list[tuple[float, float]] = []  # from fault to recovery, unix seconds
+        self._ended = threading.Event()
+        self._started = 0.0
+
+    async def run(self) -> None:
+        plan, service = self._plan, self._service
+        self._say("learning what is right")
+        vocab = SHAPES["test-1m"].vocab_size
+        cases, self._report.left_out = await undisturbed(
+            service.urls, make_cases(plan.cases, MODEL, vocab, plan.tokens, plan.seed), plan.streams
+        )
+        ports = listening_ports(service.nodes.processes())
+        self._started = time.time()
+        traffic = await self._under_load(cases)
+        self._report.seconds = time.time() - self._started
+        self._sum_up(traffic)
+        self._look_for_leftovers(ports)
+
+    async def _under_load(self, cases: Sequence[Case]) -> Traffic:
+        traffic = Traffic(self._service.urls, cases, self._plan.streams)
+        load = asyncio.create_task(traffic.run_until_stopped())
+        try:
+            await asyncio.to_thread(self._torment, traffic)
+        finally:
+            traffic.stopping = True
+            self._ended.set()
+            _, hanging = await asyncio.wait({load}, timeout=LAST_STREAMS_S)
+            self._report.hung = len(traffic.opened) if hanging else 0
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
+        return traffic
+
+    # -- in the other thread ------------------------------------------------------------------------------------------
+
+    def _torment(self, traffic: Traffic) -> None:
+        plan = self._plan
+        time.sleep(plan.calm_s)
+        while traffic.finished < plan.requests or len(self._made) < plan.faults:
+            began = time.monotonic()
+            self._one_fault(traffic)
+            if self._report.unhealed:
+                self._say("the last fault has not healed: no further ones")
+                return
+            pause = plan.calm_s if plan.every_s is None else max(plan.calm_s, began + plan.every_s - time.monotonic())
+            self._ended.wait(pause)
+
+    def _one_fault(self, traffic: Traffic) -> None:
+        """Each kind once, in order, then by chance."""
+        kinds, made = self._plan.kinds, len(self._made)
+        kind = kinds[made] if made < len(kinds) else self._rng.choice(kinds)
+        try:
+            fault = INJECTORS[kind](self._service, self._rng)
+        except NoVictim as error:
+            raise LocalError(f"{kind}: {error}") from error
+        self._made.append(fault)
+        self._tell(traffic, f"{fault.kind} {fault.target}")
+        notice, recovered = self._watch(fault, traffic)
+        self._windows.append((fault.at, recovered or time.time()))
+        self._report.faults.append(
+            FaultRecord(
+                fault.kind,
+                fault.target,
+                fault.at - self._started,
+                notice.time - fault.at if notice else None,
+                notice.message[:200] if notice else "",
+                recovered - fault.at if recovered else None,
+            )
+        )
+
+    def _watch(self, fault: Fault, traffic: Traffic) -> tuple[Line | None, float | None]:
+        """Until all is well again: the first notice of the fault, and when that was."""
+        notice: Line | None = None
+        deadline = fault.at + HEAL_TIMEOUT_S
+        while time.time() < deadline:
+            self._service.logs.follow()
+            notice = notice or self._service.logs.first_notice(fault.at)
+            if fault.undo is not None and time.time() > fault.at + self._plan.hold_s:
+                fault.undo()
+                fault.undo = None
+            if fault.undo is None and self._is_well(fault, traffic):
+                return notice, time.time()
+            time.sleep(LOOK_S)
+        return notice, None
+
+    def _is_well(self, fault: Fault, traffic: Traffic) -> bool:
+        """The victims are gone, everything is there again, and every stream that was open then has gone on."""
+        for arrivals in list(traffic.opened.values()):
+            if arrivals and arrivals[-1] < fault.at:
+                return False
+        alive = {process.pid for process in self._service.nodes.processes()}
+        return not alive & set(fault.victims) and self._service.is_whole()
+
+    def _tell(self, traffic: Traffic, what: str) -> None:
+        bad = sum(outcome.ending != "right" for outcome in traffic.outcomes)
+        self._say(f"{traffic.finished} requests, {bad} not right; {len(self._made)} faults; now: {what}")
+
+    # -- afterwards ---------------------------------------------------------------------------------------------------
+
+    def _sum_up(self, traffic: Traffic) -> None:
+        report = self._report
+        self._service.logs.follow()
+        seen = self._service.logs.finished_requests()
+        for outcome in traffic.outcomes:
+            if outcome.ending == "truncated" and self._is_excused(outcome, seen):
+                report.excused += 1
+                continue
+            report.requests += 1
+            report.retried += outcome.refusals > 0
+            if outcome.ending == "right":
+                continue
+            name = "failed" if outcome.ending == "refused" else outcome.ending
+            setattr(report, name, getattr(report, name) + 1)
+            if len(report.details) < SHOWN:
+                at = outcome.ended - self._started
+                report.details.append(
+                    f"{outcome.ending} at {at:.1f} s after {len(outcome.arrivals)} chunks: {outcome.detail}"
+                )
+        for record, (start, end) in zip(report.faults, self._windows, strict=True):
+            self._measure(record, traffic, start, end)
+
+    def _measure(self, record: FaultRecord, traffic: Traffic, start: float, end: float) -> None:
+        pauses = longest_pauses(traffic.outcomes, start, end)
+        record.streams_hit = self._service.logs.streams_hit(start, end)
+        record.longest_pause_s = pauses[0] if pauses else 0.0
+        if record.streams_hit is not None:
+            others = pauses[record.streams_hit :]
+            record.others_longest_gap_s = others[0] if others else 0.0
+        record.longest_first_wait_s = longest_first_waits(traffic.outcomes, start, end)
+
+    def _is_excused(self, outcome: Outcome, seen: set[str]) -> bool:
+        """Its connection went through what was killed: by its address, or no living gateway has heard its end."""
+        for fault in self._made:
+            if fault.cuts_clients and fault.at <= outcome.ended <= fault.at + EXCUSED_S:
+                if fault.cuts_clients == "gateway":
+                    return outcome.request_id not in seen
+                return outcome.url == fault.cuts_clients
+        return False
+
+    def _look_for_leftovers(self, ports_before: int) -> None:
+        """With no request open, and everything healed: what is there that was not there before?"""
+        service, left = self._service, self._report.leftovers
+        await_true(lambda: kv_blocks_in_use(service.nodes) == 0, 20, 0.5)
+        left["kv blocks in use"] = kv_blocks_in_use(service.nodes)
+        counts = census(service.nodes.processes())
+        left["engines too many"] = counts["engine"] - service.engines
+        left["stages too many"] = counts["stage"] - 2 * service.engines
+        left["gateways too many"] = counts["gateway"] - service.setting.gateways
+        groups = placement_groups(service.nodes)
+        left["placement groups too many"] = "unknown" if groups is None else groups - service.engines
+        left["listening ports too many"] = max(0, listening_ports(service.nodes.processes()) - ports_before)

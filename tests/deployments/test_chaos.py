@@ -1,0 +1,241 @@
+"""Faults under load, in their short form, and the judges of the long form: `make chaos`."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from deployments.chaos import FAULTS
+from deployments.chaos.command import NO_RECOVERY, wrong_options
+from deployments.chaos.faults import INJECTORS
+from deployments.chaos.report import FaultRecord, Report
+from deployments.chaos.run import Plan, run
+from deployments.chaos.service import Setting, service_config
+from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
+from deployments.chaos.witness import parse_line
+from deployments.config import parse_app_config
+from ops.namespaces import Link, NamespaceError, Network, check_possible
+
+pytestmark = pytest.mark.timeout(400)
+
+SHORT = {"streams": 16, "requests": 60, "cases": 24, "tokens": (64, 160), "calm_s": 1.0}
+
+
+def test_streams_survive_a_stage_and_an_engine() -> None:
+    """The deployed service; kill -9 under 16 streams, half of them sampled: every token as without faults."""
+    report = run(Setting(workers=2, gateways=1), Plan(kinds=["stage", "engine"], faults=2, seed=1, **SHORT))  # type: ignore[arg-type]
+    assert report.bad == 0, report.details
+    assert report.left == {}
+    assert report.requests >= 60
+    assert [fault.kind for fault in report.faults] == ["stage", "engine"]
+    assert all(fault.detect_s is not None and fault.recover_s is not None for fault in report.faults)
+    assert any(fault.streams_hit for fault in report.faults), "no stream was open where the faults hit"
+    assert report.passed
+    assert json.loads(report.as_json())["passed"] is True
+
+
+@pytest.mark.slow
+def test_without_recovery_the_same_run_fails() -> None:
+    plan = Plan(kinds=["engine"], faults=1, seed=1, **SHORT)  # type: ignore[arg-type]
+    report = run(Setting(workers=2, gateways=1, args=NO_RECOVERY), plan)
+    assert report.failed > 0
+    assert not report.passed
+
+
+# -- the judges: what they must not let pass ---------------------------------------------------------------------------
+
+CASE = Case({"model": "test", "prompt": [300], "max_tokens": 4, "ignore_eos": True}, " w1 w2 w3 w4")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next of `scripts`: a list of SSE payloads, or an HTTP status."""
+
+    def __init__(self, scripts: list[list[str] | int]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.scripts = scripts
+        self.ids: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.ids.append(self.headers["X-Request-Id"])
+        script = self.server.scripts.pop(0)
+        self.send_response(script if isinstance(script, int) else 200)
+        self.end_headers()
+        for payload in script if isinstance(script, list) else []:
+            self.wfile.write(f"data: {payload}\n\n".encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def answer(*words: str, tokens: int = 4) -> list[str]:
+    chunks = [json.dumps({"choices": [{"text": word}]}) for word in words]
+    return [*chunks, json.dumps({"choices": [], "usage": {"completion_tokens": tokens}}), "[DONE]"]
+
+
+def ask(*scripts: list[str] | int) -> Outcome:
+    server = Server(list(scripts))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        traffic = Traffic([f"http://127.0.0.1:{server.server_port}"], [CASE], 1)
+        (outcome,) = asyncio.run(traffic.run_each_once())
+        assert outcome.request_id == server.ids[-1]
+        return outcome
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("script", "ending"),
+    [
+        (answer(" w1", " w2", " w3", " w4"), "right"),
+        (answer(" w1", " w2", " w3", " w5"), "wrong"),  # another token
+        (answer(" w1", " w2", " w3", " w3", " w4"), "wrong"),  # one twice
+        (answer(" w1", " w2", " w4"), "wrong"),  # one lost
+        (answer(" w1", " w2", " w3", " w4", tokens=3), "wrong"),
+        (answer(" w1", " w2")[:-1], "truncated"),
+        ([*answer(" w1")[:1], json.dumps({"error": {"message": "the engine went away"}})], "failed"),
+    ],
+)
+def test_every_way_to_be_wrong_is_seen(script: list[str], ending: str) -> None:
+    assert ask(script).ending == ending
+
+
+def test_a_refusal_is_tried_again_and_counted() -> None:
+    outcome = ask(503, 500, answer(" w1", " w2", " w3", " w4"))
+    assert (outcome.ending, outcome.refusals) == ("right", 2)
+
+
+def test_a_service_that_fails_without_faults_cannot_be_tormented() -> None:
+    server = Server([answer(" w1")[:1]])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(ValueError, match="failed without any fault"):
+        asyncio.run(undisturbed([f"http://127.0.0.1:{server.server_port}"], [CASE], 1))
+    server.shutdown()
+    server.server_close()
+
+
+def test_pauses_are_those_that_overlap_the_fault() -> None:
+    def outcome(*arrivals: float) -> Outcome:
+        return Outcome("", "", 0, 0, "right", "", list(arrivals), 0)
+
+    calm, hit, earlier = outcome(9, 10, 11, 12), outcome(9, 10.2, 13), outcome(1, 8, 9)
+    assert longest_pauses([calm, hit, earlier], 10.5, 12) == pytest.approx([2.8, 1])
+
+
+def test_a_report_passes_only_if_all_is_well() -> None:
+    fine = FaultRecord("stage", "pid 1", 0.0, 0.1, "died", 2.0)
+    assert Report({}, 0, faults=[fine]).passed
+    assert not Report({}, 0, faults=[FaultRecord("stage", "pid 1", 0.0, 0.1, "died", None)]).passed
+    for name in ("failed", "truncated", "wrong", "hung"):
+        assert not Report({}, 0, **{name: 1}).passed
+    assert not Report({}, 0, leftovers={"kv blocks in use": 1.0}).passed
+    assert not Report({}, 0, leftovers={"placement groups too many": "unknown"}).passed
+
+
+def test_cases_are_a_function_of_their_seed_and_mixed() -> None:
+    cases = make_cases(8, "test", 2048, (4, 9), seed=3)
+    assert cases == make_cases(8, "test", 2048, (4, 9), seed=3) != make_cases(8, "test", 2048, (4, 9), seed=4)
+    assert [case.body["temperature"] > 0 for case in cases] == [True, False] * 4
+    assert sum("repetition_penalty" in case.body for case in cases) == 4
+
+
+def test_log_lines_are_told_from_others() -> None:
+    line = parse_line(
+        b'{"time": "2026-11-24T09:00:00.250Z", "level": "ERROR", "logger": "cluster.engine", "message": "m"}', 7
+    )
+    assert line is not None
+    assert (line.time % 60, line.level, line.pid) == (0.25, "ERROR", 7)
+    assert parse_line(b"Traceback (most recent call last):", 7) is None
+    assert parse_line(b'{"time": "now"}', 7) is None
+
+
+def test_every_fault_that_is_offered_can_be_made() -> None:
+    assert set(INJECTORS) == set(FAULTS)
+    assert wrong_options(["stage"], "processes", "head") == []
+    assert len(wrong_options(["stge", "partition"], "clouds", "left")) == 4
+    assert "namespaces" in wrong_options(["partition"], "processes", "head")[0]
+
+
+def test_the_service_is_configured_as_any_other() -> None:
+    setting = Setting(args={"gateway": {"resume_attempts": 0}})
+    config = parse_app_config(service_config(setting, "127.0.0.1", 8000)["applications"][0]["args"])
+    assert (config.gateway.resume_attempts, config.gateway.replicas, config.pipeline.stages) == (0, 2, 2)
+
+
+# -- namespaces -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    try:
+        check_possible()
+    except NamespaceError as error:
+        pytest.skip(str(error))
+    with Network(2) as made:
+        yield made
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert not any(space.name in names for space in made.spaces)
+
+
+LISTEN = (
+    "import socket; s = socket.create_server(('', 5000)); print('up', flush=True)\nwhile 1: s.accept()[0].send(b'x')"
+)
+CONNECT = (
+    "import socket, sys, time; t = time.monotonic(); s = socket.create_connection((sys.argv[1], 5000), 1.5);"
+    "s.settimeout(1.5); s.recv(1); print(time.monotonic() - t)"
+)
+
+
+def test_a_network_can_be_delayed_cut_and_healed(network: Network) -> None:
+    one, two = network.spaces
+    python = [sys.executable, "-c"]
+    with subprocess.Popen([*two.prefix, *python, LISTEN], stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None
+        listener.stdout.readline()
+
+        def connect(prefix: list[str]) -> float | None:
+            done = subprocess.run([*prefix, *python, CONNECT, two.address], capture_output=True, text=True)
+            return float(done.stdout) if done.returncode == 0 else None
+
+        try:
+            assert connect(one.prefix) is not None
+            network.set_link(1, 2, Link(delay_s=0.2))
+            slow = connect(one.prefix)
+            assert slow is not None
+            assert slow >= 0.8  # two round trips
+            network.cut(1, 2)
+            assert connect(one.prefix) is None
+            assert connect([]) is not None, "others still get through"
+            network.heal(1, 2)
+            assert connect(one.prefix) is not None
+        finally:
+            listener.kill()
+
+
+def test_namespaces_go_with_their_owner(network: Network) -> None:
+    """Even if it is killed: the switch sees the end of its orders."""
+    code = "import ops.namespaces as o, time; n = o.Network(1, 'cvtest'); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        os.kill(owner.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while "cvtest" in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < deadline, "the namespace is still there"
+        time.sleep(0.1)
