@@ -34,6 +34,9 @@ class StepReport:
     num_seqs: int
     scheduler_seconds: float  # scheduler time of this step, schedule and update
     queue_waits: list[float]  # seconds from arrival to admission, of requests this step admitted
+    seconds: float = 0.0  # since the step before was finished, or this one was begun if none was under way
+    num_prefill_tokens: int = 0  # of them in prompts
+    num_sampled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,8 @@ class Engine:
         self._in_flight.popleft()
         self._deaths = 0
         started = time.monotonic()
-        self._patience.observe(step.batch.num_tokens, started - max(step.submitted, self.last_progress))
+        since_last = started - max(step.submitted, self.last_progress)
+        self._patience.observe(step.batch.num_tokens, since_last)
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
@@ -219,7 +223,7 @@ class Engine:
                 log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
         if events:
             self._listener.on_tokens(events)
-        self._listener.on_step(StepReport(step.batch.num_tokens, step.batch.num_seqs, seconds, step.queue_waits))
+        self._listener.on_step(_report(step, seconds, since_last))
 
     def _recover(self, death: StageDied) -> None:
         """Rebuild the pipeline and compute every open sequence again: its stream goes on with the same tokens."""
@@ -249,3 +253,16 @@ class Engine:
         self._in_flight.clear()
         log.error("engine stopped: %s", error)
         self._listener.on_failure(error)
+
+
+def _report(step: InFlight, scheduler_seconds: float, seconds: float) -> StepReport:
+    batch = step.batch
+    return StepReport(
+        num_tokens=batch.num_tokens,
+        num_seqs=batch.num_seqs,
+        scheduler_seconds=scheduler_seconds,
+        queue_waits=step.queue_waits,
+        seconds=seconds,
+        num_prefill_tokens=int(batch.query_lens[batch.query_lens > 1].sum()),
+        num_sampled=len(batch.sample_rows),
+    )

@@ -166,6 +166,39 @@ def shard(
     )
 
 
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.callback()
+def keys_() -> None:
+    """API keys."""
+
+
+@keys.command(epilog="Example: caravan keys add search-team --file keys.yaml --tokens-per-minute 200000")
+def add(
+    name: Annotated[str, typer.Argument(help="the tenant: a new one, or one that gets a further key")],
+    file: Annotated[Path, typer.Option(help="where to put its digest: auth.keys_file")] = Path("keys.yaml"),
+    weight: Annotated[float | None, typer.Option(help="share of a busy engine, compared with other tenants'")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="more get 429")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="prompt and output; beyond it, 429")] = None,
+    priority: Annotated[int | None, typer.Option(help="the most urgent priority it may ask for; default 0")] = None,
+) -> None:
+    """Make an API key. It is shown once and kept nowhere; the file gets its sha256."""
+    from deployments.config import ConfigError
+    from deployments.tenants import add_key
+
+    try:
+        key = add_key(
+            file, name, weight=weight, priority=priority, requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+        )  # fmt: skip
+    except (ConfigError, OSError) as error:
+        fail(str(error))
+    typer.echo(key)
+    typer.echo(f"{name}: its sha256 is in {file}; gateways that read it know the key within a second", err=True)
+
+
 @app.command(epilog="Example: caravan version")
 def version() -> None:
     """Print the version."""

@@ -19,6 +19,18 @@ class GatewayArgs(Strict):
 
     replicas: PositiveInt = Field(default=1, description="gateway processes")
     max_body_bytes: PositiveInt = Field(default=8_000_000, description="longer request bodies get 413")
+    max_header_bytes: PositiveInt = Field(default=65_536, description="longer request headers get 431")
+    max_messages: Annotated[int, Field(ge=1, le=4096)] = Field(default=2048, description="messages of one chat")
+    max_buffered_bytes: PositiveInt = Field(
+        default=256_000_000, description="bodies of all open requests together; beyond it, 503"
+    )
+    body_timeout_s: PositiveFloat = Field(default=30.0, description="a body that takes longer to arrive gets 408")
+    write_timeout_s: PositiveFloat = Field(
+        default=60.0, description="a client that reads nothing for so long loses its request"
+    )
+    request_timeout_s: PositiveFloat = Field(
+        default=3600.0, description="a request that takes longer in all ends with an error, 408"
+    )
     ready_max_age_s: PositiveFloat = Field(
         default=10.0, description="a replica whose status is older than this counts as gone"
     )
@@ -33,6 +45,27 @@ class GatewayArgs(Strict):
     )
     resume_timeout_s: PositiveFloat = Field(
         default=300.0, description="how long such a stream waits for an engine before it ends with an error"
+    )
+
+
+class AuthArgs(Strict):
+    """Who may ask. Without keys everybody may."""
+
+    required: bool = Field(default=False, description="start only if there are keys, and ask every request for one")
+    keys_file: str | None = Field(
+        default=None,
+        description="API keys, as `caravan keys add NAME` writes them; changes are noticed within a second",
+    )
+    keys_env: str | None = Field(
+        default=None, description="environment variable of the gateways with the same text, e.g. from a secret"
+    )
+
+
+class AdmissionArgs(Strict):
+    """Which requests are taken."""
+
+    target_ttft_s: PositiveFloat = Field(
+        default=10.0, description="a request that would wait longer before an engine begins with it gets 429"
     )
 
 
@@ -75,6 +108,8 @@ class AppConfig(EngineConfig):
     """Everything under `applications[].args`."""
 
     gateway: GatewayArgs = GatewayArgs()
+    auth: AuthArgs = AuthArgs()
+    admission: AdmissionArgs = AdmissionArgs()
     autoscaling: AutoscalingArgs = AutoscalingArgs()
     resources: ResourceArgs = ResourceArgs()
 
@@ -87,6 +122,10 @@ def parse_app_config(args: dict[str, Any]) -> AppConfig:
         raise ConfigError("\n".join(describe(error))) from None
     if config.autoscaling.max_replicas < config.autoscaling.min_replicas:
         raise ConfigError("autoscaling.max_replicas: must not be below autoscaling.min_replicas")
+    if config.auth.required and not (config.auth.keys_file or config.auth.keys_env):
+        raise ConfigError("auth.required: there are no keys: set auth.keys_file or auth.keys_env")
+    if config.auth.keys_file and config.auth.keys_env:
+        raise ConfigError("auth.keys_env: set either this or auth.keys_file")
     if config.pipeline.device == "cpu" and config.cache.memory_gb is None:
         raise ConfigError("cache.memory_gb: required on cpu: how much memory each stage may use for its KV cache")
     return config

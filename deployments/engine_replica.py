@@ -19,6 +19,7 @@ from ray.serve import metrics as serve_metrics
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
 from cluster.launch import launch_engine
+from cluster.rates import EngineRates
 from cluster.sequence import Request, TokenEvent
 from deployments import status
 from deployments.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
@@ -81,6 +82,7 @@ class EngineReplica:
         self._generated = 0  # tokens for clients
         self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
         self._reports: deque[StepReport | StageTiming | RecoveryReport] = deque()
+        self._rates = EngineRates()
         self._serving = False  # the constructor is through: what fails from now on is for Serve to replace
         self._stopping = threading.Event()
         # One thread each: the board is in the cluster's control plane, which may be away; gateways must not notice.
@@ -96,6 +98,9 @@ class EngineReplica:
         try:
             self._engine = launch_engine(self._config, group, 1, self, self._on_progress)
             self._await_probe()
+            self._await_probe(
+                min(self._config.scheduler.max_num_batched_tokens, self._engine.scheduler.max_model_len - 1)
+            )
             self._serving = True
         except BaseException:
             self._shut_down()
@@ -174,6 +179,7 @@ class EngineReplica:
         self._end(finished)
 
     def on_step(self, report: StepReport) -> None:
+        self._rates.add(report)
         self._reports.append(report)
 
     def on_timing(self, timing: StageTiming) -> None:
@@ -229,12 +235,20 @@ class EngineReplica:
             kv_blocks_used=stats.kv_blocks_used if stats else 0,
             kv_blocks_total=stats.kv_blocks_total if stats else 0,
             max_model_len=self._engine.scheduler.max_model_len if self._engine else 0,
+            running_tokens=stats.running_tokens if stats else 0,
+            block_size=self._config.cache.block_size,
+            max_num_seqs=self._config.scheduler.max_num_seqs,
+            prefill_rate=self._rates.prefill.per_second,
+            decode_rate=self._rates.decode.per_second,
         )
 
-    def _await_probe(self) -> None:
-        """A replica is ready when a token has come out of its last stage, not when its processes exist."""
+    def _await_probe(self, prompt_tokens: int = 1) -> None:
+        """A replica is ready when a token has come out of its last stage, not when its processes exist.
+
+        A longer prompt also shows how fast it computes prompts, before the first request has to be admitted by it.
+        """
         before = self._last_token
-        self._probe()
+        self._probe(prompt_tokens)
         deadline = time.monotonic() + self._config.pipeline.step_timeout_s
         while self._last_token == before:
             assert self._engine is not None
@@ -244,11 +258,13 @@ class EngineReplica:
                 raise EngineStopped("the first token did not come out of the pipeline in time")
             time.sleep(0.02)
 
-    def _probe(self) -> None:
+    def _probe(self, prompt_tokens: int = 1) -> None:
         assert self._engine is not None
         self._probe_sent = time.monotonic()
         params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-        self._engine.add(Request(request_id=f"{PROBE_PREFIX}{os.urandom(4).hex()}", token_ids=[0], sampling=params))
+        self._engine.add(
+            Request(request_id=f"{PROBE_PREFIX}{os.urandom(4).hex()}", token_ids=[0] * prompt_tokens, sampling=params)
+        )
 
     # -- every now and then -------------------------------------------------------------------------------------------
 

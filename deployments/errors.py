@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from cluster.errors import EngineStopped, RequestRejected
+from cluster.errors import CaravanError, EngineStopped, RequestRejected
+
+
+class TimeExceeded(CaravanError):
+    """A request took longer than it may."""
 
 
 class ApiError(Exception):
@@ -32,6 +36,8 @@ def from_engine(error: Exception) -> ApiError:
     """What the engine or the path to it raised, as the client should see it."""
     if isinstance(error, RequestRejected):
         return bad_request(str(error))
+    if isinstance(error, TimeExceeded):
+        return ApiError(408, str(error), code="request_timeout", headers={"x-should-retry": "false"})
     if isinstance(error, EngineStopped):
         return ApiError(
             503, f"{error}; try again shortly", kind="server_error", code="engine_unavailable",

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from cluster.errors import CaravanError
 from deployments.errors import ApiError, bad_request, from_engine
 from deployments.gateway import Gateway, Generation, Usage
+from deployments.tenants import Tenant
 from deployments.text import Piece
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,13 @@ async def read_json(http: Request, limit: int) -> Any:
 def request_id(http: Request) -> str:
     """As the `RequestId` middleware gave it."""
     return str(http.scope["state"]["request_id"])
+
+
+def tenant(http: Request) -> Tenant:
+    """As the `Guard` middleware found it."""
+    found = http.scope["state"]["tenant"]
+    assert isinstance(found, Tenant)
+    return found
 
 
 async def answer(

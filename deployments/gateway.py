@@ -9,7 +9,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,14 @@ import msgspec
 
 from cluster.errors import CaravanError
 from cluster.sequence import Request as EngineRequest
+from deployments.admission import Admission, Ticket
 from deployments.config import AppConfig
 from deployments.engine_client import EngineClient, MetricsRecorder
-from deployments.errors import bad_request
+from deployments.errors import ApiError, TimeExceeded, bad_request
 from deployments.fingerprint import fingerprint
+from deployments.limits import Limits
 from deployments.resume import ResumingEngineClient
+from deployments.tenants import KeyRing, Tenant
 from deployments.text import Piece, TextRules, merged, pieces
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
 from model.infill import can_infill, encode_infill, infill_stop_ids
@@ -49,6 +52,7 @@ class GenerationRequest:
 
     endpoint: str  # its name in metrics and logs
     request_id: str  # of the HTTP request
+    tenant: Tenant  # whose it is
     prompt: Prompt
     sampling: SamplingParams
     stops: Sequence[str] = ()
@@ -72,6 +76,7 @@ class Usage:
     cached_tokens: int = 0
     first_token: float = 0.0
     outcome: str = "cancelled"  # until something else is known
+    ticket: Ticket | None = None  # from when it is admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,9 @@ class Gateway:
         g = config.gateway
         self.engine = ResumingEngineClient(engine, g.resume_attempts, g.resume_timeout_s, recorder)
         self.recorder = recorder
+        self.keys = KeyRing(config.auth)
+        self.limits = Limits(g.replicas)
+        self.admission = Admission(config, self.engine.replicas)
         model = read_config(path)
         self.tokenizer: Tokenizer = load_tokenizer(path)
         check_fits(self.tokenizer, model.vocab_size, path)
@@ -103,7 +111,9 @@ class Gateway:
 
     async def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Prompt:
         """From messages with role and content. Raises `ApiError` if the model cannot take them."""
-        template = self.template
+        template, most = self.template, self.config.gateway.max_messages
+        if len(messages) > most:
+            raise bad_request(f"messages: {len(messages)} messages, at most {most} are allowed", "messages")
         if template is None:
             raise bad_request("this model has no chat format: use /v1/completions", "messages")
         size = sum(len(m["content"]) for m in messages)
@@ -191,19 +201,33 @@ class Gateway:
         """Start a request of one or several answers; `Piece.index` is an answer's place among `requests`.
 
         Each goes to an engine, maybe another one each, when the first piece is asked for. The pieces raise
-        `RequestRejected`, `EngineStopped` or `RequestFailed`; then all answers have ended.
+        `RequestRejected`, `EngineStopped` or `RequestFailed`; then all answers have ended. The first one raises
+        `ApiError` 429 if the request would have to wait too long, or its tenant has used up its limits.
         """
+        self._check_priority(requests[0])
         prompts = {id(request.prompt): len(request.prompt.token_ids) for request in requests}
         usage = Usage(sum(prompts.values()), time.monotonic())
-        streams = [self._counted(self._stream(request), usage) for request in requests]
+        streams = [self._counted(self._stream(request), request, usage) for request in requests]
         stream = streams[0] if len(streams) == 1 else merged(streams)
-        return Generation(self._recorded(stream, requests[0], usage), usage)
+        return Generation(self._recorded(stream, requests, usage), usage)
+
+    def _check_priority(self, request: GenerationRequest) -> None:
+        least = request.tenant.priority
+        if request.priority < least:
+            raise bad_request(f"priority: the most urgent one that this key may ask for is {least}", "priority")
 
     def _stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of one answer."""
         ids, sampling = request.prompt.token_ids, request.sampling
         events = self.engine.generate(
-            EngineRequest(request_id=secrets.token_hex(12), token_ids=ids, sampling=sampling, priority=request.priority)
+            EngineRequest(
+                request_id=secrets.token_hex(12),
+                token_ids=ids,
+                sampling=sampling,
+                tenant=request.tenant.name,
+                weight=request.tenant.weight,
+                priority=request.priority,
+            )
         )
         rules = TextRules(
             stops=request.stops,
@@ -214,9 +238,12 @@ class Gateway:
         )
         return pieces(events, self.tokenizer, ids, rules)
 
-    async def _counted(self, stream: AsyncGenerator[Piece, None], usage: Usage) -> AsyncGenerator[Piece, None]:
+    async def _counted(
+        self, stream: AsyncGenerator[Piece, None], request: GenerationRequest, usage: Usage
+    ) -> AsyncGenerator[Piece, None]:
         """The pieces of one answer, counted and timed."""
         last = 0.0
+        assert usage.ticket is not None
         try:
             async for piece in stream:
                 now = time.monotonic()
@@ -224,6 +251,10 @@ class Gateway:
                 if not usage.first_token:
                     usage.first_token = now
                     self.recorder.observe("ttft_seconds", now - usage.started)
+                if not last:
+                    usage.ticket.began(len(request.prompt.token_ids))
+                usage.ticket.grew(piece.num_tokens)
+                self.limits.spend(request.tenant, piece.num_tokens, now)
                 if last and piece.num_tokens:
                     self.recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
                 last = now
@@ -233,11 +264,12 @@ class Gateway:
             await stream.aclose()
 
     async def _recorded(
-        self, stream: AsyncGenerator[Piece, None], request: GenerationRequest, usage: Usage
+        self, stream: AsyncGenerator[Piece, None], requests: Sequence[GenerationRequest], usage: Usage
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of a whole request, whose end is recorded, whatever it is."""
+        usage.ticket = self._admit(requests, usage)
         try:
-            async for piece in stream:
+            async for piece in within(stream, self.config.gateway.request_timeout_s):
                 usage.outcome = piece.finish_reason or "cancelled"
                 yield piece
         except CaravanError as error:
@@ -248,15 +280,39 @@ class Gateway:
             raise
         finally:
             await stream.aclose()
-            self._record(request, usage)
+            usage.ticket.close(complete=usage.outcome in ("stop", "length"))
+            self._record(requests[0], usage)
+
+    def _admit(self, requests: Sequence[GenerationRequest], usage: Usage) -> Ticket:
+        tenant = requests[0].tenant
+        try:
+            ticket = self.admission.open(tenant, [(len(r.prompt.token_ids), r.sampling.max_tokens) for r in requests])
+            try:
+                self.limits.take_prompt(tenant, usage.prompt_tokens, time.monotonic())
+            except ApiError:
+                ticket.close(complete=False)
+                raise
+        except ApiError as error:
+            self.count_refusal(tenant, error)
+            raise
+        return ticket
+
+    def count_refusal(self, tenant: Tenant, error: ApiError) -> None:
+        """401 or 429, by reason: invalid_api_key, rate_limit_exceeded or overloaded."""
+        self.recorder.inc("refused_total", tenant=tenant.name, reason=str(error.body["error"]["code"]))
 
     def _record(self, request: GenerationRequest, usage: Usage) -> None:
         seconds = time.monotonic() - usage.started
         self.recorder.inc("requests_total", endpoint=request.endpoint, outcome=usage.outcome)
         self.recorder.inc("prompt_tokens_total", usage.prompt_tokens)
         self.recorder.observe("e2e_seconds", seconds)
+        tenant = request.tenant.name
+        self.recorder.inc("tenant_requests_total", tenant=tenant, outcome=usage.outcome)
+        self.recorder.inc("tenant_prompt_tokens_total", usage.prompt_tokens, tenant=tenant)
+        self.recorder.inc("tenant_generated_tokens_total", usage.completion_tokens, tenant=tenant)
         fields = {
             "request_id": request.request_id,
+            "tenant": tenant,
             "endpoint": request.endpoint,
             "outcome": usage.outcome,
             "prompt_tokens": usage.prompt_tokens,
@@ -278,3 +334,17 @@ def derived_seed(seed: int, index: int) -> int:
 async def in_thread_if(condition: bool, work: Callable[[], list[int]]) -> list[int]:
     """Long work leaves the event loop to others."""
     return await asyncio.to_thread(work) if condition else work()
+
+
+async def within(stream: AsyncGenerator[Piece, None], seconds: float) -> AsyncIterator[Piece]:
+    """The pieces that come in this time. Raises `TimeExceeded` after it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                piece = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise TimeExceeded(f"the request took longer than {seconds:g} s, which is all that it may") from None
+        yield piece

@@ -18,6 +18,7 @@ from deployments.config import AppConfig
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import ApiError, from_engine
 from deployments.gateway import Gateway
+from deployments.guard import Guard
 from deployments.routes import openai, tokens
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def create_gateway(
     """
     gateway = Gateway(config, engine, recorder)
     app = FastAPI(title="Caravan", version=package_version(), docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, gateway=gateway, respond=lambda _, error: _respond(error))
     app.add_middleware(RequestId, echo=echo_request_id)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(CaravanError, _caravan_error)

@@ -28,6 +28,11 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_used: int
     kv_blocks_total: int
     max_model_len: int
+    running_tokens: int = 0
+    block_size: int = 0  # tokens per KV block
+    max_num_seqs: int = 0
+    prefill_rate: float = 0.0  # prompt tokens/s while prompts are computed
+    decode_rate: float = 0.0  # output tokens/s while anything is computed
 
 
 def publish(app: str, status: ReplicaStatus) -> None:

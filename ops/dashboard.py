@@ -7,7 +7,7 @@ from ops.metrics import EXPORTED_PREFIX, METRICS, Metric
 
 Json = dict[str, Any]
 
-ROWS = ("Overview", "Latency", "Demand", "Pipeline", "Recovery", "Cache")
+ROWS = ("Overview", "Latency", "Demand", "Tenants", "Pipeline", "Recovery", "Cache")
 SELECTOR = 'application=~"$application",replica=~"$replica"'
 RATE = "$__rate_interval"
 WIDTH, PANEL_WIDTH, PANEL_HEIGHT = 24, 8, 8

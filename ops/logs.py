@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 FIELDS = (
-    "request_id", "endpoint", "outcome", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s", "replica", "stage",
+    "request_id", "tenant", "endpoint", "outcome", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s",
+    "replica", "stage",
 )  # fmt: skip
 
 

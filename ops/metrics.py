@@ -94,6 +94,22 @@ METRICS: tuple[Metric, ...] = (
         "recovery_seconds", "histogram", "engine", "s", "Time from a stage's death to the pipeline's next step",
         "Recovery", "Time to rebuild a pipeline", (), REQUEST_BUCKETS,
     ),
+    counter(
+        "tenant_requests_total", "gateway", "reqps", "Requests of each tenant by how they ended",
+        "Tenants", "Requests by tenant", "tenant", "outcome",
+    ),
+    counter(
+        "tenant_prompt_tokens_total", "gateway", "short", "Tokens in each tenant's prompts",
+        "Tenants", "Prompt tokens/s by tenant", "tenant",
+    ),
+    counter(
+        "tenant_generated_tokens_total", "gateway", "short", "Tokens generated for each tenant",
+        "Tenants", "Output tokens/s by tenant", "tenant",
+    ),
+    counter(
+        "refused_total", "gateway", "reqps", "Requests refused with 401 or 429, by tenant and reason",
+        "Tenants", "Refused requests/s", "tenant", "reason",
+    ),
     gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
     gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),
     gauge("waiting_tokens", "engine", "short", "Tokens of waiting sequences", "Demand", "Waiting tokens"),

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deployments.errors import bad_request
-from deployments.exchange import AnswerFormat, answer, read_json, request_id
+from deployments.exchange import AnswerFormat, answer, read_json, request_id, tenant
 from deployments.formats import ChatFormat, CompletionFormat, Head
 from deployments.gateway import Gateway, GenerationRequest, Prompt
 from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, check_model, parse
@@ -68,6 +68,7 @@ class OpenAI:
         return GenerationRequest(
             endpoint=endpoint,
             request_id=request_id(http),
+            tenant=tenant(http),
             prompt=prompt,
             sampling=request.sampling(max_tokens, self._gateway.stop_ids(prompt)),
             stops=request.stop,
