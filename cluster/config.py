@@ -57,6 +57,9 @@ class PipelineArgs(Strict):
     hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=3.0, description="a step hangs after this and 10 times what one of its size has taken so far"
     )
+    recovery_attempts: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="rebuilds in a row, without a finished step between, before the whole pipeline gives up"
+    )
     spare: bool = Field(
         default=False, description="keep a started process per stage in reserve, so that a lost one is replaced sooner"
     )

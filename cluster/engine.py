@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0  # how often an idle engine looks up
 STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
 DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 3.0, 60.0
-MAX_DEATHS = 3  # stage deaths in a row, without one finished step between, before the engine gives up
+DEFAULT_RECOVERY_ATTEMPTS = 3
+LINKED_AGAIN = 2  # rebuilds in a row that keep sound stages; the next one replaces them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,12 @@ class Engine:
     """Scheduler + pipeline + thread. `add` and `abort` are safe from any thread."""
 
     def __init__(
-        self, scheduler: Scheduler, pipeline: Pipeline, listener: Listener, patience: Patience | None = None
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        listener: Listener,
+        patience: Patience | None = None,
+        recovery_attempts: int = DEFAULT_RECOVERY_ATTEMPTS,
     ) -> None:
         self.scheduler = scheduler
         self.pipeline = pipeline
@@ -83,6 +89,7 @@ class Engine:
         self.stats = scheduler.stats()  # as of the last turn of the loop
         self._stats_at = time.monotonic()
         self._listener = listener
+        self._recovery_attempts = recovery_attempts
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
         self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
         self._arrived: dict[str, float] = {}
@@ -232,12 +239,12 @@ class Engine:
         while True:
             self._deaths += 1
             self._in_flight.clear()
+            if self._deaths > self._recovery_attempts:
+                raise EngineStopped(f"{death} (rebuilt {self._recovery_attempts} times in a row)") from death
             log.error("%s; %d sequences are recomputed", death, running)
-            if self._deaths > MAX_DEATHS:
-                raise EngineStopped(f"{MAX_DEATHS} stage deaths in a row, the last one: {death}") from death
             self.scheduler.restart()
             try:
-                replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths == MAX_DEATHS)
+                replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths > LINKED_AGAIN)
                 break
             except StageDied as again:
                 death = self._recovering = again

@@ -57,7 +57,7 @@ def make_engine(
         max_model_len=max_model_len,
     )
     patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
-    engine = Engine(scheduler, pipeline, listener, patience)
+    engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts)
     engine.start()
     return engine
 

@@ -1,6 +1,7 @@
 """How a gateway speaks to the engines."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from deployments.status import ReplicaStatus
 from deployments.token_link import Inbox, TokenReceiver
 
 WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
+BOARD_S = 1.0  # how long a look at the board may take
 LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
 
 _encode_request = msgspec.msgpack.Encoder().encode
@@ -49,6 +51,9 @@ class ServeEngineClient:
         self._generate: Any = handle.options(method_name="generate")
         self._app = app
         self._receiver: TokenReceiver | None = None
+        self._board: list[ReplicaStatus] = []
+        self._read_at = 0.0  # unix seconds
+        self._reading: asyncio.Task[list[ReplicaStatus]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
@@ -104,4 +109,22 @@ class ServeEngineClient:
             inbox.fail(EngineStopped(f"the engine went away: {type(error).__name__}"))
 
     async def replicas(self) -> list[ReplicaStatus]:
-        return await asyncio.to_thread(status.read, self._app)
+        """As the board says, which is kept by the cluster's control plane: while that is away, as it last said."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(asyncio.to_thread(status.read, self._app))
+        await asyncio.wait({self._reading}, timeout=BOARD_S)
+        if self._reading.done() and self._reading.exception() is None:
+            self._board, self._read_at = self._reading.result(), time.time()
+        away = time.time() - self._read_at if self._board else 0.0
+        return [_as_routed(replica, away if away > BOARD_S else 0.0) for replica in self._board]
+
+
+def _as_routed(replica: ReplicaStatus, away_s: float) -> ReplicaStatus:
+    """What the router and the token link know is newer than the board, which has not been read for `away_s`."""
+    replica = msgspec.structs.replace(replica, updated_at=replica.updated_at + away_s)
+    running = ASSIGNMENTS.running
+    if replica.state == "ready" and running is not None and replica.replica not in running:
+        return msgspec.structs.replace(replica, state="failed", reason="is gone, about to go, or not routed to yet")
+    if ASSIGNMENTS.is_suspect(replica.replica):
+        return msgspec.structs.replace(replica, state="stalled", reason="has fallen silent")
+    return replica

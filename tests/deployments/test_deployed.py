@@ -308,6 +308,40 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
     assert service.gauge("streams_broken_total") == 0
 
 
+def test_an_update_hands_its_streams_to_the_new_replica(service: Service) -> None:
+    """`serve deploy` of a changed configuration with one replica: the new one is ready before the old one goes."""
+    body = {
+        "model": NAME, "prompt": "Long ago", "max_tokens": 600, "temperature": 0.8, "seed": 6, "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    url = f"{service.url}/v1/completions"
+    changed = yaml.safe_load(service.file.read_text())
+    changed["applications"][0]["args"]["scheduler"]["max_num_seqs"] = 32
+    (before,) = service.processes("ServeReplica:caravan:Engine")
+
+    async def main() -> tuple[load.Stream, load.Stream, list[str]]:
+        async with httpx.AsyncClient(timeout=None) as client:
+            undisturbed = await load.stream(client, url, body)
+            running = asyncio.ensure_future(load.stream(client, url, body))
+            await asyncio.sleep(undisturbed.end_to_end_latency_s / 5)
+            service.file.with_name("changed.yaml").write_text(yaml.safe_dump(changed))
+            deployed = await asyncio.to_thread(
+                service.head.serve, "deploy", str(service.file.with_name("changed.yaml"))
+            )
+            assert deployed.returncode == 0
+            errors = []
+            while before in service.processes("ServeReplica:caravan:Engine"):  # short requests all along
+                short = await load.stream(client, url, {**body, "max_tokens": 4})
+                errors += [short.error] if short.error else []
+                await asyncio.sleep(0.2)
+            return undisturbed, await running, errors
+
+    undisturbed, disturbed, errors = asyncio.run(main())
+    assert (undisturbed.error, disturbed.error, errors) == ("", "", [])
+    assert disturbed.text == undisturbed.text
+    assert service.gauge("streams_broken_total") == 0
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
