@@ -162,7 +162,7 @@ class RayPipeline:
 
     def _load(self, stages: list[StageHandle], deadline: float) -> None:
         """All of them at once, with progress; then the cache of each."""
-        loads = [stage.actor.load.remote(self.num_blocks) for stage in stages]
+        loads = [stage.actor.load.remote(stage.predecessor) for stage in stages]
         pending = loads
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)

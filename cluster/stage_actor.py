@@ -14,6 +14,7 @@ import ray
 import torch
 
 from cluster.config import EngineConfig
+from cluster.gpu_guard import check_free
 from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Link, Rendezvous, join
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
@@ -47,6 +48,7 @@ class LoadReport:
     pid: int
     num_parameters: int
     num_blocks: int  # KV blocks it has memory for
+    visible_devices: str | None  # CUDA_VISIBLE_DEVICES of its process
 
 
 class StageActor:
@@ -80,12 +82,17 @@ class StageActor:
         """What `run` does at this moment; an answer at all says that the process lives."""
         return self._loop.activity if self._loop is not None else "idle"
 
-    def load(self, num_blocks: int | None) -> LoadReport:
+    def load(self, predecessor: LoadReport | None) -> LoadReport:
         """Read this stage's share of the checkpoint; raises `ValueError` naming what is wrong with it.
 
-        A stage that replaces another one must hold `num_blocks` as that one did, instead of what there is room for.
+        A stage that replaces another one holds as many KV blocks as that one did, instead of what there is room for.
+        If it was started as a spare, Ray gave it no GPU: it takes the one that its predecessor has left.
         """
+        if predecessor is not None and predecessor.visible_devices and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = predecessor.visible_devices
         spec, config = self._spec, self._spec.config
+        if self._device.type == "cuda" and ray.get_runtime_context().get_assigned_resources().get("GPU", 0) >= 1:
+            check_free(self._device)
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
         checkpoint: Checkpoint = (
@@ -108,7 +115,9 @@ class StageActor:
                 fp8,
             )
         self._loaded = 1.0
-        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, num_blocks or self._num_blocks())
+        num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, num_blocks, visible)
 
     def _counter(self, checkpoint: Checkpoint, names: list[str]) -> Callable[[str], None]:
         """Called with the name of each tensor that is in place; keeps `progress` true and logs every tenth."""

@@ -36,6 +36,7 @@ class StageHandle:
     def __init__(self, spec: StageSpec, group: PlacementGroup, bundle: int, spare: bool = False) -> None:
         self.spec = spec
         self.report: LoadReport | None = None  # once loaded
+        self.predecessor: LoadReport | None = None  # of whom it took the place
         self.running: Any = None  # the ref of `run`, once it was called
         self._group, self._bundle = group, bundle
         self._keeps_spare = spare
@@ -52,6 +53,7 @@ class StageHandle:
         self.kill()
         spare, self._spare = self._spare, None
         self.actor = spare if spare is not None else self._start(self._group.bundle_specs[self._bundle])
+        self.predecessor = self.report or self.predecessor
         self.report = self.running = None
 
     def prepare_spare(self) -> None:
