@@ -31,6 +31,9 @@ class GatewayArgs(Strict):
     request_timeout_s: PositiveFloat = Field(
         default=3600.0, description="a request that takes longer in all ends with an error, 408"
     )
+    keepalive_s: PositiveFloat = Field(
+        default=15.0, description="a stream that has nothing to say for so long gets a comment, so that it stays open"
+    )
     ready_max_age_s: PositiveFloat = Field(
         default=10.0, description="a replica whose status is older than this counts as gone"
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import CaravanError
 from deployments.errors import ApiError, bad_request, from_engine
@@ -17,6 +17,8 @@ from deployments.tenants import Tenant
 from deployments.text import Piece
 
 log = logging.getLogger(__name__)
+
+COMMENT = b": waiting\n\n"  # a line that clients of server-sent events skip
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -82,7 +84,8 @@ async def answer(
         return Response(msgspec.json.encode(body), media_type="application/json")
     # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
     first = await or_disconnect(http, anext(generation.pieces))
-    return EventStream(generation, _events(first, gateway, generation, written))
+    parts = _events(first, gateway, generation, written)
+    return EventStream(generation, parts, gateway.config.gateway.keepalive_s)
 
 
 async def _whole(generation: Generation, written: AnswerFormat) -> Json:
@@ -112,16 +115,38 @@ async def _events(
 
 
 class EventStream(StreamingResponse):
-    """A stream whose generation is closed with it, even if the client has left before the first byte."""
+    """A stream whose generation is closed with it, even if the client has left before the first byte.
 
-    def __init__(self, generation: Generation, parts: AsyncIterator[bytes]) -> None:
+    While nothing comes, because the pipeline is being rebuilt, say, a comment every `keepalive_s` keeps the connection
+    from being taken for dead.
+    """
+
+    def __init__(self, generation: Generation, parts: AsyncIterator[bytes], keepalive_s: float) -> None:
         super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._generation = generation
+        self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        turn = asyncio.Lock()
+        sent = 0.0  # when, by the event loop's clock; 0: nothing yet, and a comment must not come first
+
+        async def send_in_turn(message: Message) -> None:
+            nonlocal sent
+            async with turn:
+                await send(message)
+                sent = asyncio.get_running_loop().time()
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(self._keepalive_s)
+                if sent and asyncio.get_running_loop().time() - sent >= self._keepalive_s:
+                    await send_in_turn({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+        comments = asyncio.create_task(keep_alive())
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_turn)
         finally:
+            comments.cancel()
             await self._generation.pieces.aclose()
 
 

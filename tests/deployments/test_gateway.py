@@ -86,9 +86,9 @@ def tokenizer() -> Tokenizer:
 class Service:
     """The gateway with its engine and a client."""
 
-    def __init__(self) -> None:
+    def __init__(self, keepalive_s: float = 15.0) -> None:
         self.engine, self.metrics = ScriptedEngine(), Recorded()
-        config: AppConfig = parse_app_config(ARGS)
+        config: AppConfig = parse_app_config({**ARGS, "gateway": {**ARGS["gateway"], "keepalive_s": keepalive_s}})
         self.app = create_gateway(config, self.engine, self.metrics)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
@@ -119,6 +119,21 @@ class Service:
 
 
 Run = Callable[[Callable[[Service], Any]], Any]
+
+
+def test_a_silent_stream_is_kept_open_by_comments() -> None:
+    async def main() -> str:
+        service = Service(keepalive_s=0.05)
+        service.engine.pause.clear()
+        asked = asyncio.ensure_future(service.complete(stream=True))
+        await asyncio.sleep(0.3)
+        service.engine.pause.set()
+        return (await asked).text
+
+    lines = asyncio.run(main()).split("\n\n")
+    assert lines[0].startswith("data: "), "never before the first chunk"
+    assert lines.count(": waiting") >= 2
+    assert lines[-2] == "data: [DONE]"
 
 
 @pytest.fixture(scope="module")
