@@ -23,6 +23,9 @@ class ModelArgs(Strict):
         description="checkpoint file or directory, pkg:module/file inside a Python package, or shape:llama-2-70b"
     )
     name: str = Field(description="the model name that clients use")
+    aliases: list[str] = Field(
+        default=[], description="further names that clients may use, those of a hosted service for example"
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="bfloat16",
         description="type of the weights; a cpu without it multiplies them in float32",

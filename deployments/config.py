@@ -1,12 +1,13 @@
 """The `args` of the application in ray_config.yaml: the engine's configuration and how it is offered."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from cluster.config import EngineConfig, PositiveInt, Strict
 
+RouteName = Literal["tgi", "watsonx", "bedrock", "sagemaker"]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -18,6 +19,9 @@ class GatewayArgs(Strict):
     """The HTTP side."""
 
     replicas: PositiveInt = Field(default=1, description="gateway processes")
+    routes: list[RouteName] = Field(
+        default=[], description="further APIs, for clients of hosted services: tgi, watsonx, bedrock, sagemaker"
+    )
     max_body_bytes: PositiveInt = Field(default=8_000_000, description="longer request bodies get 413")
     max_header_bytes: PositiveInt = Field(default=65_536, description="longer request headers get 431")
     max_messages: Annotated[int, Field(ge=1, le=4096)] = Field(default=2048, description="messages of one chat")

@@ -32,6 +32,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def unknown_model(name: str, served: str, param: str) -> ApiError:
+    shown = name if len(name) < 200 else name[:200] + "..."
+    message = f"The model `{shown}` does not exist; this service has `{served}`"
+    return ApiError(404, message, param=param, code="model_not_found")
+
+
 def from_engine(error: Exception) -> ApiError:
     """What the engine or the path to it raised, as the client should see it."""
     if isinstance(error, RequestRejected):

@@ -20,7 +20,7 @@ from cluster.sequence import Request as EngineRequest
 from deployments.admission import Admission, Ticket
 from deployments.config import AppConfig
 from deployments.engine_client import EngineClient, MetricsRecorder
-from deployments.errors import ApiError, TimeExceeded, bad_request
+from deployments.errors import ApiError, TimeExceeded, bad_request, unknown_model
 from deployments.fingerprint import fingerprint
 from deployments.limits import Limits
 from deployments.resume import ResumingEngineClient
@@ -104,6 +104,7 @@ class Gateway:
         check_fits(self.tokenizer, model.vocab_size, path)
         self.template: ChatTemplate | None = load_chat_template(path, self.tokenizer, config.model.prompt_format)
         self.max_model_len = config.model.max_model_len or model.context_length
+        self.names = (config.model.name, *config.model.aliases)
         self.created = int(time.time())
         self.fingerprint = fingerprint(config)
 
@@ -167,6 +168,11 @@ class Gateway:
                 "context_length_exceeded",
             )
         return allowed
+
+    def check_name(self, name: str | None, param: str = "model") -> None:
+        """Raise `ApiError` 404 if a request names another model; it may name none."""
+        if name is not None and name not in self.names:
+            raise unknown_model(name, self.config.model.name, param)
 
     def check_token_ids(self, ids: Iterable[int], param: str) -> None:
         """Raise `ApiError` for an id that the model does not have."""

@@ -5,7 +5,6 @@ import logging
 import re
 import secrets
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,6 +19,8 @@ from deployments.errors import ApiError, from_engine
 from deployments.gateway import Gateway
 from deployments.guard import Guard
 from deployments.routes import openai, tokens
+from deployments.routes.drop_in import DropIn, drop_ins
+from deployments.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ def create_gateway(
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
+    app.state.drop_ins = drop_ins(gateway)  # errors are written in their forms too
+    for drop_in in app.state.drop_ins:
+        app.include_router(drop_in.router)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -72,13 +76,6 @@ async def _ready(gateway: Gateway) -> Response:
     return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"Retry-After": "5"})
 
 
-def package_version() -> str:
-    try:
-        return version("caravan")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 class RequestId:
     """Gives every request an id, the client's own if it is fit to print, and sends it back on every answer."""
 
@@ -103,19 +100,24 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-def _respond(error: ApiError) -> Response:
+def respond(http: Request, error: ApiError) -> Response:
+    """The error in the form of the API that the request's path belongs to; OpenAI's for all others."""
+    owners: list[DropIn] = http.app.state.drop_ins
+    for drop_in in owners:
+        if drop_in.owns(http.scope):
+            return drop_in.respond(error, http.scope["state"]["request_id"])
     return Response(
         json.dumps(error.body), status_code=error.status, headers=error.headers, media_type="application/json"
     )
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _respond(error)
+    return respond(http, error)
 
 
-async def _caravan_error(_: Request, error: Exception) -> Response:
-    return _respond(from_engine(error))
+async def _caravan_error(http: Request, error: Exception) -> Response:
+    return respond(http, from_engine(error))
 
 
 async def _http_error(http: Request, error: Exception) -> Response:
@@ -123,9 +125,9 @@ async def _http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: f"there is no {http.url.path}", 405: f"{http.url.path} does not take {http.method}"}
     message = what.get(error.status_code, str(error.detail))
-    return _respond(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+    return respond(http, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def _internal_error(http: Request, error: Exception) -> Response:
     log.error("internal error", exc_info=error, extra={"request_id": http.scope.get("state", {}).get("request_id")})
-    return _respond(from_engine(error))
+    return respond(http, from_engine(error))

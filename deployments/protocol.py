@@ -295,14 +295,6 @@ def parse_body(kind: type[B], body: Any) -> B:
         raise _explain(error) from None
 
 
-def check_model(name: str | None, served: str) -> None:
-    """Raises `ApiError` 404 if a request names a model that is not `served` here; it may name none."""
-    if name is not None and name != served:
-        shown = name if len(name) < 200 else name[:200] + "..."
-        message = f"The model `{shown}` does not exist; this service has `{served}`"
-        raise ApiError(404, message, param="model", code="model_not_found")
-
-
 def parse(kind: type[R], body: Any) -> R:
     """The same of a request to generate, which may also be refused for what this service cannot do."""
     for name, harmless in REFUSED.items():

@@ -10,7 +10,7 @@ from deployments.errors import bad_request
 from deployments.exchange import AnswerFormat, answer, read_json, request_id, tenant
 from deployments.formats import ChatFormat, CompletionFormat, Head
 from deployments.gateway import Gateway, GenerationRequest, Prompt
-from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, check_model, parse
+from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context
 
@@ -109,7 +109,7 @@ class OpenAI:
         return given if isinstance(given, str) else self._gateway.tokenizer.decode(prompt.token_ids)
 
     def _check(self, request: SamplingFields) -> None:
-        check_model(request.model, self._name)
+        self._gateway.check_name(request.model)
         self._gateway.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
         self._gateway.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
         self._gateway.check_answers(request.n or 1)
@@ -132,7 +132,7 @@ class OpenAI:
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        check_model(name, self._name)
+        self._gateway.check_name(name)
         return self._card()
 
     def _card(self) -> dict[str, Any]:

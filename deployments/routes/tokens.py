@@ -8,7 +8,7 @@ from pydantic import Field
 from deployments.errors import bad_request
 from deployments.exchange import Json, read_json
 from deployments.gateway import Gateway
-from deployments.protocol import Body, ChatMessage, check_model, parse_body
+from deployments.protocol import Body, ChatMessage, parse_body
 from deployments.text import token_name
 
 
@@ -32,12 +32,12 @@ class DetokenizeRequest(Body):
 def router(gateway: Gateway) -> APIRouter:
     """POST /tokenize and /detokenize."""
     routes = APIRouter()
-    limit, name = gateway.config.gateway.max_body_bytes, gateway.config.model.name
+    limit = gateway.config.gateway.max_body_bytes
 
     @routes.post("/tokenize")
     async def tokenize(http: Request) -> Json:
         request = parse_body(TokenizeRequest, await read_json(http, limit))
-        check_model(request.model, name)
+        gateway.check_name(request.model)
         ids = await _ids(gateway, request)
         names = [token_name(gateway.tokenizer, i) for i in ids]
         answer: Json = {"count": len(ids), "max_model_len": gateway.max_model_len, "tokens": ids}
@@ -50,7 +50,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/detokenize")
     async def detokenize(http: Request) -> Json:
         request = parse_body(DetokenizeRequest, await read_json(http, limit))
-        check_model(request.model, name)
+        gateway.check_name(request.model)
         ids = gateway.ids_prompt(request.tokens, "tokens").token_ids if request.tokens else []
         return {"prompt": gateway.tokenizer.decode(ids)}
 

@@ -4,6 +4,7 @@ Control tokens (begin, end, role marks) are ids and never text: no text that a u
 """
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,22 @@ class Detokenizer:
 def padded_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """`token_bytes`, or nothing for an id beyond the vocabulary: some embeddings are padded to a round size."""
     return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a whole prompt as its writer means it: names of control tokens in it are those tokens.
+
+    Begin-of-text is put before it unless it is there. Only for prompts that no user's text could have slipped into
+    unseen by the writer; elsewhere a name in a text is text.
+    """
+    names = sorted((name for name in tokenizer.control_tokens if len(name) > 1), key=len, reverse=True)
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)", text):
+        if part in tokenizer.control_tokens:
+            ids.append(tokenizer.control_tokens[part])
+        elif part:
+            ids += tokenizer.encode(part, add_bos=False)
+    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
