@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CLIENTS := .venv/clients/.ready
 XLLAMACPP := 2026.10.11549
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-long chaos check format bench lock clean
+.PHONY: help setup demo serve clients test test-long chaos check format bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,10 +33,18 @@ demo: $(READY)  ## deploy the default model on this machine, ask it something, l
 serve: $(READY)  ## the same, but serve until Ctrl-C
 	@$(BIN)/python -m deployments.local
 
-test: $(READY)  ## all tests but the long ones (under 10 minutes on 2 cores)
+clients: $(CLIENTS)  ## clients that the tests run in processes of their own: they do not fit beside the pinned packages
+
+$(CLIENTS): tests/clients/requirements.lock $(READY)
+	@echo "installing clients for the tests (LiteLLM, watsonx.ai, text-generation)"
+	@rm -rf $(dir $@)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
+	@touch $@
+
+test: $(READY) $(CLIENTS)  ## all tests but the long ones (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-test-long: $(READY)  ## all tests
+test-long: $(READY) $(CLIENTS)  ## all tests
 	@$(BIN)/python -m pytest -q
 
 chaos: $(READY)  ## break the deployed service under load: kill -9 of stages, engines and nodes, 1,000 requests

@@ -176,7 +176,8 @@ class TGIFormat:
                 event["top_tokens"] = [self._alternative(t) for t in token.top]
             events.append(event)
         if piece.finish_reason is not None and events:
-            events[-1] |= {"generated_text": self._text, "details": self._details(piece, self._sent)}
+            details = self._details(piece, self._sent) | {"input_length": usage.prompt_tokens}
+            events[-1] |= {"generated_text": self._text, "details": details}
         return b"".join(map(sse, events))
 
     def closing(self, usage: Usage) -> bytes:

@@ -37,6 +37,7 @@ from model.sampling_params import SamplingParams
 
 DEFAULT_NEW_TOKENS = 20
 MAX_STOPS = 6
+SOFTWARE_VERSION = "5.1.0"
 MAX_TOP_TOKENS = 5
 CODES = {401: "authentication_token_not_valid", 404: "model_not_supported", 413: "request_too_large"}
 CODES |= {429: "rate_limit_reached", 500: "internal_server_error", 503: "service_unavailable"}
@@ -101,7 +102,9 @@ class GenerationBody(StrictBody):
     moderations: Annotated[Any, only({})] = None
 
 
-class TokenizationParameters(StrictBody):
+class TokenizationParameters(Parameters):
+    """The client sends those of generation too."""
+
     return_tokens: Flag | None = None
 
 
@@ -164,6 +167,17 @@ class Watsonx(Vendor):
             for name in self.gateway.names
         ]
         return {"total_count": len(specs), "limit": 100, "resources": specs}
+
+    async def installation(self) -> Json:
+        """What the client takes this service for: watsonx.ai software, whose requests need no cloud account."""
+        return {"version": SOFTWARE_VERSION}
+
+    async def scope(self, scope_id: str) -> Json:
+        """The client wants to see its project or space before it asks for anything; here any name will do."""
+        return {
+            "metadata": {"id": scope_id, "guid": scope_id},
+            "entity": {"name": scope_id, "storage": {"type": "none"}},
+        }
 
 
 class WatsonxFormat:
@@ -291,4 +305,7 @@ def router(gateway: Gateway) -> APIRouter:
     routes.post("/ml/v1/text/generation_stream")(api.generation_stream)
     routes.post("/ml/v1/text/tokenization")(api.tokenization)
     routes.get("/ml/v1/foundation_model_specs")(api.foundation_model_specs)
+    routes.get("/ml/wml_services/v2/version")(api.installation)
+    routes.get("/v2/projects/{scope_id}")(api.scope)
+    routes.get("/v2/spaces/{scope_id}")(api.scope)
     return routes

@@ -147,7 +147,7 @@ def running(client: LocalEngineClient) -> Iterator[None]:
 
 @contextlib.contextmanager
 def served(app: FastAPI, certificate: tuple[Path, Path] | None = None) -> Iterator[str]:
-    """The application's address, by a uvicorn in a thread of its own; with TLS if there are a certificate and its key."""
+    """The application's address, by a uvicorn in its own thread; with TLS if there is a certificate with its key."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     tls: dict[str, Any] = {}
