@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from deployments.errors import ApiError, bad_request
-from deployments.exchange import read_json, request_id
+from deployments.exchange import read_json, request_id, tenant
 from deployments.gateway import LONG_TEXT, Gateway, GenerationRequest, Prompt, in_thread_if
 from deployments.protocol import Body, Number, Whole
 from model.sampling_params import SamplingParams
@@ -95,6 +95,7 @@ class Vendor:
         return GenerationRequest(
             endpoint=self.name,
             request_id=request_id(http),
+            tenant=tenant(http),
             prompt=prompt,
             sampling=sampling,
             stops=stops or [],
