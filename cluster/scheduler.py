@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
-from cluster.sequence import NO_TOKEN, Request, Sequence, TokenEvent
+from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.waiting_queue import WaitingQueue
 from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
@@ -82,10 +82,10 @@ class Scheduler:
                 f"{self.max_model_len}: shorten them"
             )
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestRejected` as `validate` does."""
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        self._waiting.push(Sequence(request, self._arrivals))
+        self._waiting.push(Sequence(request, self._arrivals, matcher))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -170,7 +170,7 @@ class Scheduler:
             seq.num_pending_tokens -= 1
             if self._running.get(seq.request_id) is not seq:
                 continue
-            seq.failure = seq.failure or output.errors.get(i)
+            seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
             if seq.failure is None:
                 events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
             else:
@@ -194,6 +194,8 @@ class Scheduler:
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
             self._release(seq)
+        elif seq.matcher is not None:
+            seq.matcher.advance(token_id)
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
         return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
@@ -239,10 +241,12 @@ class Scheduler:
         waiting = sum(s.num_uncomputed_tokens for s in prefilling) + self._waiting.num_tokens
         budget = min(self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
         while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
-            count = min(seq.num_uncomputed_tokens, budget)
-            self._waiting.account(seq).charge(seq, count)
-            scheduled.append((seq, count))
-            budget -= count
+            # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
+            count = min(seq.num_uncomputed_tokens - (not seq.may_sample), budget)
+            if count > 0:
+                self._waiting.account(seq).charge(seq, count)
+                scheduled.append((seq, count))
+                budget -= count
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
@@ -436,4 +440,5 @@ def _sample_row(row: int, seq: Sequence) -> SampleRow:
         logit_bias=p.logit_bias or None,
         penalties=penalties,
         banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
+        mask=seq.matcher.mask if seq.matcher is not None else b"",
     )

@@ -1,6 +1,6 @@
 """A request as the client sent it, the engine's state for it, and what leaves the engine."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -43,6 +43,18 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
 
 
+class Matcher(Protocol):
+    """Where a sequence is in its constraint; see model/grammar.py."""
+
+    ready: bool  # whether `mask` is that of the next token
+    mask: bytes  # see SampleRow
+    failure: str | None  # why there is no mask any more
+
+    def advance(self, token_id: int) -> None:
+        """The sequence has one token more. Does not wait."""
+        ...
+
+
 class Sequence:
     """The engine's state of one request, counted rather than flagged.
 
@@ -55,6 +67,7 @@ class Sequence:
         "arrival",
         "block_table",
         "failure",
+        "matcher",
         "num_cached_tokens",
         "num_charged_tokens",
         "num_computed_tokens",
@@ -70,8 +83,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, arrival: int = 0) -> None:
+    def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
         self.request = request
+        self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
         self.num_prompt_tokens = len(request.token_ids)
@@ -100,7 +114,7 @@ class Sequence:
 
         An object of its own, so that what batches in flight still bring for this one is not taken for the other.
         """
-        successor = Sequence(self.request, self.arrival)
+        successor = Sequence(self.request, self.arrival, self.matcher)
         successor.token_ids, successor.output_counts = self.token_ids, self.output_counts
         successor.num_charged_tokens = self.num_charged_tokens
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
@@ -131,14 +145,20 @@ class Sequence:
     def may_decode(self) -> bool:
         """Whether a batch may take its next token now.
 
-        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts must be
-        known.
+        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts or a
+        constraint follows must be known.
         """
         if self.num_uncomputed_tokens != 1:
             return False
         if self.num_output_tokens + self.num_pending_tokens >= self.request.sampling.max_tokens:
             return False
-        return self.num_pending_tokens <= (0 if self.request.sampling.needs_counts else 1)
+        waits = self.request.sampling.needs_counts or self.matcher is not None
+        return self.num_pending_tokens <= (0 if waits else 1) and self.may_sample
+
+    @property
+    def may_sample(self) -> bool:
+        """Whether it is known what its next token may be, as far as that matters."""
+        return self.matcher is None or self.matcher.ready
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""

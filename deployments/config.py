@@ -47,6 +47,9 @@ class GatewayArgs(Strict):
     max_request_tokens: PositiveInt = Field(
         default=262_144, description="tokens that several answers of one request may need together, prompts included"
     )
+    constraint_timeout_s: PositiveFloat = Field(
+        default=5.0, description="a JSON schema, regular expression or grammar that takes longer to compile gets 400"
+    )
     resume_attempts: Annotated[int, Field(ge=0)] = Field(
         default=5, description="how often a stream whose engine is lost goes on with another one"
     )

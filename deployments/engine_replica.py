@@ -20,14 +20,17 @@ from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
 from cluster.launch import launch_engine
 from cluster.rates import EngineRates
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import Matcher, Request, TokenEvent
 from deployments import status
 from deployments.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
 from deployments.config import parse_app_config
 from deployments.status import ReplicaStatus
 from deployments.token_link import GatewayLost, ReplyAddress, TokenSender
 from model.batch import StageTiming
+from model.grammar import Masks
 from model.sampling_params import SamplingParams
+from model.tokenizer import load_tokenizer
+from model.weights import resolve_path
 from ops import logs
 from ops.metrics import Recorder
 
@@ -76,6 +79,7 @@ class EngineReplica:
         self._open: dict[str, OpenRequest] = {}
         self._sender = TokenSender(self._replica)
         self._engine: Engine | None = None
+        self._masks: Masks | None = None
         self._loaded = 0.0
         self._last_token = time.monotonic()
         self._probe_sent = 0.0
@@ -97,6 +101,8 @@ class EngineReplica:
             raise ValueError("the Engine deployment needs placement_group_bundles: use the application builder's")
         try:
             self._engine = launch_engine(self._config, group, 1, self, self._on_progress)
+            path = resolve_path(self._config.model.path)
+            self._masks = Masks(lambda: load_tokenizer(path), self._engine.pipeline.wake)
             self._await_probe()
             self._await_probe(
                 min(self._config.scheduler.max_num_batched_tokens, self._engine.scheduler.max_model_len - 1)
@@ -123,13 +129,25 @@ class EngineReplica:
         entry = self._open[request.request_id] = OpenRequest(ReplyAddress(*reply_to), self._loop.create_future())
         finished = False
         try:
-            self._engine.add(request)
+            matcher = await self._matcher(request)
+            self._engine.add(request, matcher)
             await entry.done
             finished = True
         finally:
             del self._open[request.request_id]
             if not finished:
                 self._engine.abort(request.request_id)
+
+    async def _matcher(self, request: Request) -> Matcher | None:
+        """For a request with a constraint. Its grammar was compiled before, by a gateway; it may still take a while."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        try:
+            assert self._masks is not None
+            return await asyncio.to_thread(self._masks.open, constraint, request.output_ids)
+        except ValueError as error:
+            raise RequestRejected(f"the constraint cannot be followed: {error}") from error
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine has stopped for good."""
@@ -347,5 +365,7 @@ class EngineReplica:
         self._stopping.set()
         if self._engine is not None:
             self._engine.close()
+        if self._masks is not None:
+            self._masks.close()
         self._sender.close()
         status.remove(self._app, self._replica)

@@ -19,6 +19,7 @@ from cluster.errors import CaravanError
 from cluster.sequence import Request as EngineRequest
 from deployments.admission import Admission, Ticket
 from deployments.config import AppConfig
+from deployments.constraints import ConstraintChecker
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import ApiError, TimeExceeded, bad_request, unknown_model
 from deployments.fingerprint import fingerprint
@@ -27,6 +28,7 @@ from deployments.resume import ResumingEngineClient
 from deployments.tenants import KeyRing, Tenant
 from deployments.text import Piece, TextRules, merged, pieces
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
+from model.constraint import Constraint
 from model.infill import can_infill, encode_infill, infill_stop_ids
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -107,6 +109,7 @@ class Gateway:
         self.names = (config.model.name, *config.model.aliases)
         self.created = int(time.time())
         self.fingerprint = fingerprint(config)
+        self._constraints = ConstraintChecker(config.model.path, g.constraint_timeout_s)
 
     # -- prompts and limits -------------------------------------------------------------------------------------------
 
@@ -200,6 +203,15 @@ class Gateway:
     def stop_ids(self, prompt: Prompt) -> frozenset[int]:
         """Tokens that end an answer to this prompt."""
         return self.tokenizer.eos_ids | prompt.stop_ids
+
+    async def check_constraint(self, constraint: Constraint, param: str) -> None:
+        """Raise `ApiError` that names the field if no engine could follow this constraint."""
+        if not self._constraints.known(constraint):
+            await asyncio.to_thread(self._constraints.check, constraint, param)
+
+    def close(self) -> None:
+        """End what was started beside this process."""
+        self._constraints.close()
 
     # -- generating ---------------------------------------------------------------------------------------------------
 

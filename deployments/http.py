@@ -34,6 +34,7 @@ def create_gateway(
     """
     gateway = Gateway(config, engine, recorder)
     app = FastAPI(title="Caravan", version=package_version(), docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
     app.add_middleware(Guard, gateway=gateway, respond=respond)
     app.add_middleware(RequestId, echo=echo_request_id)
     app.add_exception_handler(ApiError, _api_error)

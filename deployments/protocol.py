@@ -102,6 +102,12 @@ class SamplingFields(Body):
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
 
     @property
@@ -261,7 +267,6 @@ REFUSED: dict[str, Sequence[Any]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -274,10 +279,8 @@ REFUSED: dict[str, Sequence[Any]] = {
     "skip_special_tokens": (True,),
     "chat_template": (),
     "continue_final_message": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
 }
 
 
@@ -309,7 +312,8 @@ def parse(kind: type[R], body: Any) -> R:
 def _explain(error: ValidationError) -> ApiError:
     """The first finding, with the field's name; never the client's values, which may be prompt text."""
     first = error.errors(include_input=False, include_url=False)[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))]
+    kinds = ("str", "list", "dict")  # of a union: no part of the path
+    loc = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in kinds))]
     param = str(loc[0]) if loc else None
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
     message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")

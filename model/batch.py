@@ -43,6 +43,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: dict[int, float] | None = None
     penalties: Penalties | None = None
     banned: tuple[int, ...] = ()  # token ids that may not be drawn now
+    mask: bytes = b""  # bit i, lowest first: token i may be drawn; b"": all may, otherwise none beyond its end
 
 
 class PromptRow(msgspec.Struct, frozen=True, array_like=True):

@@ -68,6 +68,7 @@ def sample(logits: torch.Tensor, draws: list[SampleRow]) -> Sampled:
             if draw.logprobs >= 0:
                 raw[draw.row] = logits[draw.row].log_softmax(-1)
             _adjust(logits[draw.row], draw)
+    _apply_masks(logits, [d for d in draws if d.mask and d.row not in errors], errors)
     tokens = logits.argmax(dim=-1)
     for filtered in (False, True):
         chosen = [d for d in draws if d.temperature > 0 and _is_filtered(d) == filtered and d.row not in errors]
@@ -121,6 +122,30 @@ def _adjust(logits: torch.Tensor, draw: SampleRow) -> None:
         _add_bias(logits, draw.logit_bias)
     if draw.banned:
         logits[torch.tensor(draw.banned, device=logits.device)] = -torch.inf
+
+
+def _apply_masks(logits: torch.Tensor, draws: list[SampleRow], errors: dict[int, str]) -> None:
+    """Put what is not allowed out of reach; all rows together, and each alone if together fails."""
+    try:
+        if draws:
+            _mask(logits, draws)
+    except torch.AcceleratorError:
+        raise
+    except Exception:
+        for draw in draws:
+            with _alone(draw, errors):
+                _mask(logits, [draw])
+
+
+def _mask(logits: torch.Tensor, draws: list[SampleRow]) -> None:
+    device, vocab = logits.device, logits.shape[-1]
+    masks = torch.frombuffer(bytearray(b"".join(d.mask for d in draws)), dtype=torch.uint8).view(len(draws), -1)
+    bits = (masks.to(device).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    refused = torch.ones(len(draws), vocab, dtype=torch.bool, device=device)
+    known = min(vocab, bits.shape[1] * 8)
+    refused[:, :known] = bits.flatten(1)[:, :known] == 0
+    rows = torch.tensor([d.row for d in draws]).to(device, non_blocking=True)
+    logits[rows] = logits[rows].masked_fill(refused, -torch.inf)
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:

@@ -4,6 +4,8 @@ import math
 
 import msgspec
 
+from model.constraint import Constraint
+
 MAX_LOGPROBS = 20
 
 
@@ -27,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0  # no stop token is drawn before so many tokens
     logprobs: int | None = None  # None: no logprobs; k: the chosen token's and the k best
     prompt_logprobs: int | None = None  # the same of every prompt token but the first
+    constraint: Constraint | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, math.inf)
@@ -45,6 +48,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if count is not None:
                 _check(name, count, 0, MAX_LOGPROBS)
 
+    def constrained(self, constraint: Constraint) -> "SamplingParams":
+        """The same with a constraint, whose end is always an end of the answer, even one that ignores others."""
+        ends = tuple(sorted({*self.stop_token_ids, *constraint.end_ids}))
+        return msgspec.structs.replace(self, constraint=constraint, stop_token_ids=ends)
+
     @property
     def needs_counts(self) -> bool:
         """Whether sampling looks at which tokens came before."""
@@ -54,7 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def is_greedy(self) -> bool:
         """Whether the likeliest token is all there is to it."""
         plain = self.logprobs is None and not self.logit_bias and not self.needs_counts and not self.min_tokens
-        return self.temperature == 0.0 and plain
+        return self.temperature == 0.0 and plain and self.constraint is None
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

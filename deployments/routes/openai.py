@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from deployments.constraints import constraint_of
 from deployments.errors import bad_request
 from deployments.exchange import AnswerFormat, answer, read_json, request_id, tenant
 from deployments.formats import ChatFormat, CompletionFormat, Head
@@ -38,7 +39,7 @@ class OpenAI:
         self._check(request)
         prompt = await self._gateway.chat_prompt([message.as_template_input for message in request.messages])
         max_tokens = self._gateway.max_tokens(prompt, request.budget, None, "messages")
-        one = self._one(http, "chat", request, prompt, max_tokens)
+        one = await self._one(http, "chat", request, prompt, max_tokens)
         answers = request.n or 1
         written = ChatFormat(self._head("chatcmpl", request), answers)
         return await self._answer(http, one.copies(answers), written, request)
@@ -51,7 +52,7 @@ class OpenAI:
         for prompt in prompts:
             max_tokens = self._gateway.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
             # The engine gives a prompt's logprobs with a first token, wanted or not; that one needs no room.
-            one = self._one(http, "completions", request, prompt, max(1, max_tokens))
+            one = await self._one(http, "completions", request, prompt, max(1, max_tokens))
             answers += one.copies(request.candidates)
         written = CompletionFormat(
             self._head("cmpl", request),
@@ -62,15 +63,24 @@ class OpenAI:
         )
         return await self._answer(http, answers, written, request)
 
-    def _one(
+    async def _one(
         self, http: Request, endpoint: str, request: SamplingFields, prompt: Prompt, max_tokens: int
     ) -> GenerationRequest:
+        ends = self._gateway.stop_ids(prompt)
+        sampling = request.sampling(max_tokens, ends)
+        found = constraint_of(request, ends)
+        if found is not None:
+            param, constraint = found
+            if request.min_tokens:
+                raise bad_request(f"min_tokens: is not possible with {param}", "min_tokens")
+            await self._gateway.check_constraint(constraint, param)
+            sampling = sampling.constrained(constraint)
         return GenerationRequest(
             endpoint=endpoint,
             request_id=request_id(http),
             tenant=tenant(http),
             prompt=prompt,
-            sampling=request.sampling(max_tokens, self._gateway.stop_ids(prompt)),
+            sampling=sampling,
             stops=request.stop,
             include_stop=bool(request.include_stop_str_in_output),
             prompt_only=isinstance(request, CompletionRequest) and request.prompt_only,

@@ -18,10 +18,11 @@ from deployments.http import create_gateway
 from deployments.status import ReplicaStatus
 from deployments.token_link import Inbox, deliver
 from model.batch import StageTiming
+from model.grammar import Masks
 from model.stage import Stage
 from tests import golden
 from tests.cluster.test_golden import BLOCK, decoders
-from tests.deployments.test_gateway import Recorded
+from tests.deployments.test_gateway import Recorded, tokenizer
 
 ARGS = {
     "model": {"path": golden.MODEL, "name": "smol", "max_model_len": 512},
@@ -44,6 +45,7 @@ class LocalClient:
         )
         self.pipeline = LocalPipeline([Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages)])
         self.engine = Engine(scheduler, self.pipeline, self)
+        self.masks = Masks(tokenizer, self.pipeline.wake)
         self.steps = 0
         self.requests: list[Request] = []
         self._inboxes: dict[str, Inbox] = {}
@@ -55,7 +57,10 @@ class LocalClient:
         inbox = self._inboxes[request.request_id] = Inbox()
         finished = False
         try:
-            self.engine.add(request)
+            constraint, matcher = request.sampling.constraint, None
+            if constraint is not None:
+                matcher = await asyncio.to_thread(self.masks.open, constraint, request.output_ids)
+            self.engine.add(request, matcher)
             while not finished:
                 events = await inbox.next()
                 finished = events[-1].finish_reason is not None
@@ -71,6 +76,10 @@ class LocalClient:
     @property
     def kv_blocks_used(self) -> int:
         return self.engine.scheduler.stats().kv_blocks_used
+
+    def close(self) -> None:
+        self.engine.close()
+        self.masks.close()
 
     def on_tokens(self, events: list[TokenEvent]) -> None:
         self._loop.call_soon_threadsafe(deliver, events, self._inboxes)
@@ -115,8 +124,9 @@ def with_service(test: Callable[[Service], Awaitable[None]], **options: Any) -> 
 
     async def main() -> None:
         client = LocalClient(**options)
+        service = Service(client)
         try:
-            await test(Service(client))
+            await test(service)
             for _ in range(200):
                 if client.kv_blocks_used == 0:
                     break
@@ -124,7 +134,8 @@ def with_service(test: Callable[[Service], Awaitable[None]], **options: Any) -> 
             assert client.engine.failure is None
             assert client.kv_blocks_used == 0
         finally:
-            await asyncio.to_thread(client.engine.close)
+            service.app.state.gateway.close()
+            await asyncio.to_thread(client.close)
         client.engine.scheduler.check()
 
     asyncio.run(main())

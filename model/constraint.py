@@ -1,0 +1,15 @@
+"""What an answer must look like, as data; grammar.py makes masks of it."""
+
+from typing import Literal
+
+import msgspec
+
+MAX_CONSTRAINT_CHARS = 65_536
+
+
+class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The answer's text must match. What may come next is a function of the tokens so far and of nothing else."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str  # a JSON schema, a regular expression, or a grammar in GBNF, its first rule named root
+    end_ids: tuple[int, ...]  # tokens that may end the answer where the constraint allows an end
