@@ -258,3 +258,28 @@ def fairness(
 
     results = bench_fairness([float(share) for share in shares.split(",")], seconds)
     report(fairness_table(results), {"seconds": seconds, "shares": results}, output)
+
+
+@bench.command(epilog="Example: caravan bench recovery deployments/configs/llama2-70b-dummy.yaml --stage 1")
+def recovery(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to break")],
+    stage: Annotated[int, typer.Option(help="which stage to kill, counted from 0")] = 1,
+    streams: Annotated[int, typer.Option(help="streams at once")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="tokens of each stream")] = 256,
+    output: Output = None,
+) -> None:
+    """The engine alone in a Ray of its own: kill -9 of a stage in the middle of many streams, and what it costs."""
+    from deployments.bench_recovery import bench_recovery, recovery_table
+    from deployments.offline import own_ray
+
+    app_config = read_app_config(config)
+    if not 0 <= stage < app_config.pipeline.stages:
+        fail(f"--stage {stage}: {config} has stages 0 to {app_config.pipeline.stages - 1}")
+    try:
+        with own_ray(app_config):
+            result = bench_recovery(app_config, streams, new_tokens, stage)
+    except ValueError as error:
+        fail(f"{config}: {error}")
+    report(recovery_table(f"{app_config.model.name}: {config}", result), result, output)
+    if result["streams_finished"] < streams:
+        fail("not all streams finished")
