@@ -27,6 +27,7 @@ def chaos(
     haproxy: Annotated[bool, typer.Option(help="HAProxy instead of Serve's own proxy")] = False,
     recovery: Annotated[bool, typer.Option(help="whether the service may recover; the faults show without it")] = True,
     seed: Annotated[int, typer.Option(help="of the requests and the faults")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="keep all logs in this directory")] = None,
     out: Annotated[Path | None, typer.Option(help="write the JSON here too")] = None,
 ) -> None:
     """Break a service under load on this machine, and count what its clients see."""
@@ -67,7 +68,7 @@ def chaos(
                 typer.echo(line)
 
         try:
-            report = run(setting, plan, say)
+            report = run(setting, plan, say, logs)
         except (LocalError, NamespaceError, ValueError) as error:
             fail(str(error))
     console.print(report.render())

@@ -251,6 +251,15 @@ class Nodes:
         self._remove()
         return left
 
+    def copy_logs(self, to: Path) -> None:
+        """Everything that was logged, before it is removed."""
+        for node in self.all:
+            for logs in node.directory.glob("session_2*/logs"):
+                shutil.copytree(
+                    logs, to / node.name / logs.parent.name, dirs_exist_ok=True, ignore_dangling_symlinks=True
+                )
+            shutil.copy(self.directory / f"{node.name}.log", to)
+
     def _remove(self) -> None:
         for node in self.all if self._small_disks else ():
             subprocess.run(["umount", "--lazy", str(node.directory)], capture_output=True)

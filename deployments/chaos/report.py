@@ -41,7 +41,7 @@ class Report:
     hung: int = 0  # streams that had to be given up
     excused: int = 0  # connections that went through the very process that was killed
     retried: int = 0  # requests that were refused at first, and served when tried again
-    left_out: int = 0  # cases that are not stable even without faults
+    left_out: int = 0  # cases that give two texts even without faults
     faults: list[FaultRecord] = field(default_factory=list)
     leftovers: dict[str, Any] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)  # of what was not right, the first few

@@ -16,6 +16,7 @@ Ending = Literal["right", "wrong", "truncated", "failed", "refused"]
 
 FIRST_WORD = 259  # ids below are bytes, which need not be text alone; from here on each id is a word of its own
 RETRY_S = 0.2  # between the attempts of a client that was refused
+CONFIRMATIONS = (64, 48, 32, 16, 8)  # streams at once, when what looks wrong is tried without faults
 PATIENCE_S = 120.0  # how long a client tries to be let in
 
 
@@ -43,6 +44,8 @@ class Outcome:
     detail: str  # the error, or where the text is wrong
     arrivals: list[float]  # of its chunks
     refusals: int  # attempts before the one that was let in
+    case: int = 0  # its number
+    text: str = ""  # if it is wrong
 
 
 def make_cases(count: int, model: str, vocab_size: int, tokens: tuple[int, int], seed: int) -> list[Case]:
@@ -88,6 +91,19 @@ async def undisturbed(urls: Sequence[str], cases: Sequence[Case], concurrency: i
     if len(kept) < 0.9 * len(cases):
         raise ValueError(f"only {len(kept)} of {len(cases)} requests gave the same text twice without any fault")
     return kept, len(cases) - len(kept)
+
+
+async def unstable(urls: Sequence[str], cases: Sequence[Case], wrong: Sequence[Outcome]) -> set[int]:
+    """Numbers of those cases that give the wrong text without any fault too, sometimes: rounding decides there.
+
+    They run again among all others, several times, so in other batches each time.
+    """
+    found: set[int] = set()
+    for width in CONFIRMATIONS if wrong else ():
+        again = Traffic(urls, cases, width, check=False)
+        await again.run_each_once()
+        found |= {outcome.case for outcome in wrong if again.texts[outcome.case] == outcome.text}
+    return found
 
 
 @dataclass(slots=True)
@@ -150,7 +166,8 @@ class Traffic:
             await asyncio.sleep(RETRY_S)
         self.texts[number] = result.text
         ending, detail = self._judge(case, result)
-        return Outcome(request_id, url, started, time.time(), ending, detail, result.arrivals, attempt)
+        text = result.text if ending == "wrong" else ""
+        return Outcome(request_id, url, started, time.time(), ending, detail, result.arrivals, attempt, number, text)
 
     def _judge(self, case: Case, result: load.Stream) -> tuple[Ending, str]:
         if result.error and not result.arrivals:
