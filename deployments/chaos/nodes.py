@@ -28,13 +28,14 @@ START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 20.0
 WORKER_PORTS = 500  # a node's share of the ports for worker processes
 DISK_BYTES = 300_000_000  # a node's file system, where it is to be filled
 
-# A dead node is noticed after FAILURE_THRESHOLD missed checks, each PERIOD after the answer to the last one or TIMEOUT
+# How long Ray waits. A dead node is noticed after FAILURE_THRESHOLD missed checks, each PERIOD after the answer to the last one or TIMEOUT
 # without it: about 1.5 s if its machine refuses connections, 9 s if it is silent. Ray's defaults take 65 s.
-HEALTH_CHECKS = {
+PATIENCE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2500",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # how long nodes live on without a head; 60 s by default
 }
 # A proxy is replaced after three missed checks: 3 s. With Serve's defaults it takes 30 s.
 PROXY_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3"}
@@ -115,7 +116,7 @@ class Nodes:
         self._head_ports = (6379, 8265, 10001) if network else tuple(free_low_ports(3))
         self.environment = {
             **os.environ,
-            **HEALTH_CHECKS,
+            **PATIENCE,
             **PROXY_CHECKS,
             **(self._haproxy_files() if haproxy else {}),
             "RAY_AUTH_MODE": "token",
@@ -212,6 +213,12 @@ class Nodes:
                     return
             time.sleep(0.2)
         raise LocalError(f"Ray did not start within {START_TIMEOUT_S:g} s; its words are in {self.directory}/head.log")
+
+    def supervise(self) -> None:
+        """Start again what ended by itself, as an init system does: a head may miss its own deadlines at a start."""
+        for node in self.all:
+            if node.process is not None and node.process.poll() is not None:
+                node.start()
 
     def serve(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """The `serve` command line against this head."""

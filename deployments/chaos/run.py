@@ -61,7 +61,10 @@ class Plan:
 
 
 def run(setting: Setting, plan: Plan, say: Say = lambda text: None, logs_to: Path | None = None) -> Report:
-    """Everything from an empty machine to an empty machine; on request all logs are kept. Raises `LocalError` if the service cannot be started."""
+    """Everything from an empty machine to an empty machine; all logs go to `logs_to` if it is given.
+
+    Raises `LocalError` if the service cannot be started.
+    """
     report = Report({**asdict(setting), **asdict(plan)}, plan.seed)
     with ExitStack() as stack:
         network = open_network(setting)
@@ -182,6 +185,7 @@ class Torment:
         notice: Line | None = None
         deadline = fault.at + HEAL_TIMEOUT_S
         while time.time() < deadline:
+            self._service.nodes.supervise()
             self._service.logs.follow()
             notice = notice or self._service.logs.first_notice(fault.at)
             if fault.undo is not None and time.time() > fault.at + self._plan.hold_s:
