@@ -8,7 +8,7 @@ import typer
 
 from deployments.chaos import FAULTS, NEED_NAMESPACES
 
-NO_RECOVERY = {"gateway": {"resume_attempts": 0}}
+NO_RECOVERY = {"gateway": {"resume_attempts": 0}, "pipeline": {"recovery_attempts": 0}}
 
 
 def chaos(
@@ -46,7 +46,7 @@ def chaos(
     setting = Setting(
         engines=engines,
         gateways=gateways,
-        workers=2 * engines + 1 if spread else engines + 1,
+        workers=(2 * engines if spread else engines) + (engines if "rollout" in kinds else 1),
         spread=spread,
         gateways_on_workers=front == "workers",
         namespaces=hosts == "namespaces",

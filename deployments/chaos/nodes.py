@@ -28,8 +28,9 @@ START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 20.0
 WORKER_PORTS = 500  # a node's share of the ports for worker processes
 DISK_BYTES = 300_000_000  # a node's file system, where it is to be filled
 
-# How long Ray waits. A dead node is noticed after FAILURE_THRESHOLD missed checks, each PERIOD after the answer to the last one or TIMEOUT
-# without it: about 1.5 s if its machine refuses connections, 9 s if it is silent. Ray's defaults take 65 s.
+# How long Ray waits. A dead node is noticed after FAILURE_THRESHOLD missed checks, each PERIOD after the answer to the
+# last one or TIMEOUT without it: about 1.5 s if its machine refuses connections, 9 s if it is silent. With
+# Ray's defaults it takes 65 s. Shorter ones take a node for dead that is only busy.
 PATIENCE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",

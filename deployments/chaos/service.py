@@ -47,6 +47,7 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
         "cache": {"memory_gb": 0.05},
         "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
         "gateway": {"replicas": setting.gateways},
+        "admission": {"target_ttft_s": 300.0},  # no client is to be refused because two cores are slow
         "autoscaling": {"min_replicas": setting.engines, "max_replicas": setting.engines},
         "resources": {"gateway_cpus": 0.1, "engine_cpus": 0.2, "stage_cpus": 0.4, "drain_timeout_s": 60.0},
     }

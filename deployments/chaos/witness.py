@@ -29,7 +29,7 @@ KINDS = {
 }
 OURS = ("stage", "engine", "gateway")
 RECOMPUTED = re.compile(r"(\d+) sequences are recomputed")
-LOST_ENGINE = re.compile(r"lost its engine|handed over")
+MOVED = re.compile(r"lost its engine|moves on after")
 PLACED = re.compile(r"stage (\d+): layers .* pid (\d+)")
 
 
@@ -88,10 +88,13 @@ class Logs:
 
     def streams_hit(self, start: float, until: float) -> int | None:
         """How many streams the logs say were hit in this time, or None if they say nothing."""
-        said = [line.message for line in self.since(start, until)]
-        recomputed = [int(found.group(1)) for text in said if (found := RECOMPUTED.search(text))]
-        moved = sum(bool(LOST_ENGINE.search(text)) for text in said)
-        return sum(recomputed) + moved if recomputed or moved else None
+        said = self.since(start, until)
+        recomputed: dict[int, int] = {}  # by engine: it may say so again when its first attempt fails
+        for line in said:
+            if found := RECOMPUTED.search(line.message):
+                recomputed[line.pid] = max(recomputed.get(line.pid, 0), int(found.group(1)))
+        moved = sum(bool(MOVED.search(line.message)) for line in said)
+        return sum(recomputed.values()) + moved if recomputed or moved else None
 
     def finished_requests(self) -> set[str]:
         """Ids of the requests whose gateway lived to see their end."""
