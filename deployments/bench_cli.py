@@ -283,3 +283,22 @@ def recovery(
     report(recovery_table(f"{app_config.model.name}: {config}", result), result, output)
     if result["streams_finished"] < streams:
         fail("not all streams finished")
+
+
+@bench.command(epilog="Example: caravan bench constraints ray_config.yaml --streams 32")
+def constraints(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
+    streams: Annotated[int, typer.Option(min=1, help="at once")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="of each stream")] = 96,
+    rounds: Annotated[int, typer.Option(min=1, help="of all kinds in turns")] = 5,
+    output: Output = None,
+) -> None:
+    """Time between tokens under a JSON schema and a regular expression, beside free text, on the engine alone."""
+    from deployments.bench_constraints import bench_constraints, constraints_table
+
+    app_config = read_app_config(config)
+    try:
+        result = bench_constraints(app_config, streams, tokens, rounds)
+    except ValueError as error:
+        fail(str(error))
+    report(constraints_table(result), {"config": str(config), **result}, output)

@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import GatewayArgs
 from deployments.errors import ApiError
 from deployments.gateway import Gateway
+from deployments.openapi import PAGE_FILES
 from deployments.tenants import ANONYMOUS, Tenant
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/ping", "/docs", "/openapi.json"})  # need no key
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/ping", "/docs", "/openapi.json"}) | PAGE_FILES  # need no key
 CLOSE = {"Connection": "close"}  # what else the client sends is not read
 
 

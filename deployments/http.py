@@ -18,11 +18,19 @@ from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.errors import ApiError, from_engine
 from deployments.gateway import Gateway
 from deployments.guard import Guard
+from deployments.openapi import add_docs
 from deployments.routes import openai, tokens
 from deployments.routes.drop_in import DropIn, drop_ins
 from deployments.version import package_version
 
 log = logging.getLogger(__name__)
+
+DESCRIPTION = """Models of the Llama 2 family behind OpenAI's API.
+
+Send `Authorization: Bearer KEY` if the service asks for keys. Errors always have the form
+`{"error": {"message", "type", "param", "code"}}`.
+Every answer carries an `X-Request-Id`, the client's own if it sent one.
+"""
 
 
 def create_gateway(
@@ -33,7 +41,8 @@ def create_gateway(
     `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
     """
     gateway = Gateway(config, engine, recorder)
-    app = FastAPI(title="Caravan", version=package_version(), docs_url=None, redoc_url=None)
+    app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
+    add_docs(app)
     app.state.gateway = gateway
     app.add_middleware(Guard, gateway=gateway, respond=respond)
     app.add_middleware(RequestId, echo=echo_request_id)
@@ -47,15 +56,15 @@ def create_gateway(
     for drop_in in app.state.drop_ins:
         app.include_router(drop_in.router)
 
-    @app.get("/health")
+    @app.get("/health", summary="Whether this process lives")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", summary="Whether work moves, or why not")
     async def ready() -> Response:
         return await _ready(gateway)
 
-    @app.get("/version")
+    @app.get("/version", summary="What is running")
     async def version_() -> dict[str, str]:
         return {"version": package_version()}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from deployments.errors import ApiError, bad_request
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -64,6 +64,26 @@ def _biases(value: dict[str, float] | None) -> dict[int, float] | None:
         raise ValueError("keys must be token ids") from None
 
 
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXTS_SCHEMA = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+PROMPT_SCHEMA = {
+    "description": "a text, token ids, or several of either",
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        IDS_SCHEMA,
+        TEXTS_SCHEMA,
+        {"type": "array", "items": IDS_SCHEMA, "minItems": 1},
+    ],
+}
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": 1000},
+        {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 1000}, "maxItems": 4},
+        {"type": "null"},
+    ]
+}
+
+
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -94,7 +114,7 @@ class SamplingFields(Body):
         Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None, AfterValidator(_biases)] | None
     ) = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = []
     stop_token_ids: Annotated[list[Whole], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
@@ -170,7 +190,7 @@ class CompletionRequest(SamplingFields):
 
     takes: ClassVar[frozenset[str]] = frozenset({"suffix", "best_of", "echo"})
 
-    prompt: str | list[Any]
+    prompt: Annotated[str | list[Any], WithJsonSchema(PROMPT_SCHEMA)]
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[Whole, Field(ge=1, le=20)] | None = None

@@ -11,20 +11,37 @@ from deployments.errors import bad_request
 from deployments.exchange import AnswerFormat, answer, read_json, request_id, tenant
 from deployments.formats import ChatFormat, CompletionFormat, Head
 from deployments.gateway import Gateway, GenerationRequest, Prompt
+from deployments.openapi import documented
 from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.routes.openai_examples import (
+    CHAT_ANSWER,
+    CHAT_EVENTS,
+    CHAT_EXAMPLES,
+    TEXT_ANSWER,
+    TEXT_EVENTS,
+    TEXT_EXAMPLES,
+)
 
+Json = dict[str, Any]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context
 
 
 def router(gateway: Gateway) -> APIRouter:
     """The routes under /v1."""
     api = OpenAI(gateway)
-    routes = APIRouter()
-    routes.post("/v1/chat/completions")(api.chat)
-    routes.post("/v1/completions")(api.completion)
-    routes.get("/v1/models")(api.models)
-    routes.get("/v1/models/{name:path}")(api.model)
+    name = gateway.config.model.name
+    routes = APIRouter(tags=["OpenAI"])
+    chat = documented(ChatRequest, _named(name, CHAT_EXAMPLES), CHAT_ANSWER | {"model": name}, CHAT_EVENTS)
+    routes.post("/v1/chat/completions", summary="Answer a chat", **chat)(api.chat)
+    text = documented(CompletionRequest, _named(name, TEXT_EXAMPLES), TEXT_ANSWER | {"model": name}, TEXT_EVENTS)
+    routes.post("/v1/completions", summary="Continue a text", **text)(api.completion)
+    routes.get("/v1/models", summary="What is served")(api.models)
+    routes.get("/v1/models/{name:path}", summary="One model")(api.model)
     return routes
+
+
+def _named(name: str, examples: dict[str, Json]) -> dict[str, Json]:
+    return {title: {"model": name, **example} for title, example in examples.items()}
 
 
 class OpenAI:

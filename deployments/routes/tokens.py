@@ -3,11 +3,12 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from deployments.errors import bad_request
 from deployments.exchange import Json, read_json
 from deployments.gateway import Gateway
+from deployments.openapi import documented
 from deployments.protocol import Body, ChatMessage, parse_body
 from deployments.text import token_name
 
@@ -26,15 +27,21 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Any]
+    tokens: Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "integer"}})]
 
 
 def router(gateway: Gateway) -> APIRouter:
     """POST /tokenize and /detokenize."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["tokens"])
     limit = gateway.config.gateway.max_body_bytes
 
-    @routes.post("/tokenize")
+    examples: dict[str, Json] = {
+        "a text": {"prompt": "Hello, world"},
+        "a chat": {"messages": [{"role": "user", "content": "Hello"}], "return_token_strs": True},
+    }
+    answer = {"count": 2, "max_model_len": gateway.max_model_len, "tokens": [22172, 3186]}
+
+    @routes.post("/tokenize", summary="Token ids of a text or a chat", **documented(TokenizeRequest, examples, answer))
     async def tokenize(http: Request) -> Json:
         request = parse_body(TokenizeRequest, await read_json(http, limit))
         gateway.check_name(request.model)
@@ -47,7 +54,9 @@ def router(gateway: Gateway) -> APIRouter:
             answer["token_strs"] = [found.decode("utf-8", "replace") for found in names]
         return answer
 
-    @routes.post("/detokenize")
+    backwards = documented(DetokenizeRequest, {"ids": {"tokens": [22172, 3186]}}, {"prompt": "Hello, world"})
+
+    @routes.post("/detokenize", summary="The text of token ids", **backwards)
     async def detokenize(http: Request) -> Json:
         request = parse_body(DetokenizeRequest, await read_json(http, limit))
         gateway.check_name(request.model)
