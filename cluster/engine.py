@@ -56,7 +56,14 @@ class Listener(Protocol):
     def on_tokens(self, events: list[TokenEvent]) -> None: ...
     def on_step(self, report: StepReport) -> None: ...
     def on_timing(self, timing: StageTiming) -> None: ...
-    def on_recovery(self, report: RecoveryReport) -> None: ...
+    def on_death(self, death: StageDied) -> None:
+        """The pipeline is being rebuilt from now on."""
+        ...
+
+    def on_recovery(self, report: RecoveryReport) -> None:
+        """The pipeline works again."""
+        ...
+
     def on_failure(self, error: CaravanError) -> None:
         """The engine has stopped; no request that is still open gets any more tokens."""
         ...
@@ -246,6 +253,7 @@ class Engine:
             if self._deaths > self._recovery_attempts:
                 raise EngineStopped(f"{death} (rebuilt {self._recovery_attempts} times in a row)") from death
             log.error("%s; %d sequences are recomputed", death, running)
+            self._listener.on_death(death)
             self.scheduler.restart()
             try:
                 replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths > LINKED_AGAIN)

@@ -4,7 +4,7 @@ CaravanError
 ├── RequestRejected   the request can never run here (a `ValueError`: the client must change it)
 ├── RequestFailed     something went wrong with this request alone; trying again would not help
 ├── EngineStopped     the engine is closing or has failed; the request may run elsewhere
-│   └── EngineLeaving the engine goes as planned; the request may run elsewhere at once
+│   └── EngineLeaving the engine goes as planned, or rebuilds its pipeline; another one is there for the request
 └── StageDied         a stage exited, hung past its deadline or answered nonsense
 
 LinkBroken            in a stage: its neighbour is gone or silent. Says nothing against this stage itself.
@@ -13,6 +13,7 @@ LinkBroken            in a stage: its neighbour is gone or silent. Says nothing 
 from typing import Literal
 
 Cause = Literal["killed", "failed", "hung", "link", "start"]  # labels of the recovery metrics
+MoveCause = Literal["leaving", "rebuilding"]
 
 
 class CaravanError(Exception):
@@ -32,7 +33,11 @@ class EngineStopped(CaravanError):
 
 
 class EngineLeaving(EngineStopped):
-    """The engine is about to go as planned (a rolling update, a smaller number of replicas)."""
+    """The engine goes as planned (an update, fewer replicas), or rebuilds its pipeline while another one serves."""
+
+    def __init__(self, message: str, cause: MoveCause) -> None:
+        super().__init__(message)
+        self.cause: MoveCause = cause
 
 
 class StageDied(CaravanError):

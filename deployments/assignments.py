@@ -1,4 +1,4 @@
-"""Which engine replica each open request of this gateway is on, and which of them are going, gone or silent.
+"""Which engine replica each open request of this gateway is on, and which of them are going, silent or rebuilding.
 
 Serve's router knows where a request goes and which replicas run, in a thread of its own; the token link knows which
 engines speak. Put together they say, sooner than the end of a call would, that a stream has to go on elsewhere.
@@ -42,7 +42,8 @@ class Assignments:
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
         self._heard: dict[str, float] = {}
-        self._suspects: set[str] = set()
+        self._silent: set[str] = set()
+        self._rebuilding: set[str] = set()
         self.running: frozenset[str] | None = None  # replicas that Serve routes to; None: not known yet
 
     def open(self, request_id: str, inbox: Failing, loop: asyncio.AbstractEventLoop) -> None:
@@ -64,39 +65,49 @@ class Assignments:
         """Serve routes to these now. Requests on others are handed over, if there is anybody to take them."""
         with self._lock:
             self.running = frozenset(replicas)
-            self._suspects &= self.running
-            leaving = [a for a in self._open.values() if replicas and a.replica and a.replica not in self.running]
-        for assignment in leaving:
-            assignment.fail(EngineLeaving(f"engine {assignment.replica} takes no more requests"))
+            self._silent &= self.running
+            self._rebuilding &= self.running
+            leaving = {a.replica for a in self._open.values() if a.replica} - self.running if replicas else set()
+            for replica in leaving:
+                self._move(replica, EngineLeaving(f"engine {replica} takes no more requests", "leaving"))
 
-    def heard(self, replica: str) -> None:
-        """The engine has just sent something."""
+    def heard(self, replica: str, ready: bool) -> None:
+        """The engine has just sent something, and said whether its pipeline works."""
         self._heard[replica] = time.monotonic()
-        if self._suspects:
-            self.trust(replica)
-
-    def trust(self, replica: str) -> None:
-        """There is news of this replica."""
+        if ready and not self.is_doubtful(replica):
+            return  # as always: no lock for every message
         with self._lock:
-            self._suspects.discard(replica)
+            self._silent.discard(replica)
+            (self._rebuilding.discard if ready else self._rebuilding.add)(replica)
+            others = (self.running or frozenset()) - self._silent - self._rebuilding - {replica}
+            if not ready and others:
+                self._move(replica, EngineLeaving(f"engine {replica} rebuilds its pipeline", "rebuilding"))
 
-    def is_suspect(self, replica: str) -> bool:
-        """Whether it fell silent, and nothing was heard of it since."""
-        return replica in self._suspects
+    def reported(self, replica: str) -> None:
+        """Serve has news of it, so it is not silent, even if it has nothing to say to this gateway."""
+        if replica in self._silent:
+            with self._lock:
+                self._silent.discard(replica)
+
+    def is_doubtful(self, replica: str) -> bool:
+        """Whether it has fallen silent, or rebuilds its pipeline: a last resort for new requests."""
+        return replica in self._silent or replica in self._rebuilding
 
     def fail_silent(self) -> None:
         """End the waiting for engines that have said nothing for too long."""
         now = time.monotonic()
         with self._lock:
-            silent = [
-                a
-                for a in self._open.values()
-                if a.replica and now - max(a.since, self._heard.get(a.replica, 0.0)) > SILENCE_S
-            ]
-            self._suspects |= {a.replica for a in silent}
-        for assignment in silent:
-            assignment.fail(EngineStopped(f"engine {assignment.replica} has been silent for {SILENCE_S:g} s"))
-            assignment.since = now  # once is enough
+            waits = ((a.replica, now - max(a.since, self._heard.get(a.replica, 0.0))) for a in self._open.values())
+            for replica in {replica for replica, seconds in waits if replica and seconds > SILENCE_S}:
+                self._silent.add(replica)
+                self._move(replica, EngineStopped(f"engine {replica} has been silent for {SILENCE_S:g} s"))
+
+    def _move(self, replica: str, why: CaravanError) -> None:
+        """End the waiting of all that is open on `replica`; whoever waits asks again, and is assigned anew."""
+        for assignment in self._open.values():
+            if assignment.replica == replica:
+                assignment.fail(why)
+                assignment.replica = ""
 
 
 ASSIGNMENTS = Assignments()  # of this process: Serve makes the router by itself, so it cannot be handed one

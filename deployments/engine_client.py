@@ -125,6 +125,6 @@ def _as_routed(replica: ReplicaStatus, away_s: float) -> ReplicaStatus:
     running = ASSIGNMENTS.running
     if replica.state == "ready" and running is not None and replica.replica not in running:
         return msgspec.structs.replace(replica, state="failed", reason="is gone, about to go, or not routed to yet")
-    if ASSIGNMENTS.is_suspect(replica.replica):
-        return msgspec.structs.replace(replica, state="stalled", reason="has fallen silent")
+    if replica.state == "ready" and ASSIGNMENTS.is_doubtful(replica.replica):
+        return msgspec.structs.replace(replica, state="stalled", reason="has fallen silent, or rebuilds its pipeline")
     return replica

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve import metrics as serve_metrics
 
 from cluster.engine import Engine, RecoveryReport, StepReport
-from cluster.errors import CaravanError, EngineStopped, RequestRejected
+from cluster.errors import CaravanError, EngineStopped, RequestRejected, StageDied
 from cluster.launch import launch_engine
 from cluster.rates import EngineRates
 from cluster.sequence import Matcher, Request, TokenEvent
@@ -203,8 +203,12 @@ class EngineReplica:
     def on_timing(self, timing: StageTiming) -> None:
         self._reports.append(timing)
 
+    def on_death(self, death: StageDied) -> None:
+        self._beat()  # at once: gateways may know of another engine for what is open here
+
     def on_recovery(self, report: RecoveryReport) -> None:
         self._reports.append(report)
+        self._beat()
 
     def on_failure(self, error: CaravanError) -> None:
         self._end(list(self._open.values()), EngineStopped(str(error)))
@@ -297,7 +301,8 @@ class EngineReplica:
                 log.exception("%s failed; trying again", work.__name__)
 
     def _beat(self) -> None:
-        self._sender.beat({entry.reply_to for entry in list(self._open.values())})
+        waiting = {entry.reply_to for entry in list(self._open.values())}
+        self._sender.beat(waiting, self._engine is not None and self._engine.recovering is None)
 
     def _publish(self) -> None:
         status.publish(self._app, self._status())

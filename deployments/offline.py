@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
-from cluster.errors import CaravanError
+from cluster.errors import CaravanError, StageDied
 from cluster.sequence import Request, TokenEvent
 from deployments.app import bundles
 from deployments.config import AppConfig
@@ -103,6 +103,9 @@ class Run:
     def on_timing(self, timing: StageTiming) -> None:
         if timing.step_id >= self.first_step:
             self.timings.append(timing)
+
+    def on_death(self, death: StageDied) -> None:
+        pass
 
     def on_recovery(self, report: RecoveryReport) -> None:
         self.recoveries.append(report)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from cluster.errors import EngineLeaving, EngineStopped
+from cluster.errors import EngineLeaving, EngineStopped, MoveCause
 from cluster.sequence import Request, TokenEvent
 from deployments.engine_client import EngineClient, MetricsRecorder
 from deployments.status import ReplicaStatus
@@ -25,7 +25,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0
 class Search:
     """The time in which a stream has no engine."""
 
-    def __init__(self, cause: Literal["lost", "leaving"], timeout_s: float) -> None:
+    def __init__(self, cause: Literal["lost"] | MoveCause, timeout_s: float) -> None:
         self.cause = cause
         self._timeout_s = timeout_s
         self._began = time.monotonic()
@@ -72,7 +72,7 @@ class ResumingEngineClient:
                 raise EngineStopped(f"no engine took the stream over within {self._timeout_s:g} s") from None
             except EngineLeaving as error:  # planned: nothing is wrong with the next one
                 moves += 1
-                search = search or Search("leaving", self._timeout_s)
+                search = search or Search(error.cause, self._timeout_s)
                 log.info("%s; its stream moves on after %d tokens", error, len(emitted))
             except (EngineStopped, StopAsyncIteration) as error:
                 if lost == self._attempts:

@@ -58,12 +58,12 @@ class MostRoomRouter(FIFOMixin, RequestRouter):
         if report != stats.get("report"):
             report, came = stats.get("report"), now
             self._routed[replica_id] = 0  # whatever was routed before is in the report now
-            _assignments().trust(replica_id.unique_id)
+            _assignments().reported(replica_id.unique_id)
         self._reports[replica_id] = report, came
         doubtful = (
             not stats.get("ready", True)
             or now - came > STALE_S
-            or _assignments().is_suspect(replica_id.unique_id)
+            or _assignments().is_doubtful(replica_id.unique_id)
         )  # fmt: skip
         load = Load(stats.get("kv_use", 0.0), stats.get("waiting", 0), self._routed[replica_id], doubtful)
         return load_score(load, self._sequences_per_replica)

@@ -36,6 +36,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
     sender: str  # the engine's replica
     events: list[TokenEvent]
+    ready: bool = True  # False: its pipeline is being rebuilt
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -84,7 +85,7 @@ class Inbox:
 class TokenReceiver:
     """A gateway's end. Lives in the event loop that made it. `on_message` is told which engine has spoken."""
 
-    def __init__(self, host: str, on_message: Callable[[str], None] = lambda sender: None) -> None:
+    def __init__(self, host: str, on_message: Callable[[str, bool], None] = lambda sender, ready: None) -> None:
         self._on_message = on_message
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
@@ -113,7 +114,7 @@ class TokenReceiver:
             payload = await self._socket.recv()
             try:
                 tokens = _decode(payload)
-                self._on_message(tokens.sender)
+                self._on_message(tokens.sender, tokens.ready)
                 deliver(tokens.events, self._inboxes)
             except msgspec.DecodeError as error:
                 log.warning("a message on the token link is not one of ours (%s); dropped", error)
@@ -147,11 +148,12 @@ class TokenSender:
         with self._lock:
             self._send(address, Tokens(self._name, events))
 
-    def beat(self, addresses: Iterable[ReplyAddress]) -> None:
-        """Tell these gateways that the engine lives; one that is gone is found out when there is something to say."""
-        for address in addresses:
-            with contextlib.suppress(GatewayLost):
-                self.send(address, [])
+    def beat(self, addresses: Iterable[ReplyAddress], ready: bool) -> None:
+        """Tell these gateways, and all that are connected, that the engine lives, and whether it is `ready`."""
+        with self._lock:
+            for address in {*addresses, *self._links}:
+                with contextlib.suppress(GatewayLost):  # found out again when there is something to say
+                    self._send(address, Tokens(self._name, [], ready))
 
     def _send(self, address: ReplyAddress, tokens: Tokens) -> None:
         link, monitor = self._links.get(address) or self._connect(address)

@@ -75,7 +75,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     counter(
         "streams_resumed_total", "gateway", "short",
-        "Streams that went on with another engine: theirs was lost, or is leaving as planned",
+        "Streams that went on with another engine: theirs was lost, leaves as planned, or rebuilds its pipeline",
         "Recovery", "Resumed streams/s", "cause",
     ),
     Metric(

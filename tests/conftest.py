@@ -8,7 +8,7 @@ import torch
 
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
-from cluster.errors import CaravanError
+from cluster.errors import CaravanError, StageDied
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
@@ -78,6 +78,9 @@ class Collector:
 
     def on_timing(self, timing: StageTiming) -> None:
         self.timings.append(timing)
+
+    def on_death(self, death: StageDied) -> None:
+        pass
 
     def on_recovery(self, report: RecoveryReport) -> None:
         self.recoveries.append(report)

@@ -66,25 +66,49 @@ def test_requests_without_a_replica_or_closed_are_left_alone() -> None:
     assert after(close_first) == []
 
 
-def test_silence_ends_the_waiting_once_and_makes_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_ends_the_waiting_once_and_raises_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignments, "SILENCE_S", -1.0)
-    suspects: list[bool] = []
+    doubts: list[bool] = []
 
     def act(book: Assignments) -> None:
-        book.fail_silent()
-        suspects.append(book.is_suspect("a"))
-        book.heard("a")
-        suspects.append(book.is_suspect("a"))
+        for clear in (lambda: book.heard("a", True), lambda: book.reported("a")):
+            book.assign("r", "a")
+            book.fail_silent()
+            book.fail_silent()
+            doubts.append(book.is_doubtful("a"))
+            clear()
+            doubts.append(book.is_doubtful("a"))
 
-    (error,) = after(act)
-    assert isinstance(error, EngineStopped)
-    assert not isinstance(error, EngineLeaving)
-    assert suspects == [True, False]
+    errors = after(act)
+    assert len(errors) == 2
+    assert all(isinstance(error, EngineStopped) and not isinstance(error, EngineLeaving) for error in errors)
+    assert doubts == [True, False, True, False]
 
 
 def test_who_speaks_is_not_silent() -> None:
     def act(book: Assignments) -> None:
-        book.heard("a")
+        book.heard("a", True)
         book.fail_silent()
 
     assert after(act) == []
+
+
+def test_streams_move_while_their_engine_rebuilds_its_pipeline_if_another_one_works() -> None:
+    doubts: list[bool] = []
+
+    def act(book: Assignments) -> None:
+        book.heard("a", False)
+        doubts.append(book.is_doubtful("a"))
+        book.heard("a", True)
+        doubts.append(book.is_doubtful("a"))
+
+    (error,) = after(act)
+    assert isinstance(error, EngineLeaving)
+    assert error.cause == "rebuilding"
+    assert doubts == [True, False]
+
+    def both(book: Assignments) -> None:
+        book.heard("b", False)
+        book.heard("a", False)
+
+    assert after(both) == [], "nobody else works: the stream waits where it is"

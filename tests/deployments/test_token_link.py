@@ -117,3 +117,20 @@ def test_an_engine_does_not_wait_for_a_gateway_that_is_not_there() -> None:
         engine.send(address, [TokenEvent("r", 1)])
     with pytest.raises(GatewayLost, match=f"not read {MAX_BACKLOG}"):
         engine.send(address, [TokenEvent("r", 1)])
+
+
+def test_gateways_hear_that_an_engine_lives_and_whether_it_is_ready() -> None:
+    async def main() -> None:
+        heard: list[tuple[str, bool]] = []
+        receiver = TokenReceiver(HOST, lambda sender, ready: heard.append((sender, ready)))
+        engine = TokenSender("engine-a")
+        inbox = receiver.open("r")
+        engine.beat([receiver.address], ready=False)  # a request waits there, no token came yet
+        engine.beat([], ready=True)  # from now on it is connected
+        engine.send(receiver.address, [TokenEvent("r", 1)])
+        await inbox.next()
+        assert heard == [("engine-a", False), ("engine-a", True), ("engine-a", True)]
+        engine.close()
+        await receiver.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
