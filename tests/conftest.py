@@ -35,17 +35,23 @@ TINY = ModelConfig(
 
 
 def make_stages(
-    config: ModelConfig = TINY, stages: int = 1, num_blocks: int = 128, block_size: int = 4, seed: int = 0
+    config: ModelConfig = TINY,
+    stages: int = 1,
+    num_blocks: int = 128,
+    block_size: int = 4,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[Stage]:
+    """On a GPU with captured decode steps, as they are served."""
     checkpoint = DummyCheckpoint(config, seed)
-    return [
+    made = [
         Stage(
             Decoder(
                 config,
                 part,
                 checkpoint.tensors(part.tensor_names(config)),
                 torch.float32,
-                torch.device("cpu"),
+                torch.device(device),
                 config.max_position_embeddings,
             ),
             num_blocks,
@@ -54,6 +60,10 @@ def make_stages(
         )
         for part in split_layers(config, stages)
     ]
+    if device == "cuda":
+        for stage in made:
+            stage.capture(lambda done, total: None)
+    return made
 
 
 class Collector:
@@ -127,8 +137,9 @@ def make_engine() -> Iterator[MakeEngine]:
         max_num_batched_tokens: int = 512,
         prefix_caching: bool = True,
         config: ModelConfig = TINY,
+        device: str = "cpu",
     ) -> tuple[Engine, Collector]:
-        pipeline = LocalPipeline(make_stages(config, stages, num_blocks, block_size))
+        pipeline = LocalPipeline(make_stages(config, stages, num_blocks, block_size, device=device))
         scheduler = Scheduler(
             BlockManager(num_blocks, block_size, prefix_caching),
             depth=stages,

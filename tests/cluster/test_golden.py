@@ -25,19 +25,27 @@ BLOCK = 16
 
 
 @cache
-def decoders(stages: int) -> tuple[Decoder, ...]:
+def decoders(stages: int, device: str = "cpu") -> tuple[Decoder, ...]:
     checkpoint = open_checkpoint(resolve_path(golden.MODEL))
-    config, cpu = checkpoint.config, torch.device("cpu")
+    config, there = checkpoint.config, torch.device(device)
     return tuple(
-        Decoder(config, part, checkpoint.tensors(part.tensor_names(config)), torch.float32, cpu, 2048)
+        Decoder(config, part, checkpoint.tensors(part.tensor_names(config)), torch.float32, there, 2048)
         for part in split_layers(config, stages)
     )
 
 
 def start(
-    stages: int, num_blocks: int = 600, max_num_batched_tokens: int = 512, prefix_caching: bool = True
+    stages: int,
+    num_blocks: int = 600,
+    max_num_batched_tokens: int = 512,
+    prefix_caching: bool = True,
+    device: str = "cpu",
 ) -> tuple[Engine, Collector]:
-    pipeline = LocalPipeline([Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages)])
+    made = [Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages, device)]
+    if device == "cuda":
+        for stage in made:
+            stage.capture(lambda done, total: None)
+    pipeline = LocalPipeline(made)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK, prefix_caching),
         depth=stages,
@@ -51,7 +59,7 @@ def start(
     return engine, collector
 
 
-def check(indices: range | list[int], **options: int) -> Engine:
+def check(indices: range | list[int], **options: Any) -> Engine:
     """All prompts of `indices` at once; their tokens must be those of transformers."""
     engine, collector = start(**options)
     expected = golden.load()
@@ -98,6 +106,13 @@ def test_more_stages(stages: int) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 def test_all_prompts(stages: int) -> None:
     check(range(20), stages=stages)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_gpu_in_float32_gives_the_same_tokens(stages: int) -> None:
+    """With captured decode steps and fused kernels; all stages on one GPU."""
+    check(range(20), stages=stages, device="cuda")
 
 
 def test_prompts_in_chunks_of_seven_tokens() -> None:
