@@ -72,12 +72,12 @@ def check_plot(path: Path | None) -> None:
             fail(f"--plot: {error}")
 
 
-def report(table: "Table", result: dict[str, Any], output: Path | None) -> None:
+def report(table: "Table", result: dict[str, Any], output: Path | None, width: int | None = None) -> None:
     """A table for people, one line of JSON for scripts, and the file, which alone holds the trace of single steps."""
     from rich.console import Console
 
     result = {"date": date.today().isoformat(), "command": "caravan " + shlex.join(sys.argv[1:]), **result}
-    Console().print(table)
+    Console(width=width).print(table)
     print(json.dumps({k: _without_trace(v) for k, v in result.items()}))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
@@ -187,7 +187,7 @@ def sweep(
     if offline is not None:
         if not batch_sizes or concurrency or rates:
             fail("--offline takes --batch-sizes, and neither --concurrency nor --rates: no HTTP is in front")
-        return _sweep_engine(offline, sizes(batch_sizes, "--batch-sizes"), output, plot)
+        return _sweep_engine(offline, sizes(batch_sizes, "--batch-sizes"), max_tokens, output, plot)
     if batch_sizes or not (concurrency or rates):
         fail("give --concurrency or --rates or both; or --offline FILE with --batch-sizes")
     _sweep_service(url, concurrency, rates, (requests, vocab_size, max_tokens), processes, output, plot)
@@ -214,14 +214,15 @@ def _sweep_service(
         fail("some requests failed")
 
 
-def _sweep_engine(config: Path, batches: list[int], output: Path | None, plot: Path | None) -> None:
+def _sweep_engine(config: Path, batches: list[int], max_tokens: int, output: Path | None, plot: Path | None) -> None:
     from deployments.bench_offline import bench_offline, offline_table
     from deployments.bench_sweep import batch_points
+    from ops import workload
     from ops.plot import throughput_latency
 
     app_config = read_app_config(config)
     try:
-        result = bench_offline(app_config, 0, batches, None, 0)
+        result = bench_offline(app_config, 0, batches, None, max_tokens or workload.LONGEST)
     except ValueError as error:
         fail(str(error))
     report(offline_table(f"{app_config.model.name}: {config}", result), result, output)
@@ -302,3 +303,57 @@ def constraints(
     except ValueError as error:
         fail(str(error))
     report(constraints_table(result), {"config": str(config), **result}, output)
+
+
+@bench.command(epilog="Example: caravan bench scaling scaling.json --plot scaling.png")
+def scaling(
+    file: Annotated[Path, typer.Argument(help="the result; rows that it holds already are not measured again")],
+    device: Annotated[str, typer.Option(help="cuda: Llama 2 70B; cpu: a small model; default: what is here")] = "",
+    rows: Annotated[str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1; default: all")] = "",
+    row_timeout: Annotated[float, typer.Option(help="seconds that one row may take")] = 1200.0,
+    plot: Plot = None,
+) -> None:
+    """How pipelines scale: made-up weights on more and more stages, then two pipelines behind one endpoint.
+
+    Each row is measured in processes of its own; what the machine has too few GPUs for is skipped, and it says so.
+    """
+    import torch
+
+    from deployments.bench_scaling import PLANS, bench_scaling, draw, row_names, scaling_table, throughputs
+
+    check_plot(plot)
+    gpus = torch.cuda.device_count()
+    kind = device or ("cuda" if gpus else "cpu")
+    plan = next((plan for name, plan in PLANS.items() if name == kind), None)
+    if plan is None:
+        fail(f"--device {device}: must be one of {', '.join(PLANS)}")
+    wanted = rows.split(",") if rows else row_names(plan)
+    if unknown := set(wanted) - set(row_names(plan)):
+        fail(f"--rows: there is no {', '.join(sorted(unknown))}; there are {', '.join(row_names(plan))}")
+    result = bench_scaling(plan, gpus, wanted, file, row_timeout)
+    report(scaling_table(result), result, None, width=180)  # Markdown must not be folded
+    if plot is not None and throughputs(result):
+        draw(result, plot)
+
+
+@bench.command(epilog="Example: caravan bench perplexity ray_config.yaml --tokens 20000 --quantizations none,fp8")
+def perplexity(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose model to look at")],
+    text: Annotated[Path | None, typer.Option(help="a text; default: the reference that every Python holds")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="how many tokens of it")] = 20_000,
+    window: Annotated[int, typer.Option(min=2, help="tokens of context at most")] = 1024,
+    quantizations: Annotated[str, typer.Option(help="as in model.quantization; ratios are to the first")] = "none,fp8",
+    output: Output = None,
+) -> None:
+    """Perplexity of a text in full precision and in 8 bits, on one device; a CPU does the 8 bits slowly in torch."""
+    from deployments.bench_perplexity import bench_perplexity, default_text, perplexity_table
+
+    wanted = quantizations.split(",")
+    if set(wanted) - {"none", "fp8"}:
+        fail(f"--quantizations {quantizations}: give none, fp8 or both")
+    try:
+        words = text.read_text("utf-8") if text else default_text()
+        result = bench_perplexity(read_app_config(config), words, tokens, window, wanted)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    report(perplexity_table(result), result, output)

@@ -22,6 +22,7 @@ from model.roofline import Rates, StageWork
 from model.weights import read_config, resolve_path
 from ops import workload
 
+BATCH_PROMPT, BATCH_NEW = 64, 128  # tokens of each stream of a batch, as peers are measured
 WINDOW_STEPS = 64  # decode steps of every sequence that a steady figure is the mean of
 
 
@@ -118,9 +119,10 @@ def list_figures(engine: Engine, run: Run, floor: Floor, requests: list[Work]) -
     }
 
 
-def batch_figures(engine: Engine, run: Run, floor: Floor, vocab_size: int, size: int, prompt_tokens: int = 64) -> Json:
+def batch_figures(engine: Engine, run: Run, floor: Floor, vocab_size: int, size: int, longest: int) -> Json:
     """Milliseconds per token of `size` equal streams in steady decode. A token passes all stages: so does its floor."""
-    requests = [(workload.prompt(90_000 + 1000 * size + i, prompt_tokens, vocab_size), 128) for i in range(size)]
+    prompt, new = min(BATCH_PROMPT, longest), min(BATCH_NEW, longest)
+    requests = [(workload.prompt(90_000 + 1000 * size + i, prompt, vocab_size), new) for i in range(size)]
     result = serve_all(engine, run, requests, f"batch{size}")
     at_once = -(-size // engine.pipeline.depth)  # of one cohort
     floor_ms = 1000 * sum(floor.step_s(at_once, at_once))
@@ -208,7 +210,7 @@ def bench_offline(
                 "kv_tokens": engine.scheduler.stats().kv_blocks_total * config.cache.block_size,
             }
             serve_all(engine, run, [(workload.prompt(80_000 + i, 32, vocab_size), 8) for i in range(4)], "warm")
-            result["batches"] = [batch_figures(engine, run, floor, vocab_size, size) for size in batch_sizes]
+            result["batches"] = [batch_figures(engine, run, floor, vocab_size, size, longest) for size in batch_sizes]
             if steady is not None:
                 result["steady"] = steady_figures(engine, run, floor, vocab_size, *steady)
             if num_requests:

@@ -175,8 +175,8 @@ def _stop_head(head: Head) -> None:
         shutil.rmtree(head.directory, ignore_errors=True)
 
 
-def await_ready(head: Head, url: str) -> None:
-    """Wait for /ready with a bar of the weights loaded. Raises `LocalError` if the deployment fails."""
+def await_ready(head: Head, url: str, pipelines: int = 1) -> None:
+    """Wait until so many are ready, with a bar of the weights loaded. Raises `LocalError` if the deployment fails."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -184,7 +184,8 @@ def await_ready(head: Head, url: str) -> None:
         checked = 0.0
         while time.monotonic() < deadline:
             state = _ready_state(url)
-            if state.get("ready"):
+            ready = sum(r["state"] == "ready" for r in state.get("replicas", []))
+            if ready >= pipelines:
                 progress.update(task, completed=1.0, description="ready")
                 return
             loaded = max((float(r["loaded"]) for r in state.get("replicas", [])), default=0.0)

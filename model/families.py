@@ -14,6 +14,7 @@ _ROWS = (
     ("code-llama-7b-python", 4096, 32,   32,   32, 11008,  32000, 1e6,       16_384),
     ("code-llama-13b-python", 5120, 40,  40,   40, 13824,  32000, 1e6,       16_384),
     ("test-1m",             128,  4,      4,    2,  384,   2048,  10_000.0,  2048),  # for tests of all but the model
+    ("test-50m",            512,  16,    8,    4,  1408,   4096,  10_000.0,  4096),  # for benchmarks on a CPU
 )  # fmt: skip
 
 SHAPES: dict[str, ModelConfig] = {

@@ -44,6 +44,7 @@ class Summary:
     inter_token_latency_s: dict[str, float]  # every gap of every stream
     tpot_s: dict[str, float]  # one mean per stream: time per output token after the first
     end_to_end_latency_s: dict[str, float]
+    longest_gap_s: float  # that any stream had between two tokens
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -185,6 +186,7 @@ def summarise(results: Sequence[Stream], seconds: float) -> Summary:
             [(r.end_to_end_latency_s - r.ttft_s) / (r.output_tokens - 1) for r in good if r.output_tokens > 1]
         ),
         end_to_end_latency_s=percentiles([r.end_to_end_latency_s for r in good]),
+        longest_gap_s=max((gap for r in good for gap in r.gaps_s), default=0.0),
     )
 
 

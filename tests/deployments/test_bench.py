@@ -1,5 +1,6 @@
 """Benchmarks: their arithmetic against figures worked out by hand, their commands against a server that only counts."""
 
+import io
 import json
 import sys
 import threading
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.engine import StepReport
+from deployments import bench_scaling
 from deployments.bench_offline import Floor, steady_window
+from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
 from deployments.offline import Run, stage_shares
@@ -172,6 +177,9 @@ def test_a_sweep_gives_a_table_a_line_a_file_and_a_plot(url: str, tmp_path: Path
         (["sweep", "--offline", "ray_config.yaml", "--rates", "1"], "--batch-sizes"),
         (["offline", "ray_config.yaml", "--steady", "256"], "256x450"),
         (["offline", "nothing.yaml"], "nothing.yaml"),
+        (["scaling", "x.json", "--rows", "fp9x1"], "fp9x1"),
+        (["scaling", "x.json", "--device", "abacus"], "abacus"),
+        (["perplexity", "ray_config.yaml", "--quantizations", "int3"], "int3"),
         (["serve", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ],
 )
@@ -195,3 +203,54 @@ def test_a_scaling_plot_has_its_ideal_line(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     scaling({"fp8": {1: 10.0, 2: 19.0, 4: 36.0}, "bf16": {2: 9.0}}, "scaling", "tok/s", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
+
+
+# -- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def offline_result(throughput: float, stages: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"stages": stages, "precision": "fp8", "kv_tokens": 1000, "start_s": 2.0}
+    row["list"] = {"output_throughput": throughput, "total_token_throughput": 2 * throughput}
+    row["batches"] = [{"ms_per_token": 20.0}, {"ms_per_token": 22.0}]
+    row["steady"] = {"stages": [{"bubble": 0.012}] * stages}
+    return row
+
+
+def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def row(plan: Any, precision: str, stages: int, timeout_s: float) -> dict[str, Any]:
+        measured.append(stages)
+        return offline_result(1000.0 * stages**0.9, stages)
+
+    monkeypatch.setattr(bench_scaling, "offline_row", row)
+    file, plan = tmp_path / "scaling.json", bench_scaling.PLANS["cuda"]
+    result = bench_scaling.bench_scaling(plan, 2, ["fp8x1", "fp8x2", "fp8x4"], file, 1.0)
+    assert measured == [1, 2]
+    assert result["rows"]["fp8x4"]["skipped"] == "needs 4 GPUs, this machine has 2"
+    assert json.loads(file.read_text())["speedup"] == {"fp8": {"1": 1.0, "2": 1.87}}
+    alone = bench_scaling.bench_scaling(plan, 1, ["http-2"], tmp_path / "one.json", 1.0)
+    assert alone["rows"]["http-2"]["skipped"] == "needs 2 GPUs, this machine has 1"
+    again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
+    assert measured == [1, 2, 4], "what was measured stays, what was skipped is tried again"
+    assert again["speedup"]["fp8"][4] == pytest.approx(4**0.9, abs=0.01)
+    console = Console(record=True, width=180, file=io.StringIO())
+    console.print(bench_scaling.scaling_table(again))
+    lines = console.export_text().splitlines()
+    assert any(line.split("|")[4].strip() == "1.87" and "1.2 1.2 %" in line for line in lines if "fp8x2" in line)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_row_of_a_plan_has_a_valid_configuration(device: str, tmp_path: Path) -> None:
+    plan = bench_scaling.PLANS[device]  # type: ignore[index]
+    for precision, stages in plan.rows:
+        file = tmp_path / f"{precision}{stages}.yaml"
+        file.write_text(yaml.safe_dump(bench_scaling.serve_config(plan, precision, stages, pipelines=2)))
+        assert check_file(file) == []
+    assert {stages for _, stages in plan.rows} == {1, 2, 4, 8}
+
+
+def test_two_pipelines_are_compared_with_one() -> None:
+    rows = {"http-1": {"output_throughput": 100.0}, "http-2": {"output_throughput": 195.0}}
+    assert bench_scaling.two_pipelines({"rows": rows}) == 1.95
+    assert bench_scaling.two_pipelines({"rows": {"http-1": rows["http-1"], "http-2": {"error": "x"}}}) is None

@@ -1,0 +1,73 @@
+"""`caravan bench perplexity`: what 8 bits cost a model, as the perplexity of a text beside that of the full weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deployments.config import AppConfig
+from model.config import split_layers
+from model.llama import Decoder
+from model.perplexity import perplexity
+from model.tokenizer import load_tokenizer
+from model.weights import open_checkpoint, resolve_path
+
+Json = dict[str, Any]
+
+
+def default_text() -> str:
+    """About 170,000 tokens of English that are part of every Python: the reference behind `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, quantizations: list[str]) -> Json:
+    """Perplexity of the first `tokens` of `text` on the whole model on one device, for each of `quantizations`.
+
+    Raises `ValueError` for a text that is too short, or a checkpoint that cannot be read.
+    """
+    path = resolve_path(config.model.path)
+    token_ids = load_tokenizer(path).encode(text, add_bos=False)
+    if len(token_ids) < tokens:
+        raise ValueError(f"the text has {len(token_ids):,} tokens, fewer than --tokens {tokens:,}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    results: Json = {}
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        for quantization in quantizations:
+            task = bar.add_task(quantization, total=tokens)
+            decoder = whole_model(config, path, quantization == "fp8", window)
+            found = perplexity(decoder, token_ids[:tokens], window, lambda done, task=task: bar.advance(task, done))  # type: ignore[misc]
+            results[quantization] = found.value
+            del decoder
+    first = results[quantizations[0]]
+    return {
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "device": torch.cuda.get_device_name() if config.pipeline.device == "cuda" else "cpu",
+        "tokens": found.tokens,
+        "window": window,
+        "perplexity": {name: round(value, 4) for name, value in results.items()},
+        "ratio": {name: round(value / first, 5) for name, value in results.items()},
+    }
+
+
+def whole_model(config: AppConfig, path: Path, fp8: bool, max_model_len: int) -> Decoder:
+    """All layers on the configured device, whatever the number of stages."""
+    checkpoint = open_checkpoint(path)
+    (part,) = split_layers(checkpoint.config, 1)
+    tensors = checkpoint.tensors(part.tensor_names(checkpoint.config))
+    dtype, device = getattr(torch, config.model.dtype), torch.device(config.pipeline.device)
+    return Decoder(checkpoint.config, part, tensors, dtype, device, max_model_len, fp8=fp8)
+
+
+def perplexity_table(result: Json) -> Table:
+    """For people."""
+    table = Table("weights", "perplexity", "ratio", title=f"{result['model']}, {result['tokens']:,} tokens predicted")
+    for name, value in result["perplexity"].items():
+        words = result["dtype"] if name == "none" else name
+        table.add_row(words, f"{value:.4f}", f"{result['ratio'][name]:.4f}")
+    return table

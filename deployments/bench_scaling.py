@@ -1,0 +1,314 @@
+"""`caravan bench scaling`: one pipeline on more and more stages, then two pipelines behind one endpoint.
+
+A table of rows, each measured in processes of its own and written to the result file as soon as it is done: a run that
+is cut short goes on where it stopped, and a row that fails says why. What the machine has too few GPUs for is skipped,
+and the file says so. The work grows with the stages, so that each has the same to do.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from rich import box
+from rich.table import Table
+
+from deployments.bench_sweep import Load, bodies, measure
+from model.families import SHAPES
+from ops import plot, workload
+
+if TYPE_CHECKING:
+    from deployments.local import Head
+
+Json = dict[str, Any]
+Device = Literal["cpu", "cuda"]
+BATCH_SIZES = "1,64"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured on a kind of device."""
+
+    device: Device
+    shape: str
+    rows: tuple[tuple[str, int], ...]  # (precision, stages)
+    requests_per_stage: int
+    longest: int  # prompts and outputs of the list are cut to this
+    seqs_per_stage: int  # in steady decode
+    context: int  # tokens of each of them
+    streams_per_pipeline: int  # over HTTP
+    cache: Json
+    scheduler: Json
+    resources: Json
+
+
+PLANS: dict[Device, Plan] = {
+    "cuda": Plan(
+        device="cuda",
+        shape="llama-2-70b",
+        rows=(*(("fp8", n) for n in (1, 2, 4, 8)), *(("bfloat16", n) for n in (2, 4, 8))),
+        requests_per_stage=600,
+        longest=workload.LONGEST,
+        seqs_per_stage=128,
+        context=450,
+        streams_per_pipeline=256,
+        cache={"memory_fraction": 0.92, "prefix_caching": False},
+        scheduler={"max_num_batched_tokens": 2048},
+        resources={},
+    ),
+    "cpu": Plan(
+        device="cpu",
+        shape="test-50m",
+        rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
+        requests_per_stage=8,
+        longest=64,
+        seqs_per_stage=4,
+        context=100,
+        streams_per_pipeline=8,
+        cache={"memory_gb": 0.2, "prefix_caching": False},
+        scheduler={"max_num_batched_tokens": 512},
+        resources={"gateway_cpus": 0.1, "engine_cpus": 0.1, "stage_cpus": 0.1},
+    ),
+}
+
+
+def row_names(plan: Plan) -> list[str]:
+    """In the order in which they are measured."""
+    return [f"{precision}x{stages}" for precision, stages in plan.rows] + ["http-1", "http-2"]
+
+
+def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, port: int = 8000) -> Json:
+    """The Serve configuration of a row."""
+    cuda = plan.device == "cuda"
+    scheduler = {**plan.scheduler, "max_num_seqs": max(512, 256 * stages) if cuda else 64}
+    model = {"path": f"shape:{plan.shape}", "name": plan.shape, "load_format": "dummy", "dtype": "bfloat16"}
+    if precision == "fp8":
+        model["quantization"] = "fp8"
+    args = {
+        "model": {**model, "max_model_len": 4096 if cuda else 1024},
+        "pipeline": {"stages": stages, "device": plan.device},
+        "cache": plan.cache,
+        "scheduler": scheduler,
+        "gateway": {"replicas": 2 * pipelines if cuda else 1},
+        "autoscaling": {"min_replicas": pipelines, "max_replicas": pipelines},
+        "resources": plan.resources,
+    }
+    application = {"name": "caravan", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
+    return {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [application],
+    }
+
+
+def too_few(plan: Plan, stages: int, gpus: int) -> Json | None:
+    """The row of a pipeline that the machine has too few GPUs for, else None."""
+    if plan.device == "cpu" or gpus >= stages:
+        return None
+    return {"skipped": f"needs {stages} GPUs, this machine has {gpus}"}
+
+
+# -- one pipeline, the engine alone -----------------------------------------------------------------------------------
+
+
+def offline_row(plan: Plan, precision: str, stages: int, timeout_s: float) -> Json:
+    """`caravan bench offline` in processes of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        config, output = Path(directory) / "config.yaml", Path(directory) / "result.json"
+        config.write_text(yaml.safe_dump(serve_config(plan, precision, stages)))
+        command = [
+            sys.executable, "-m", "deployments.cli", "bench", "offline", str(config),
+            "--requests", str(plan.requests_per_stage * stages), "--max-tokens", str(plan.longest),
+            "--batch-sizes", BATCH_SIZES, "--steady", f"{plan.seqs_per_stage * stages}x{plan.context}",
+            "--output", str(output),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"was not done within {timeout_s:g} s"}
+        if done.returncode:
+            words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            return {"error": words[-1]}
+        result = json.loads(output.read_text())
+    del result["list"]["trace"], result["command"]
+    return {"stages": stages, "precision": precision, **result}
+
+
+# -- pipelines behind one endpoint ------------------------------------------------------------------------------------
+
+
+def http_row(plan: Plan, stages: int, pipelines: int) -> Json:
+    """`pipelines` of `stages` each, deployed, under so many streams; of several, one then loses a stage under load."""
+    from deployments.local import LocalError, await_ready, free_port, ray_head
+
+    cpus = max(os.cpu_count() or 1, 2 if plan.device == "cpu" else 2 * pipelines * (stages + 3))
+    precision = plan.rows[0][0]
+    result: Json = {"stages": stages, "pipelines": pipelines, "precision": precision}
+    with tempfile.TemporaryDirectory() as directory:
+        config, port = Path(directory) / "config.yaml", free_port(8000)
+        config.write_text(yaml.safe_dump(serve_config(plan, precision, stages, pipelines, port)))
+        try:
+            with ray_head(cpus) as head:
+                started = time.monotonic()
+                deployed = head.serve("deploy", str(config))
+                if deployed.returncode:
+                    return {"error": deployed.stderr.strip().splitlines()[-1]}
+                await_ready(head, f"http://127.0.0.1:{port}", pipelines)
+                result["start_s"] = round(time.monotonic() - started, 1)
+                result |= loaded(plan, f"http://127.0.0.1:{port}", stages, pipelines, lambda: kill_stage(head))
+                head.serve("shutdown", "-y")
+        except LocalError as error:
+            return {"error": str(error)}
+    return result
+
+
+def loaded(plan: Plan, url: str, stages: int, pipelines: int, kill: Callable[[], int]) -> Json:
+    """What clients see: undisturbed, and of several pipelines also while one of them loses a stage."""
+    cuda = plan.device == "cuda"
+    vocab_size = min(workload.VOCAB_SIZE, SHAPES[plan.shape].vocab_size)
+    todo = bodies(plan.shape, plan.requests_per_stage * stages * pipelines, vocab_size, plan.longest)
+    streams = Load(plan.streams_per_pipeline * pipelines)
+    processes = min(os.cpu_count() or 1, 4 * pipelines) if cuda else 1
+    measure(url, todo[: streams.concurrency], streams, processes)  # warm up
+    summary = measure(url, todo, streams, processes)
+    result: Json = {
+        "streams": streams.concurrency,
+        "processes": processes,
+        "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
+        **asdict(summary),
+    }
+    if pipelines > 1:
+        killer = threading.Timer(summary.seconds / 3, kill)
+        killer.start()
+        streams = Load(plan.streams_per_pipeline)
+        after = measure(url, todo, streams, processes)
+        killer.join()
+        wanted = sum(int(body["max_tokens"]) for body in todo)
+        result["stage_killed"] = {"streams": streams.concurrency, "wanted_tokens": wanted, **asdict(after)}
+    return result
+
+
+def kill_stage(head: "Head") -> int:
+    """End one of the stage processes of `head` without warning; returns its pid. Raises `LocalError` without any."""
+    from deployments.local import LocalError, session_processes
+
+    for pid in session_processes(head):
+        # Ray names its workers after what they run.
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::StageActor"):
+            os.kill(pid, signal.SIGKILL)
+            return pid
+    raise LocalError("no stage process was found to be killed")
+
+
+# -- the whole table --------------------------------------------------------------------------------------------------
+
+
+def bench_scaling(plan: Plan, gpus: int, rows: Sequence[str], file: Path, timeout_s: float) -> Json:
+    """Measure those of `rows` that `file` does not hold yet; the file is written after each."""
+    result: Json = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    result |= {"plan": asdict(plan), "gpus": gpus, "cores": os.cpu_count()}
+    for name in rows:
+        if _is_measured(result["rows"].get(name)):
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        about = {"date": date.today().isoformat(), "load_average_before": round(os.getloadavg()[0], 1)}
+        result["rows"][name] = {**about, **_row(plan, name, gpus, timeout_s)}
+        result["speedup"], result["two_pipelines"] = speedup(result), two_pipelines(result)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _is_measured(row: Json | None) -> bool:
+    """A row that failed or was skipped is tried again: the machine may be another one."""
+    return row is not None and not {"error", "skipped"} & set(row)
+
+
+def _row(plan: Plan, name: str, gpus: int, timeout_s: float) -> Json:
+    if name.startswith("http-"):
+        pipelines = int(name.removeprefix("http-"))
+        stages = min(4, max(1, gpus // 2)) if plan.device == "cuda" else 1
+        return too_few(plan, stages * pipelines, gpus) or http_row(plan, stages, pipelines)
+    precision, _, stages_ = name.rpartition("x")
+    return too_few(plan, int(stages_), gpus) or offline_row(plan, precision, int(stages_), timeout_s)
+
+
+def speedup(result: Json) -> Json:
+    """Of each precision: output throughput on n stages over that on the fewest, by n."""
+    found: dict[str, dict[int, float]] = {}
+    for precision, values in throughputs(result).items():
+        first = values[min(values)]
+        found[precision] = {n: round(value / first, 2) for n, value in sorted(values.items())}
+    return found
+
+
+def throughputs(result: Json) -> dict[str, dict[int, float]]:
+    """Output tok/s of the list by precision and number of stages, of the rows that were measured."""
+    found: dict[str, dict[int, float]] = {}
+    for row in result["rows"].values():
+        if "list" in row:
+            found.setdefault(row["precision"], {})[row["stages"]] = row["list"]["output_throughput"]
+    return found
+
+
+def two_pipelines(result: Json) -> float | None:
+    """HTTP throughput of two pipelines over that of one; None where one of the rows is missing."""
+    one, two = (result["rows"].get(f"http-{n}", {}).get("output_throughput") for n in (1, 2))
+    return round(two / one, 2) if one and two else None
+
+
+def scaling_table(result: Json) -> Table:
+    """For people, and for a README: a table in Markdown."""
+    table = Table(
+        "", "output tok/s", "total", "speed-up", "batch 1, ms", "batch 64", "bubble per stage", "KV tokens", "ready, s",
+        box=box.MARKDOWN,
+    )  # fmt: skip
+    for name, row in result["rows"].items():
+        if not _is_measured(row):
+            table.add_row(name, " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
+        elif name.startswith("http-"):
+            _add_http(table, name, row, result["two_pipelines"])
+        else:
+            times = result["speedup"][row["precision"]]
+            _add_offline(table, name, row, times.get(row["stages"], times.get(str(row["stages"]))))
+    return table
+
+
+def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
+    done, (one, many) = row["list"], row["batches"]
+    bubbles = " ".join(f"{100 * stage['bubble']:.1f}" for stage in row["steady"]["stages"])
+    table.add_row(
+        name,
+        f"{done['output_throughput']:,.0f}",
+        f"{done['total_token_throughput']:,.0f}",
+        f"{times:.2f}",
+        f"{one['ms_per_token']:.2f}",
+        f"{many['ms_per_token']:.2f}",
+        f"{bubbles} %",
+        f"{row['kv_tokens']:,}",
+        f"{row['start_s']:.0f}",
+    )
+
+
+def _add_http(table: Table, name: str, row: Json, ratio: float | None) -> None:
+    what = f"{name}: {row['pipelines']} of {row['stages']} stages, {row['streams']} streams"
+    speeds = f"{row['output_throughput']:,.0f}", f"{row['total_token_throughput']:,.0f}"
+    table.add_row(what, *speeds, f"{ratio:.2f}" if ratio and row["pipelines"] == 2 else "")
+    if killed := row.get("stage_killed"):
+        seen = f"{killed['failed']} failed, {killed['output_tokens']:,} of {killed['wanted_tokens']:,} tokens"
+        gap = f"longest gap {killed['longest_gap_s']:.1f} s"
+        table.add_row(f"a stage killed under {killed['streams']} streams", seen, gap)
+
+
+def draw(result: Json, path: Path) -> None:
+    """Throughput by stages, with the ideal line."""
+    plot.scaling(throughputs(result), f"{result['plan']['shape']}, one pipeline", "the fixed list at once", path)

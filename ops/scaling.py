@@ -1,0 +1,27 @@
+"""The scaling run: `python ops/scaling.py cuda` (or cpu) measures the table; result and plot are in ops/results.
+
+Run it again to go on after an interruption. `python ops/scaling.py cuda fp8x1,fp8x2` measures those rows only, for a
+place where no command may take long.
+"""
+
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(device: str, rows: str = "") -> int:
+    """What `caravan bench scaling` returns."""
+    file = RESULTS / f"scaling-{device}-{date.today().isoformat()}.json"
+    file = max(RESULTS.glob(f"scaling-{device}-*.json"), default=file)
+    command = [sys.executable, "-m", "deployments.cli", "bench", "scaling", str(file), "--device", device]
+    command += ["--plot", str(file.with_suffix(".png")), *(["--rows", rows] if rows else [])]
+    return subprocess.run(command, cwd=RESULTS.parents[1]).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python ops/scaling.py cuda|cpu [rows]")
+    sys.exit(main(*sys.argv[1:]))
