@@ -231,6 +231,28 @@ def _sweep_engine(config: Path, batches: list[int], max_tokens: int, output: Pat
         throughput_latency(batch_points(result["batches"]), title, "time per output token", plot)
 
 
+@bench.command(epilog="Example: caravan bench overload --seconds 60 --factor 10")
+def overload(
+    config: Annotated[Path, typer.Option(help="the configuration to deploy here, with one stage")] = Path(
+        "ray_config.yaml"
+    ),
+    target: Annotated[float, typer.Option(help="admission.target_ttft_s")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="how long")] = 60.0,
+    factor: Annotated[float, typer.Option(help="how much more than it can take")] = 10.0,
+    haproxy: Annotated[bool, typer.Option(help="HAProxy as Serve's ingress")] = True,
+    output: Output = None,
+) -> None:
+    """A service on this machine with ten times what it can take: accepted and refused requests, gateway memory."""
+    from deployments.bench_overload import bench_overload, overload_table
+    from deployments.local import LocalError
+
+    try:
+        result = bench_overload(config, target, seconds, factor, haproxy)
+    except LocalError as error:
+        fail(str(error))
+    report(overload_table(result), result, output)
+
+
 @bench.command(epilog="Example: caravan bench load --gb 2 --stages 4")
 def load(
     gb: Annotated[float, typer.Option(help="size of the checkpoint that is written for it")] = 2.0,
