@@ -1,14 +1,17 @@
 """Which requests are taken: those whose first token can be expected in time. All others get 429 at once.
 
 What is expected follows from tokens, not from counts of requests: prompt tokens that wait against the rate at which
-engines compute prompts, and once sequences or KV are full, against the rate at which these become free. Engines report
-the rates; what is open is known here, for each request is counted the moment it is sent.
+engines compute prompts, and once sequences or KV are full, how many answers have to end first, and when these will.
+Engines report the rates; what is open is known here, for an answer is counted from the moment it is sent.
 """
 
+import asyncio
+import itertools
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from deployments.config import AppConfig
 from deployments.errors import ApiError
@@ -16,7 +19,10 @@ from deployments.limits import too_many
 from deployments.status import ReplicaStatus
 from deployments.tenants import Tenant
 
+log = logging.getLogger(__name__)
+
 REFRESH_S = 0.5  # how old what engines report may be
+SAME_ANSWER_S = 0.02  # for so long a tenant that was refused is refused again without another look
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,174 +45,185 @@ class Capacity:
 
 
 @dataclass(slots=True)
-class Sizes:
-    """The average answer, in tokens: of those that ended lately, or before any has, as clients allow them to be."""
+class Answer:
+    """One open answer, in tokens."""
 
-    prompt: float = 0.0
+    prompt: int
+    max_tokens: int
+    output: int = 0  # so far
+
+    @property
+    def waiting(self) -> int:
+        """Prompt tokens that are still to be computed, as far as is known: all until the first token."""
+        return 0 if self.output else self.prompt
+
+
+@dataclass(slots=True)
+class Sizes:
+    """The length of the average answer: of those that ended lately, or before any has, as clients allow them to be."""
+
     output: float = 0.0
     _seen: int = 0
     _ended: bool = False
 
-    def expect(self, prompt: float, max_tokens: float) -> None:
+    def expect(self, max_tokens: int) -> None:
         if not self._ended:
-            self._take(prompt, max_tokens)
+            self._take(max_tokens)
 
-    def ended(self, prompt: float, output: float) -> None:
+    def end(self, output: int) -> None:
         if not self._ended:
             self._ended, self._seen = True, 0
-        self._take(prompt, output)
+        self._take(output)
 
-    def _take(self, prompt: float, output: float) -> None:
+    def _take(self, output: int) -> None:
         self._seen += 1
-        weight = max(1 / self._seen, 0.02)
-        self.prompt += weight * (prompt - self.prompt)
-        self.output += weight * (output - self.output)
+        self.output += max(1 / self._seen, 0.02) * (output - self.output)
 
 
-@dataclass(slots=True)
-class Load:
-    """Requests on their way or running."""
+def expected_wait(
+    ahead: Sequence[Answer], new: Sequence[Answer], capacity: Capacity, mean_output: float, share: float = 1.0
+) -> float:
+    """Seconds until an engine begins with `new`, behind the answers `ahead`, with this share of the engines.
 
-    waiting_tokens: float = 0  # prompt tokens of answers without a first token
-    open: float = 0  # answers that have not ended
-    tokens: float = 0  # prompts and output so far of these
-
-    def add(self, waiting_tokens: float, open_: float, tokens: float) -> None:
-        self.waiting_tokens += waiting_tokens
-        self.open += open_
-        self.tokens += tokens
-
-
-def expected_wait(ahead: Load, new: Load, capacity: Capacity, sizes: Sizes, share: float = 1.0) -> float:
-    """Seconds until `new` computes, behind `ahead`, with this share of the engines. Its own prompt does not count.
-
-    An engine that has not told its rates yet is taken to be as fast as need be; it has measured its prefill rate
-    before it is ready.
+    Its own prompts do not count: however long, an idle engine takes them. Rates that are not known yet count as
+    endless for prompts (a replica measures that one before it is ready) and as nothing for answers that must end.
     """
-    waits = [0.0]
-    if ahead.waiting_tokens and capacity.prefill_rate:
-        waits.append(ahead.waiting_tokens / (capacity.prefill_rate * share))
-    seqs = ahead.open + new.open - capacity.max_seqs * share
-    kv = ahead.tokens + new.tokens - capacity.kv_tokens * share
-    lacking = min(ahead.open, max(seqs, kv / max(1.0, sizes.prompt + sizes.output)))  # answers that have to end first
-    if lacking > 0:
-        ends = capacity.decode_rate * share / max(1.0, sizes.output)  # a second
-        waits.append(lacking / ends if ends else math.inf)
-    return max(waits)
+    prefill = sum(answer.waiting for answer in ahead)
+    wait = prefill / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
+    seqs = max(1, int(capacity.max_seqs * share))
+    running = ahead[:seqs]  # first come, first served
+    held = sum(answer.prompt + answer.output for answer in ahead)
+    size = max(1.0, held / len(ahead)) if ahead else 1.0
+    kv = (held + sum(answer.prompt for answer in new) - capacity.kv_tokens * share) / size
+    lacking = min(len(ahead), math.ceil(max(len(ahead) + len(new) - seqs, kv)))
+    if lacking <= 0:
+        return wait
+    speed = capacity.decode_rate * share / len(running)  # tokens/s of one answer
+    if not speed:
+        return math.inf
+    # Whoever runs now ends after what is left of the average answer; whoever takes that place, one answer later.
+    left = sorted(max(1.0, min(mean_output, a.max_tokens) - a.output) for a in running)
+    rounds, place = divmod(lacking - 1, len(left))
+    begun = sum(a.waiting for a in running) / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
+    return max(wait, begun + (left[place] + rounds * mean_output) / speed)
 
 
 class Admission:
     """One gateway's. `replicas` reads what engines report."""
 
     def __init__(self, config: AppConfig, replicas: Callable[[], Awaitable[list[ReplicaStatus]]]) -> None:
-        self._args = config.admission
-        self._max_age = config.gateway.ready_max_age_s
-        self._replicas = replicas
+        self._target_s = config.admission.target_ttft_s
+        self._max_age_s = config.gateway.ready_max_age_s
         self._alone = config.gateway.replicas == 1
+        self._replicas = replicas
         self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
         self._sizes = Sizes()
-        self._own: dict[str, Load] = {}  # by tenant
-        self._total = Load()
-        self._others = Load()  # what other gateways have sent
-        self._weights: dict[str, float] = {}
+        self._open: dict[int, tuple[Tenant, Answer]] = {}  # in order of arrival
+        self._others: list[Answer] = []  # what other gateways have sent
+        self._numbers = itertools.count()
+        self._refused: dict[str, tuple[float, float]] = {}  # tenant -> when, and how long it would have waited
+        self._asking: asyncio.Task[None] | None = None
         self._asked_at = -math.inf
 
+    # -- what engines report ------------------------------------------------------------------------------------------
+
     async def refresh(self) -> None:
-        """Ask what engines report, if that has not been done lately."""
-        now = time.monotonic()
-        if now - self._asked_at < REFRESH_S:
-            return
-        self._asked_at = now
-        stamp = time.time()
-        self.take([r for r in await self._replicas() if r.state == "ready" and stamp - r.updated_at <= self._max_age])
+        """Ask for it, if that was not done lately. Nobody waits for the answer, except for the very first one."""
+        first, now = self._asking is None, time.monotonic()
+        if now - self._asked_at > REFRESH_S and (self._asking is None or self._asking.done()):
+            self._asked_at, self._asking = now, asyncio.create_task(self._ask())
+        if first and self._asking is not None:
+            await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        try:
+            replicas, now = await self._replicas(), time.time()
+        except Exception:
+            log.exception("what engines report cannot be read; what is known stays")
+        else:
+            self.take([r for r in replicas if r.state == "ready" and now - r.updated_at <= self._max_age_s])
 
     def take(self, ready: Sequence[ReplicaStatus]) -> None:
-        """What the ready engines report. What they have and is not ours came from other gateways."""
+        """The ready engines. What they have and is not ours came from other gateways, if there are any."""
         self._capacity = Capacity.of(ready) if ready else None
         if self._alone:
             return
-        reported = Load(
-            sum(r.waiting_tokens for r in ready),
-            sum(r.running + r.waiting for r in ready),
-            sum(r.running_tokens + r.waiting_tokens for r in ready),
-        )
-        own = self._total
-        self._others = Load(
-            *(
-                max(0.0, theirs - ours)
-                for theirs, ours in (
-                    (reported.waiting_tokens, own.waiting_tokens),
-                    (reported.open, own.open),
-                    (reported.tokens, own.tokens),
-                )
-            )
-        )
+        own = [answer for _, answer in self._open.values()]
+        begun = [answer for answer in own if answer.output]
+        running = max(0, sum(r.running for r in ready) - len(begun))
+        held = max(0, sum(r.running_tokens for r in ready) - sum(a.prompt + a.output for a in begun))
+        waiting = max(0, sum(r.waiting for r in ready) - (len(own) - len(begun)))
+        tokens = max(0, sum(r.waiting_tokens for r in ready) - sum(a.waiting for a in own))
+        length = max(1, int(self._sizes.output))  # theirs are taken to be like ours, and to end one after the other
+        self._others = [
+            *(Answer(held // running, length, 1 + i * length // running) for i in range(running)),
+            *(Answer(tokens // waiting, length) for _ in range(waiting)),
+        ]
 
-    def check(self, tenant: Tenant, new: Load | None = None) -> None:
-        """Raises `ApiError` 429 if a request, of any size unless it is known, would wait too long."""
-        if self._capacity is None:
-            return
-        wait = self._wait(tenant, new or Load(0, 1, 1), self._capacity)
-        if wait > self._args.target_ttft_s:
-            raise overloaded(wait - self._args.target_ttft_s)
+    # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _wait(self, tenant: Tenant, new: Load, capacity: Capacity) -> float:
+    def check(self, tenant: Tenant) -> None:
+        """Raises `ApiError` 429 if a request of this tenant, however small, would wait too long."""
+        when, wait = self._refused.get(tenant.name, (-math.inf, 0.0))
+        if time.monotonic() - when < SAME_ANSWER_S:  # in a flood nothing is worked out anew for everybody
+            raise overloaded(wait - self._target_s)
+        self._check(tenant, [Answer(1, 1)])
+
+    def _check(self, tenant: Tenant, new: Sequence[Answer]) -> None:
+        wait = self._wait(tenant, new, self._capacity) if self._capacity is not None else 0.0
+        if wait > self._target_s:
+            if len(new) == 1 == new[0].prompt:
+                self._refused[tenant.name] = time.monotonic(), wait
+            raise overloaded(wait - self._target_s)
+
+    def _wait(self, tenant: Tenant, new: Sequence[Answer], capacity: Capacity) -> float:
         """By its own share of the engines, or by all of them, whichever is sooner: what others leave is used."""
-        total, others = self._total, self._others
-        ahead = Load(
-            total.waiting_tokens + others.waiting_tokens, total.open + others.open, total.tokens + others.tokens
-        )
-        wait = expected_wait(ahead, new, capacity, self._sizes)
-        active = {name: weight for name, weight in self._weights.items() if self._own[name].open > 0}
-        if not wait or set(active) <= {tenant.name}:
+        ahead = [*self._others, *(answer for _, answer in self._open.values())]
+        wait = expected_wait(ahead, new, capacity, self._sizes.output)
+        weights = {other.name: other.weight for other, _ in self._open.values()}
+        if wait <= self._target_s or not set(weights) - {tenant.name}:
             return wait
-        share = tenant.weight / (sum(active.values()) + (0 if tenant.name in active else tenant.weight))
-        return min(wait, expected_wait(self._own.get(tenant.name, Load()), new, capacity, self._sizes, share))
+        share = tenant.weight / sum({**weights, tenant.name: tenant.weight}.values())
+        own = [answer for other, answer in self._open.values() if other.name == tenant.name]
+        return min(wait, expected_wait(own, new, capacity, self._sizes.output, share))
 
-    def open(self, tenant: Tenant, answers: Sequence[tuple[int, int]]) -> "Ticket":
-        """Take a request for answers, each (prompt tokens, max_tokens). Raises `ApiError` 429 as `check` does."""
-        tokens = sum(prompt for prompt, _ in answers)
-        self.check(tenant, Load(tokens, len(answers), tokens))
-        self._weights[tenant.name] = tenant.weight
-        for prompt, max_tokens in answers:
-            self._sizes.expect(prompt, max_tokens)
-        ticket = Ticket(self, tenant.name, tokens)
-        ticket.count(tokens, len(answers), tokens)
-        return ticket
+    def open(self, tenant: Tenant, answers: Sequence[Answer]) -> "Ticket":
+        """Take a request for these answers. Raises `ApiError` 429 if it would wait too long."""
+        self._check(tenant, answers)
+        numbers = [next(self._numbers) for _ in answers]
+        for number, answer in zip(numbers, answers, strict=True):
+            self._open[number] = tenant, answer
+            self._sizes.expect(answer.max_tokens)
+        return Ticket(self, numbers)
 
-    def ended(self, load: Load, prompt_tokens: int) -> None:
-        self._sizes.ended(prompt_tokens / load.open, (load.tokens - prompt_tokens) / load.open)
+    def grow(self, number: int, tokens: int) -> None:
+        if number in self._open:
+            self._open[number][1].output += tokens
 
-    def count(self, tenant: str, waiting_tokens: float, open_: float, tokens: float) -> None:
-        self._own.setdefault(tenant, Load()).add(waiting_tokens, open_, tokens)
-        self._total.add(waiting_tokens, open_, tokens)
+    def close(self, number: int, complete: bool) -> None:
+        found = self._open.pop(number, None)
+        if found is not None and complete:
+            self._sizes.end(found[1].output)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Ticket:
-    """An admitted request. What it counts for is taken back when it is closed."""
+    """An admitted request. It counts until it is closed."""
 
     admission: Admission
-    tenant: str
-    prompt_tokens: int
-    load: Load = field(default_factory=Load)
+    numbers: list[int]  # of its answers
 
-    def count(self, waiting_tokens: float, open_: float, tokens: float) -> None:
-        self.load.add(waiting_tokens, open_, tokens)
-        self.admission.count(self.tenant, waiting_tokens, open_, tokens)
+    def grow(self, index: int, tokens: int) -> None:
+        """So many tokens more of one of its answers."""
+        self.admission.grow(self.numbers[index], tokens)
 
-    def began(self, prompt_tokens: int) -> None:
-        """One of its answers has its first token."""
-        self.count(-prompt_tokens, 0, 0)
+    def end(self, index: int) -> None:
+        """One of its answers is complete."""
+        self.admission.close(self.numbers[index], complete=True)
 
-    def grew(self, tokens: int) -> None:
-        self.count(0, 0, tokens)
-
-    def close(self, complete: bool) -> None:
-        """`complete`: with all of its answers, which show how long answers are."""
-        if complete:
-            self.admission.ended(self.load, self.prompt_tokens)
-        self.count(-self.load.waiting_tokens, -self.load.open, -self.load.tokens)
+    def close(self) -> None:
+        for number in self.numbers:
+            self.admission.close(number, complete=False)
 
 
 def overloaded(wait: float) -> ApiError:

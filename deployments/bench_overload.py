@@ -107,7 +107,8 @@ def bench_overload(config: Path, target_ttft_s: float, seconds: float, factor: f
 
 def _measure(head: Head, url: str, model: str, seconds: float, factor: float) -> Json:
     path = f"{url}/v1/completions"
-    capacity, _ = asyncio.run(load.run(path, bodies(model, 64, 0), 16))
+    asyncio.run(load.run(path, bodies(model, 32, 50_000), 32))  # warm
+    capacity, _ = asyncio.run(load.run(path, bodies(model, 192, 0), 48))
     rate = factor * capacity.request_throughput
     gateway = gateway_process(head)
     memory: list[tuple[float, float]] = []

@@ -17,7 +17,7 @@ import msgspec
 
 from cluster.errors import CaravanError
 from cluster.sequence import Request as EngineRequest
-from deployments.admission import Admission, Ticket
+from deployments.admission import Admission, Answer, Ticket
 from deployments.config import AppConfig
 from deployments.constraints import ConstraintChecker
 from deployments.engine_client import EngineClient, MetricsRecorder
@@ -225,7 +225,7 @@ class Gateway:
         self._check_priority(requests[0])
         prompts = {id(request.prompt): len(request.prompt.token_ids) for request in requests}
         usage = Usage(sum(prompts.values()), time.monotonic())
-        streams = [self._counted(self._stream(request), request, usage) for request in requests]
+        streams = [self._counted(self._stream(request), i, request, usage) for i, request in enumerate(requests)]
         stream = streams[0] if len(streams) == 1 else merged(streams)
         return Generation(self._recorded(stream, requests, usage), usage)
 
@@ -257,9 +257,9 @@ class Gateway:
         return pieces(events, self.tokenizer, ids, rules)
 
     async def _counted(
-        self, stream: AsyncGenerator[Piece, None], request: GenerationRequest, usage: Usage
+        self, stream: AsyncGenerator[Piece, None], index: int, request: GenerationRequest, usage: Usage
     ) -> AsyncGenerator[Piece, None]:
-        """The pieces of one answer, counted and timed."""
+        """The pieces of answer number `index`, counted and timed."""
         last = 0.0
         assert usage.ticket is not None
         try:
@@ -269,9 +269,9 @@ class Gateway:
                 if not usage.first_token:
                     usage.first_token = now
                     self.recorder.observe("ttft_seconds", now - usage.started)
-                if not last:
-                    usage.ticket.began(len(request.prompt.token_ids))
-                usage.ticket.grew(piece.num_tokens)
+                usage.ticket.grow(index, piece.num_tokens)
+                if piece.finish_reason in ("stop", "length"):
+                    usage.ticket.end(index)
                 self.limits.spend(request.tenant, piece.num_tokens, now)
                 if last and piece.num_tokens:
                     self.recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
@@ -298,17 +298,18 @@ class Gateway:
             raise
         finally:
             await stream.aclose()
-            usage.ticket.close(complete=usage.outcome in ("stop", "length"))
+            usage.ticket.close()
             self._record(requests[0], usage)
 
     def _admit(self, requests: Sequence[GenerationRequest], usage: Usage) -> Ticket:
         tenant = requests[0].tenant
         try:
-            ticket = self.admission.open(tenant, [(len(r.prompt.token_ids), r.sampling.max_tokens) for r in requests])
+            answers = [Answer(len(r.prompt.token_ids), r.sampling.max_tokens) for r in requests]
+            ticket = self.admission.open(tenant, answers)
             try:
                 self.limits.take_prompt(tenant, usage.prompt_tokens, time.monotonic())
             except ApiError:
-                ticket.close(complete=False)
+                ticket.close()
                 raise
         except ApiError as error:
             self.count_refusal(tenant, error)
