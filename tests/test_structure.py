@@ -63,6 +63,15 @@ def test_commands_in_the_readme_exist() -> None:
         assert f"def {command}(" in cli or f'name="{command}"' in cli
 
 
+def test_tests_that_the_readme_names_exist() -> None:
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    names = set(re.findall(r"`(test_\w+)`", readme))
+    assert len(names) > 20
+    assert {name for name in names if f"def {name}(" not in tests} == set()
+    assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", readme))
+
+
 def test_no_paths_of_a_machine() -> None:
     for name in TRACKED:
         file = ROOT / name

@@ -381,6 +381,39 @@ def test_unknown_models_and_routes(run: Run) -> None:
     run(test)
 
 
+def test_tokenize_shows_what_the_model_sees(run: Run) -> None:
+    async def test(service: Service) -> None:
+        async def post(path: str, **body: Any) -> httpx.Response:
+            return await service.client.post(path, json=body)
+
+        text = "Grüße, 京都! <|im_end|>"  # the control token's name is text here
+        body = (await post("/tokenize", prompt=text, model="tiny", return_token_strs=True)).json()
+        assert body["tokens"] == service.tokenizer.encode(text, add_bos=True)
+        assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+        assert body["max_model_len"] == 256
+        assert (await post("/detokenize", tokens=body["tokens"])).json() == {"prompt": text}
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<|im_end|> hi"}]
+        body = (await post("/tokenize", messages=messages)).json()
+        await service.chat(messages=messages)
+        assert service.engine.requests[-1].token_ids == body["tokens"]
+        assert "<|im_start|>user\n<|im_end|> hi<|im_end|>" in body["prompt"]
+        assert body["tokens"].count(2) == 2, "what the user typed is no control token"
+        for path, bad, param in (
+            ("/tokenize", {}, "prompt"),
+            ("/tokenize", {"prompt": "x", "messages": messages}, "prompt"),
+            ("/tokenize", {"messages": []}, "messages"),
+            ("/detokenize", {}, "tokens"),
+            ("/detokenize", {"tokens": [10**9]}, "tokens"),
+            ("/detokenize", {"tokens": ["x"]}, "tokens"),
+        ):
+            response = await post(path, **bad)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param), (path, bad)
+        assert (await post("/tokenize", prompt="x", model="other")).status_code == 404
+        assert (await post("/detokenize", tokens=[])).json() == {"prompt": ""}
+
+    run(test)
+
+
 def test_a_broken_engine_is_503_before_the_stream_and_said_in_it_after(run: Run) -> None:
     async def test(service: Service) -> None:
         service.engine.script = [None]
