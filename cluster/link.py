@@ -69,14 +69,17 @@ def join(address: tuple[str, int], timeout_s: float) -> TCPStore:
 class GlooLink:
     """A `Link` through host memory. A peer that dies is noticed at once, one that is cut off at the deadline."""
 
-    def __init__(self, store: TCPStore, rank: int, host: str, epoch: int, timeout_s: float) -> None:
-        """`host` is this node's address: left to itself gloo picks an interface by name resolution, often wrongly."""
+    def __init__(self, store: TCPStore, rank: int, host: str, key: str, timeout_s: float) -> None:
+        """`key`, which only the two ends know, is new for every epoch: a stranger does not find the pair in the store.
+
+        `host` is this node's address: left to itself gloo picks an interface by name resolution, often wrongly.
+        """
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         self._peer = 1 - rank
         with _broken_if_it_fails("connecting with the neighbour"):
-            self._group: Any = ProcessGroupGloo(PrefixStore(f"epoch-{epoch}", store), rank, 2, options)
+            self._group: Any = ProcessGroupGloo(PrefixStore(key, store), rank, 2, options)
         self._store: Any = store  # the group's connections last as long as their store
         self._sending: tuple[Any, torch.Tensor] | None = None
 

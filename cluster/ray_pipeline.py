@@ -1,6 +1,7 @@
 """A pipeline whose stages are Ray actors, one per bundle of a placement group."""
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -195,8 +196,8 @@ class RayPipeline:
 
     def _link(self, epoch: int, deadline: float) -> None:
         listening = self._get([stage.actor.listen.remote(LINK_S) for stage in self._stages[:-1]], deadline)
-        addresses = [None, *listening]
-        refs = [s.actor.link.remote(epoch, a, LINK_S) for s, a in zip(self._stages, addresses, strict=True)]
+        addresses, key = [None, *listening], f"epoch-{epoch}-{secrets.token_hex(16)}"
+        refs = [s.actor.link.remote(key, a, LINK_S) for s, a in zip(self._stages, addresses, strict=True)]
         self._get(refs, deadline)
 
     def _await_ready(self, epoch: int, deadline: float) -> None:

@@ -160,12 +160,12 @@ class StageActor:
         self._rendezvous = Rendezvous(self._host, timeout_s)
         return self._rendezvous.address
 
-    def link(self, epoch: int, upstream: tuple[str, int] | None, timeout_s: float) -> None:
+    def link(self, key: str, upstream: tuple[str, int] | None, timeout_s: float) -> None:
         """Connect to the neighbours; returns when both ends of each link are up. Raises `LinkBroken`."""
         if upstream is not None:
-            self._upstream = GlooLink(join(upstream, timeout_s), DOWNSTREAM, self._host, epoch, timeout_s)
+            self._upstream = GlooLink(join(upstream, timeout_s), DOWNSTREAM, self._host, key, timeout_s)
         if self._rendezvous is not None:
-            self._downstream = GlooLink(self._rendezvous.store, UPSTREAM, self._host, epoch, timeout_s)
+            self._downstream = GlooLink(self._rendezvous.store, UPSTREAM, self._host, key, timeout_s)
 
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""

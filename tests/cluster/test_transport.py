@@ -139,8 +139,8 @@ def test_an_unknown_interface_is_named() -> None:
 def linked(timeout_s: float) -> tuple[GlooLink, GlooLink]:
     rendezvous = Rendezvous(HOST, 5.0)
     with ThreadPoolExecutor(1) as pool:
-        receiving = pool.submit(lambda: GlooLink(join(rendezvous.address, 5.0), DOWNSTREAM, HOST, 0, timeout_s))
-        return GlooLink(rendezvous.store, UPSTREAM, HOST, 0, timeout_s), receiving.result(timeout=20)
+        receiving = pool.submit(lambda: GlooLink(join(rendezvous.address, 5.0), DOWNSTREAM, HOST, "key", timeout_s))
+        return GlooLink(rendezvous.store, UPSTREAM, HOST, "key", timeout_s), receiving.result(timeout=20)
 
 
 def test_hidden_states_arrive_in_order() -> None:
@@ -173,10 +173,20 @@ def test_a_neighbour_that_goes_is_an_error_at_once() -> None:
     assert time.monotonic() - started < 30
 
 
+def test_a_stranger_without_the_key_is_not_linked() -> None:
+    rendezvous = Rendezvous(HOST, 1.0)
+    with ThreadPoolExecutor(1) as pool:
+        stranger = pool.submit(lambda: GlooLink(join(rendezvous.address, 1.0), DOWNSTREAM, HOST, "guess", 1.0))
+        with pytest.raises(LinkBroken):
+            GlooLink(rendezvous.store, UPSTREAM, HOST, "key", 1.0)
+        with pytest.raises(LinkBroken):
+            stranger.result(timeout=20)
+
+
 def test_nobody_at_the_meeting_point_is_an_error_after_the_deadline() -> None:
     rendezvous = Rendezvous(HOST, 0.5)
     with pytest.raises(LinkBroken):
-        GlooLink(rendezvous.store, UPSTREAM, HOST, 0, 0.5)
+        GlooLink(rendezvous.store, UPSTREAM, HOST, "key", 0.5)
     host, port = rendezvous.address
     del rendezvous
     with pytest.raises(LinkBroken, match=f"{HOST}:"):
