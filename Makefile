@@ -50,10 +50,11 @@ test-long: $(READY) $(CLIENTS)  ## all tests
 chaos: $(READY)  ## break the deployed service under load: kill -9 of stages, engines and nodes, 1,000 requests
 	@$(BIN)/python -m deployments.chaos --faults stage,engine,node --requests 1000 --streams 64
 
-check: $(READY)  ## format, lint, types
+check: $(READY)  ## format, lint, types, known holes in pinned packages
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m ops.audit requirements.lock
 
 format: $(READY)  ## format, and fix what lint can fix
 	@$(BIN)/ruff format .

@@ -1,5 +1,6 @@
 """The Serve application: `import_path: deployments.app:build`, with our configuration as its `args`."""
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +16,8 @@ from deployments.http import create_gateway
 from ops import logs
 from ops.metrics import Recorder
 
+log = logging.getLogger(__name__)
+
 UNLIMITED = 1_000_000  # the engine queues by itself, and knows better than Serve what it can hold
 
 
@@ -23,13 +26,25 @@ class Gateway:
     """The Serve deployment `Gateway`: HTTP in front, the engines' handle behind. Needs no accelerator and no torch."""
 
     def __init__(self, engine: DeploymentHandle[Any], args: dict[str, Any]) -> None:
-        logs.configure()
         self._engine = engine
         self._config = parse_app_config(args)
+        logs.configure(log_prompts=self._config.logging.log_prompts)
+        warn_if_open()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
         return create_gateway(self._config, client, Recorder(serve_metrics, "gateway"), echo_request_id=False)
+
+
+def warn_if_open() -> None:
+    """Ray's ports run whatever they are sent; only its token keeps strangers out."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        log.warning(
+            "Ray runs without token authentication: whoever reaches its ports can run code on this cluster. Start all "
+            "nodes with RAY_AUTH_MODE=token (see ops/security.md)"
+        )
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -79,6 +79,14 @@ class AdmissionArgs(Strict):
     )
 
 
+class LoggingArgs(Strict):
+    """What is logged."""
+
+    log_prompts: bool = Field(
+        default=False, description="for debugging: log every prompt and answer in full; otherwise neither ever is"
+    )
+
+
 class AutoscalingArgs(Strict):
     """How many pipelines there are."""
 
@@ -120,6 +128,7 @@ class AppConfig(EngineConfig):
     gateway: GatewayArgs = GatewayArgs()
     auth: AuthArgs = AuthArgs()
     admission: AdmissionArgs = AdmissionArgs()
+    logging: LoggingArgs = LoggingArgs()
     autoscaling: AutoscalingArgs = AutoscalingArgs()
     resources: ResourceArgs = ResourceArgs()
 

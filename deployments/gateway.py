@@ -79,6 +79,7 @@ class Usage:
     first_token: float = 0.0
     outcome: str = "cancelled"  # until something else is known
     ticket: Ticket | None = None  # from when it is admitted
+    answer: str = ""  # kept only to be logged, with `logging.log_prompts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,7 @@ class Gateway:
         try:
             async for piece in within(stream, self.config.gateway.request_timeout_s):
                 usage.outcome = piece.finish_reason or "cancelled"
+                usage.answer += piece.text if self.config.logging.log_prompts else ""
                 yield piece
         except CaravanError as error:
             usage.outcome = "rejected" if isinstance(error, ValueError) else "error"
@@ -339,6 +341,8 @@ class Gateway:
             "ttft_s": round(usage.first_token - usage.started, 4) if usage.first_token else None,
             "e2e_s": round(seconds, 4),
         }
+        if self.config.logging.log_prompts:
+            fields |= {"prompt": self.tokenizer.decode(request.prompt.token_ids), "answer": usage.answer}
         log.info("request finished", extra=fields)
 
 

@@ -12,8 +12,15 @@ FIELDS = (
 )  # fmt: skip
 
 
+PROMPT_FIELDS = ("prompt", "answer")  # only where `logging.log_prompts` is on
+
+
 class JsonFormatter(logging.Formatter):
     """time, level, logger, message, the known extra fields, and a traceback if there is one."""
+
+    def __init__(self, fields: tuple[str, ...] = FIELDS) -> None:
+        super().__init__()
+        self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -23,16 +30,16 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: getattr(record, name) for name in FIELDS if getattr(record, name, None) is not None}
+        line |= {name: getattr(record, name) for name in self._fields if getattr(record, name, None) is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure(level: int = logging.INFO) -> None:
+def configure(level: int = logging.INFO, log_prompts: bool = False) -> None:
     """Send the logs of our own packages to standard error, as JSON; everybody else's stay as they are."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter((*FIELDS, *PROMPT_FIELDS) if log_prompts else FIELDS))
     for package in ("model", "cluster", "deployments", "ops"):
         logger = logging.getLogger(package)
         logger.handlers[:] = [handler]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import psutil
@@ -232,6 +233,44 @@ def test_metrics_have_their_labels(service: Service) -> None:
                  "kv_blocks_total", "requests_total", "last_token_age_seconds", "generated_tokens_total"):  # fmt: skip
         assert f"ray_caravan_{name}{{" in text, name
     assert re.search(r'ray_caravan_requests_total\{[^}]*outcome="cancelled"', text)
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """Addresses and ports at which a process listens."""
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return []
+    return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
+
+
+def test_ports_are_as_the_security_page_says(service: Service) -> None:
+    """Whatever of ours listens everywhere is Ray's and wants its token; our own sockets are bound to one address."""
+    anywhere = {"0.0.0.0", "::"}
+    dashboard = int(service.head.dashboard.rpartition(":")[2])
+    found = {pid: listening(pid) for pid in session_processes(service.head)}
+    assert {ip for sockets in found.values() for ip, port in sockets if port == dashboard} == {"127.0.0.1"}
+    ours = service.processes("ServeReplica:caravan") + service.processes("ray::StageActor")
+    open_ports = {port for pid in ours for ip, port in found[pid] if ip in anywhere}
+    assert len(open_ports) >= 4
+    assert any(ip not in anywhere for pid in ours for ip, _ in found[pid]), "the links' sockets"
+    codes = [ask_grpc(port) for port in open_ports]
+    assert set(codes) == {grpc.StatusCode.UNAUTHENTICATED}, "without the token nothing is unpickled"
+    token = service.head.environment["RAY_AUTH_TOKEN"]
+    assert any(ask_grpc(port, token) != grpc.StatusCode.UNAUTHENTICATED for port in open_ports), "this test can fail"
+    assert httpx.get(f"{service.head.dashboard}/api/version").status_code == 401
+
+
+def ask_grpc(port: int, token: str = "") -> grpc.StatusCode:
+    """What a call between Serve's replicas gets at this port."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        try:
+            call(b"", timeout=5, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code()  # type: ignore[attr-defined, no-any-return]
+    return grpc.StatusCode.OK
 
 
 def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:

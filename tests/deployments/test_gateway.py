@@ -502,6 +502,26 @@ def test_request_ids(run: Run) -> None:
     run(test)
 
 
+def test_prompts_are_logged_only_where_that_is_switched_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        for on in (False, True):
+            engine = ScriptedEngine()
+            engine.script = [*tokenizer().encode("An answer", add_bos=False), 2]
+            app = create_gateway(parse_app_config({**ARGS, "logging": {"log_prompts": on}}), engine, Recorded())
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                await client.post("/v1/completions", json={"model": "tiny", "prompt": "A question"})
+
+    with caplog.at_level(logging.INFO, "deployments"):
+        asyncio.run(test())
+    off, on = (r for r in caplog.records if r.message == "request finished")
+    shown = logs.JsonFormatter((*logs.FIELDS, *logs.PROMPT_FIELDS))
+    assert "question" not in shown.format(off)
+    line = json.loads(shown.format(on))
+    assert (line["prompt"], line["answer"]) == ("A question", "An answer")
+    assert "question" not in logs.JsonFormatter().format(on)
+
+
 def test_logs_hold_the_request_id_and_no_prompt_text(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def test(service: Service) -> None:
         secret = "the launch code is tangerine"
