@@ -89,10 +89,17 @@ class ControlServer:
         return ControlAddress(self._endpoint, self._server_public, public, secret)
 
     def send(self, order: StepOrder) -> None:
-        """To all stages. Raises `zmq.ZMQError` if one is not connected."""
-        payload = _encoder.encode(order)
-        for stage in range(len(self._keys)):
-            self._router.send_multipart([_identity(stage), payload])
+        """To all stages; what only the sampler reads (masks are large) goes to the last one alone.
+
+        Raises `zmq.ZMQError` if one is not connected.
+        """
+        whole, last = _encoder.encode(order), len(self._keys) - 1
+        brief = whole
+        if last and (order.batch.draws or order.batch.prompt_rows):
+            batch = msgspec.structs.replace(order.batch, draws=[], prompt_rows=[])
+            brief = _encoder.encode(msgspec.structs.replace(order, batch=batch))
+        for stage in range(last + 1):
+            self._router.send_multipart([_identity(stage), whole if stage == last else brief])
 
     def stop(self) -> None:
         """To all stages that are connected: leave the loop."""

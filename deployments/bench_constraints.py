@@ -39,7 +39,8 @@ RECORDS = {
 }
 CONSTRAINTS = {
     "JSON schema": ("json_schema", json.dumps(RECORDS)),
-    "regular expression": ("regex", r"([A-Z][a-z]{1,12}( [a-z]{1,12}){2,10}[.?!] ){100,}"),
+    "regular expression": ("regex", r"([A-Z][a-z]+( [a-z]+)*[.?!] ){100,}"),
+    "one that counts": ("regex", r"([A-Z][a-z]{1,12}( [a-z]{1,12}){2,10}[.?!] ){100,}"),
 }
 FREE = "free"
 

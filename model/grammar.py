@@ -1,10 +1,11 @@
 """From a constraint to the tokens that may come next, by the xgrammar library.
 
-Compiling may take long and belongs to a thread that may wait. Masks are made in a thread of their own: a sequence whose
+Compiling may take long and belongs to a thread that may wait. Masks are made in threads of their own: a sequence whose
 mask is not ready is left out of batches, so that no other sequence ever waits for a grammar.
 """
 
 import logging
+import os
 import re
 import threading
 import time
@@ -25,6 +26,8 @@ Bits = npt.NDArray[np.int32]
 CACHE_BYTES = 256_000_000  # of compiled grammars
 MAX_WHITESPACE = 16  # characters in a row between the parts of a JSON text: a model may not fill the budget with them
 MAX_MASK_S = 1.0  # a grammar that takes longer for one token is too expensive to be served
+MAX_THREADS = 4
+LONGEST_SILENCE_S = 0.02  # between calls of `on_ready` while there is more to do
 
 
 class Grammars:
@@ -122,15 +125,20 @@ Queue = SimpleQueue[tuple[Matcher, int] | None]
 
 
 class Masks:
-    """An engine's matchers, and the thread that moves them on. `on_ready` is called when masks have become ready."""
+    """An engine's matchers, and the threads that move them on. `on_ready` is called when masks have become ready.
+
+    The library lets go of the interpreter while it works, so that several threads make masks at once.
+    """
 
     def __init__(self, tokenizer: Callable[[], Tokenizer], on_ready: Callable[[], None]) -> None:
         self._tokenizer, self._on_ready = tokenizer, on_ready  # loaded with the first constraint
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()  # guards _grammars
         self._queue: Queue = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="masks", daemon=True)
-        self._thread.start()
+        count = min(MAX_THREADS, os.cpu_count() or 1)
+        self._threads = [threading.Thread(target=self._run, name=f"masks-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
 
     def open(self, constraint: Constraint, output_ids: list[int]) -> Matcher:
         """A matcher that has seen `output_ids`, its mask ready. May take long. Raises `ValueError`."""
@@ -144,12 +152,17 @@ class Masks:
         return matcher
 
     def _run(self) -> None:
+        called = time.monotonic()
         while (item := self._queue.get()) is not None:
             matcher, token_id = item
             matcher.step(token_id)
-            if self._queue.empty():
+            # Not for each: who becomes ready together goes into one batch.
+            if self._queue.empty() or time.monotonic() - called > LONGEST_SILENCE_S:
+                called = time.monotonic()
                 self._on_ready()
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()

@@ -6,16 +6,23 @@ ends with its input. What the library says that it ignores counts as an error: n
 
 import json
 import os
+import random
 import resource
+import statistics
 import sys
 import tempfile
+import time
 from queue import SimpleQueue
 
+import numpy as np
+
 from model.constraint import Constraint
-from model.grammar import Grammars, plain
+from model.grammar import Grammars, Matcher, plain
 from model.tokenizer import load_tokenizer
 from model.weights import resolve_path
 
+WALK = 12  # tokens
+SLOW_MASK_S = 0.03  # for each token, on a machine that has other things to do
 MEMORY_BYTES = 2_000_000_000  # that a grammar may need
 
 
@@ -32,6 +39,20 @@ def main() -> None:
         print(json.dumps({"error": problem(grammars, Constraint(request["kind"], request["text"], ends))}), flush=True)
 
 
+def _seconds_per_mask(matcher: Matcher, end_ids: tuple[int, ...]) -> float:
+    """The median along an answer that takes any of the tokens that may come."""
+    rng, seconds = random.Random(0), [0.0]
+    for _ in range(WALK):
+        bits = np.unpackbits(np.frombuffer(matcher.mask, np.uint8), bitorder="little").nonzero()[0]
+        token_id = int(rng.choice(bits))
+        if token_id in end_ids:
+            break
+        started = time.monotonic()
+        matcher.step(token_id)
+        seconds.append(time.monotonic() - started)
+    return statistics.median(seconds)
+
+
 def problem(grammars: Grammars, constraint: Constraint) -> str | None:
     """Why a constraint is refused, or None."""
     stderr = os.dup(2)
@@ -40,6 +61,10 @@ def problem(grammars: Grammars, constraint: Constraint) -> str | None:
         try:
             matcher = grammars.matcher(constraint, SimpleQueue())
             matcher.step()
+            if matcher.failure is not None:
+                return matcher.failure
+            if (seconds := _seconds_per_mask(matcher, constraint.end_ids)) > SLOW_MASK_S:
+                return f"takes {1000 * seconds:.0f} ms for each token: make it simpler"
         except (ValueError, MemoryError) as error:
             return str(error) or "it needs too much memory"
         finally:
@@ -49,7 +74,7 @@ def problem(grammars: Grammars, constraint: Constraint) -> str | None:
         for line in said.read().decode("utf-8", "replace").splitlines():
             if "Warning: " in line:
                 return plain(line.split("Warning: ", 1)[1])
-        return matcher.failure
+        return None
 
 
 if __name__ == "__main__":

@@ -131,6 +131,26 @@ def test_openai_completions_with_a_seed_and_logprobs(service: Service) -> None:
     assert [m.id for m in service.openai.models.list()] == [NAME]
 
 
+def test_constrained_answers_even_if_a_stage_dies(service: Service) -> None:
+    """Two answers in one stream; the stages compute them again and they stay what they were."""
+    schema = {"type": "array", "items": {"enum": ["camel", "llama", "dromedary"]}, "minItems": 25, "maxItems": 25}
+    ask: Any = {
+        "model": NAME, "messages": [{"role": "user", "content": "Name animals."}], "n": 2, "seed": 5, "max_tokens": 300,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "animals", "schema": schema}},
+    }  # fmt: skip
+    whole = service.openai.chat.completions.create(**ask)
+    expected = [choice.message.content or "" for choice in whole.choices]
+    assert all(len(json.loads(text)) == 25 for text in expected)
+    assert expected[0] != expected[1]
+    texts = ["", ""]
+    for i, chunk in enumerate(service.openai.chat.completions.create(**ask, stream=True)):
+        if i == 20:
+            os.kill(service.processes("StageActor")[0], signal.SIGKILL)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == expected
+
+
 def test_openai_errors_are_its_exception_classes(service: Service) -> None:
     ask = {"messages": [{"role": "user", "content": "hi"}], "model": NAME}
     with pytest.raises(openai.NotFoundError, match="gpt-4"):

@@ -9,7 +9,7 @@ import pytest
 import regex
 import torch
 
-from model import json_schema
+from model import grammar_worker, json_schema
 from model.batch import SampleRow
 from model.constraint import Constraint
 from model.grammar import Grammars, Masks, Matcher
@@ -120,6 +120,16 @@ def test_bad_constraints_say_what_is_wrong_without_the_librarys_paths() -> None:
         with pytest.raises(ValueError, match=word) as caught:
             grammars().compile(Constraint(kind, source, (2,)))  # type: ignore[arg-type]
         assert ".cc" not in str(caught.value)
+
+
+def test_a_grammar_with_masks_that_take_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = tuple(sorted(tokenizer().eos_ids))
+    counting = Constraint("regex", r"([A-Z][a-z]{1,12}( [a-z]{1,12}){2,10}[.?!] ){9,}", ends)
+    for constraint in (counting, Constraint("regex", "ab?", ends), Constraint("json_schema", "true", ends)):
+        monkeypatch.setattr(grammar_worker, "SLOW_MASK_S", 30.0)
+        assert grammar_worker.problem(grammars(), constraint) is None
+    monkeypatch.setattr(grammar_worker, "SLOW_MASK_S", 0.0001)
+    assert "ms for each token" in (grammar_worker.problem(grammars(), counting) or "")
 
 
 def test_a_matcher_notes_what_goes_wrong_and_raises_nothing() -> None:
