@@ -95,10 +95,25 @@ def dashboard(
     """Print the Grafana dashboard as JSON."""
     from ops.dashboard import dashboard_json
 
+    write(dashboard_json(), output)
+
+
+@app.command(epilog="Example: caravan alerts --output caravan-alerts.yml, then name the file under rule_files")
+def alerts(
+    output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+) -> None:
+    """Print Prometheus' alerting rules; ops/runbook.md says what to do about each."""
+    from ops.alerts import rules_json
+
+    write(rules_json(), output)
+
+
+def write(text: str, output: Path | None) -> None:
+    """To a file, or to standard output."""
     if output is None:
-        sys.stdout.write(dashboard_json())
+        sys.stdout.write(text)
     else:
-        output.write_text(dashboard_json(), "utf-8")
+        output.write_text(text, "utf-8")
 
 
 @app.command(epilog="Example: caravan inspect /models/llama-2-7b --stages 2")
