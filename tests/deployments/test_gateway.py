@@ -237,6 +237,7 @@ BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat", {"temperature": "0.5"}, "temperature", "number"),
     ("chat", {"temperature": True}, "temperature", "number"),
     ("chat", {"top_p": 1.5}, "top_p", "top_p"),
+    ("chat", {"top_k": 2**64}, "top_k", "top_k"),
     ("chat", {"max_tokens": 0}, "max_tokens", "max_tokens"),
     ("chat", {"max_tokens": -5}, "max_tokens", "max_tokens"),
     ("chat", {"max_tokens": 1.5}, "max_tokens", "whole"),
