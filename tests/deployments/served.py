@@ -29,7 +29,7 @@ from model.weights import Checkpoint, open_checkpoint, resolve_path
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Request).decode
-BLOCK = 16
+BLOCK, MAX_SEQS = 16, 64
 
 
 class LocalEngineClient:
@@ -40,7 +40,7 @@ class LocalEngineClient:
         scheduler = Scheduler(
             BlockManager(num_blocks, BLOCK, True),
             depth=1,
-            max_num_seqs=64,
+            max_num_seqs=MAX_SEQS,
             max_num_batched_tokens=512,
             max_model_len=max_model_len,
         )
@@ -81,6 +81,11 @@ class LocalEngineClient:
                 kv_blocks_used=stats.kv_blocks_used,
                 kv_blocks_total=stats.kv_blocks_total,
                 max_model_len=self.engine.scheduler.max_model_len,
+                running_tokens=stats.running_tokens,
+                block_size=BLOCK,
+                max_num_seqs=MAX_SEQS,
+                prefill_rate=1e9,  # whoever comes is admitted
+                decode_rate=1e9,
             )
         ]
 
@@ -123,7 +128,7 @@ def _stage(config: ModelConfig, checkpoint: Any, max_model_len: int, num_blocks:
     part = split_layers(config, 1)[0]
     tensors = checkpoint.tensors(part.tensor_names(config))
     decoder = Decoder(config, part, tensors, torch.float32, torch.device("cpu"), max_model_len)
-    return Stage(decoder, num_blocks, BLOCK, num_slots=64)
+    return Stage(decoder, num_blocks, BLOCK, num_slots=MAX_SEQS)
 
 
 @contextlib.contextmanager
