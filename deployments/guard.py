@@ -48,7 +48,7 @@ class Guard:
         body = BodyReader(receive, self._args, self._buffered)
         writer = Writer(send, self._args.write_timeout_s)
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
                 await self._check(scope)
             writer.headers = self._limits_of(scope)
             await self._app(scope, body.receive, writer.send)

@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import yaml
 
 from deployments.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
 from ops import load, top
+from tests.deployments.test_transport import Server, head, statuses
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
@@ -291,6 +294,45 @@ def ask_grpc(port: int, token: str = "") -> grpc.StatusCode:
         except grpc.RpcError as error:
             return error.code()  # type: ignore[attr-defined, no-any-return]
     return grpc.StatusCode.OK
+
+
+@pytest.mark.slow
+def test_transport_abuse_through_serves_own_proxy(service: Service) -> None:
+    """What test_transport.py does to the gateway in a uvicorn, as far as Serve's proxy lets it through."""
+    server = Server(int(service.url.rpartition(":")[2]), psutil.Process(service.processes("Gateway")[0]))
+    body = json.dumps({"model": NAME, "prompt": "hi", "max_tokens": 3}).encode()
+    stream = json.dumps({"model": NAME, "prompt": "hi", "max_tokens": 200, "stream": True}).encode()
+    before = server.megabytes()
+
+    def served() -> None:
+        started = time.monotonic()
+        assert service.http.post("/v1/completions", content=body).status_code == 200
+        assert time.monotonic() - started < 20
+
+    served()
+    smuggled = head("Host: x", path="/health", method="GET")
+    for lengths in ((f"Content-Length: {len(body)}", "Transfer-Encoding: chunked"), ("Content-Length: 5, 6",)):
+        assert 200 not in statuses(server.send(head(*lengths) + b"0\r\n\r\n" + smuggled))
+    assert statuses(server.send(head("Content-Encoding: gzip", f"Content-Length: {len(body)}") + body)) == [415]
+    assert service.http.post("/v1/completions", content=bytes(30_000_000)).status_code == 413
+    assert statuses(server.send(head("X: " + "x" * 70_000, "Content-Length: 0"))) in ([431], [400])
+    for method in ("PUT", "OPTIONS", "DELETE"):
+        answer = service.http.request(method, "/v1/completions")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    with ExitStack() as stack:
+        for i in range(1000):  # idle ones, and bodies that dawdle
+            connection = stack.enter_context(server.connect())
+            connection.sendall(head("Content-Length: 100") + b"{" if i % 50 == 0 else b"POST /v1")
+        for _ in range(10):
+            connection = stack.enter_context(server.connect())
+            connection.sendall(head(f"Content-Length: {len(stream)}") + stream)
+            connection.recv(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        served()
+    served()
+    eventually(lambda: service.gauge("running") == 0, 30, "streams that were reset are gone")
+    assert server.megabytes() - before < 100
 
 
 def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:

@@ -1,5 +1,6 @@
 """Clients that abuse HTTP, against the gateway in a real uvicorn: others are served, memory stays, nothing hangs."""
 
+import asyncio
 import json
 import socket
 import struct
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from deployments.local import free_port
+from tests.deployments.test_tenants import Guarded
 
 ROOT = Path(__file__).parents[2]
 BODY = json.dumps({"model": "tiny", "prompt": "hi", "max_tokens": 3}).encode()
@@ -24,8 +26,8 @@ STREAM = json.dumps({"model": "tiny", "prompt": "hi", "max_tokens": 200, "stream
 class Server:
     """The process, and raw connections to it."""
 
-    def __init__(self, port: int, process: "subprocess.Popen[bytes]") -> None:
-        self.port, self.process = port, psutil.Process(process.pid)
+    def __init__(self, port: int, process: psutil.Process) -> None:
+        self.port, self.process = port, process
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
 
     def connect(self) -> socket.socket:
@@ -96,7 +98,7 @@ def server() -> Iterator[Server]:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        server = Server(port, process)
+        server = Server(port, psutil.Process(process.pid))
         server.check_others()
         yield server
         server.check_others()
@@ -277,3 +279,49 @@ def test_five_thousand_idle_connections(server: Server) -> None:
             server.check_others()
         assert server.megabytes() - before < 150
     server.check_others()
+
+
+# -- the gateway alone, where a real connection would take too long ---------------------------------------------------
+
+
+def test_a_client_that_never_reads_loses_its_stream() -> None:
+    async def test() -> None:
+        service = Guarded(gateway={"write_timeout_s": 0.2, "resume_attempts": 0})
+        service.engine.pause.clear()
+        sent = iter([{"type": "http.request", "body": STREAM, "more_body": False}])
+
+        async def receive() -> dict[str, object]:
+            for message in sent:
+                return message
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: object) -> None:
+            await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b"",
+            "http_version": "1.1", "scheme": "http", "server": ("gateway", 80), "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        with pytest.raises(BaseException):  # noqa: B017 the server closes the connection, whatever it is
+            await asyncio.wait_for(service.app(scope, receive, send), 5)
+        assert service.engine.open == 0
+
+    asyncio.run(test())
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error() -> None:
+    async def test() -> None:
+        service = Guarded(gateway={"request_timeout_s": 0.3, "resume_attempts": 0})
+        service.engine.pause.clear()
+        response = await service.chat()
+        assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
+        assert response.headers["x-should-retry"] == "false"
+        text = (await service.chat(stream=True)).text
+        assert '"code":"request_timeout"' in text
+        assert "[DONE]" not in text
+        assert service.engine.open == 0
+        many = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 1500
+        assert (await service.chat(messages=many)).status_code == 400
+
+    asyncio.run(test())
