@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
+from deployments.tenants import KeyRing
 from model.config import split_layers
 from model.weights import read_config, resolve_path
 
@@ -62,7 +63,16 @@ def _check_application(application: dict[str, Any], path: str) -> Iterable[str]:
         for line in str(error).splitlines():
             yield f"{path}.args.{line}"
         return
-    yield from (f"{path}.args.{line}" for line in _check_model(config))
+    yield from (f"{path}.args.{line}" for line in (*_check_model(config), *_check_keys(config)))
+
+
+def _check_keys(config: AppConfig) -> Iterable[str]:
+    """The file of keys, if it is on this machine: it has to be where gateways run."""
+    if config.auth.keys_file and Path(config.auth.keys_file).exists():
+        try:
+            KeyRing(config.auth)
+        except ConfigError as error:
+            yield from str(error).splitlines()
 
 
 def _check_model(config: AppConfig) -> Iterable[str]:

@@ -36,14 +36,14 @@ class Tenant(Strict):
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         default=1.0, description="its share of a busy engine, compared with other tenants'"
     )
-    priority: Annotated[int, Field(ge=-100, le=100)] = Field(
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
         default=0, description="the most urgent priority it may ask for; lower is more urgent"
     )
     requests_per_minute: PositiveInt | None = Field(default=None, description="more get 429")
     tokens_per_minute: PositiveInt | None = Field(default=None, description="prompt and output; beyond it, 429")
 
 
-ANONYMOUS = Tenant.model_construct(name="anonymous", priority=-100)  # everybody, where no keys are asked for
+ANONYMOUS = Tenant.model_construct(name="anonymous", priority=-1000)  # everybody, where no keys are asked for
 
 
 class KeyFile(Strict):

@@ -80,6 +80,16 @@ def test_every_problem_is_named_by_its_path(tmp_path: Path, change: Change, word
     assert all(any(word in problem for problem in problems) for word in words), problems
 
 
+def test_a_file_of_keys_is_checked_where_it_can_be_seen(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    assert check_file(changed(tmp_path, put("auth", {"keys_file": str(keys)}))) == [], "it may be on other nodes only"
+    keys.write_text("tenants: [{name: a, wieght: 2}]")
+    (problem,) = check_file(changed(tmp_path, put("auth", {"keys_file": str(keys)})))
+    assert "wieght: unknown key" in problem
+    (problem,) = check_file(changed(tmp_path, put("auth", {"required": True})))
+    assert "set auth.keys_file or auth.keys_env" in problem
+
+
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         for one in (put("model.nme", "x"), put("cache.blocksize", 1), put("/http_options.prot", 1)):
