@@ -6,10 +6,11 @@ import os
 import re
 import signal
 import threading
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
+from pydantic import BaseModel, Field
 
 from deployments import constraints
 from deployments.constraints import ConstraintChecker
@@ -27,6 +28,20 @@ PERSON = {
     },
     "required": ["name", "age"],
 }
+
+
+class Animal(BaseModel):
+    """What people write for openai-python."""
+
+    kind: Literal["llama", "camel"]
+    age: Annotated[int, Field(ge=0, le=40)]
+    owner: "Owner | None"
+
+
+class Owner(BaseModel):
+    name: Annotated[str, Field(max_length=8)]
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_regex": "(("}, "guided_regex", "parenthesis"),
     ({"guided_regex": "(?=a)b"}, "guided_regex", "ookahead"),
@@ -69,6 +84,9 @@ def test_every_kind_of_constraint_and_every_bad_one() -> None:
             jsonschema.validate(json.loads(choice.message.content), PERSON)
         chunks = [c async for c in await chat.create(**ask, response_format=schema, seed=5, stream=True)]
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+        parsed = await chat.parse(**ask, response_format=Animal, seed=1)  # openai-python makes the schema
+        assert isinstance(parsed.choices[0].message.parsed, Animal)
 
         async def text(**body: Any) -> str:
             (choice,) = await service.complete("The answer is", max_tokens=60, temperature=0, **body)
