@@ -36,6 +36,7 @@ PATIENCE = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2500",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_agent_register_timeout_ms": "120000",  # on a busy machine a node's agent takes its time to start
     "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # how long nodes live on without a head; 60 s by default
 }
 # A proxy is replaced after three missed checks: 3 s. With Serve's defaults it takes 30 s.
@@ -64,6 +65,7 @@ class Node:
     command: list[str]
     environment: dict[str, str]
     space: Namespace | None
+    priority: tuple[str, ...] = ()
     process: "subprocess.Popen[bytes] | None" = None
     sessions: list[int] = field(default_factory=list)  # of all its lives
 
@@ -71,7 +73,7 @@ class Node:
         # A head that comes back finds this and its surviving workers, and would refuse to start beside itself.
         (self.directory / "ray_current_cluster").unlink(missing_ok=True)
         with (self.directory.parent / f"{self.name}.log").open("ab") as log:
-            prefix = self.space.prefix if self.space else []
+            prefix = [*(self.space.prefix if self.space else []), *self.priority]
             self.process = subprocess.Popen(
                 [*prefix, *self.command], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -164,6 +166,8 @@ class Nodes:
     def start_head(self, cpus: int, resources: Mapping[str, float]) -> None:
         port, dashboard, client = self._head_ports
         node = self._add("head", cpus, resources)
+        if os.geteuid() == 0:  # a head has a machine of its own: what computes must not keep it from coming up in time
+            node.priority = ("nice", "-n", "-10")
         node.command += [
             "--head", "--port", str(port), "--dashboard-host", node.address, "--dashboard-port", str(dashboard),
             "--ray-client-server-port", str(client), "--include-dashboard", "true",
