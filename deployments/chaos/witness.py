@@ -30,7 +30,7 @@ KINDS = {
 OURS = ("stage", "engine", "gateway")
 RECOMPUTED = re.compile(r"(\d+) sequences are recomputed")
 MOVED = re.compile(r"lost its engine|moves on after")
-PLACED = re.compile(r"stage (\d+): layers .* pid (\d+)")
+PLACED = re.compile(r"stage (\d+) \(pid (\d+) on .*\): layers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,21 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from deployments.chaos import FAULTS
 from deployments.chaos.command import NO_RECOVERY, wrong_options
 from deployments.chaos.faults import INJECTORS
+from deployments.chaos.nodes import Nodes
 from deployments.chaos.report import FaultRecord, Report
 from deployments.chaos.run import Plan, run
 from deployments.chaos.service import Setting, service_config
 from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
-from deployments.chaos.witness import parse_line
+from deployments.chaos.witness import Logs, parse_line
 from deployments.config import parse_app_config
 from ops.namespaces import Link, NamespaceError, Network, check_possible
 
@@ -163,6 +166,41 @@ def test_log_lines_are_told_from_others() -> None:
     assert (line.time % 60, line.level, line.pid) == (0.25, "ERROR", 7)
     assert parse_line(b"Traceback (most recent call last):", 7) is None
     assert parse_line(b'{"time": "now"}', 7) is None
+
+
+def test_logs_say_where_stages_are_and_what_was_hit(tmp_path: Path) -> None:
+    """In the words of cluster/ray_pipeline.py, cluster/engine.py and deployments/resume.py."""
+
+    def line(second: int, message: str) -> str:
+        entry = {
+            "time": f"2026-11-24T09:00:{second:02}.000Z",
+            "level": "ERROR",
+            "logger": "cluster",
+            "message": message,
+        }
+        return json.dumps(entry) + "\n"
+
+    logs = tmp_path / "session_2026" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "worker-1-2-77.err").write_text(
+        line(1, "stage 0 (pid 11 on 10.0.0.1): layers 0-1, 0.5 M parameters, room for 9 KV blocks")
+        + line(2, "stage 1 (pid 12 on 10.0.0.2): layers 2-3, 0.5 M parameters, room for 9 KV blocks")
+        + line(5, "stage 1 (pid 12 on 10.0.0.2) died: killed; 7 sequences are recomputed")
+        + line(6, "stage 1 (pid 13 on 10.0.0.2) died: killed; 7 sequences are recomputed")
+        + "half a li"
+    )
+    (logs / "worker-3-4-88.err").write_text(line(5, "a stream lost its engine (gone) after 3 tokens; resuming it"))
+    found = Logs(cast(Nodes, SimpleNamespace(all=[SimpleNamespace(directory=tmp_path)])))
+    found.follow()
+    found.follow()
+    assert found.stages_of(77) == {0: 11, 1: 12}
+    assert len(found.lines) == 5
+    start = found.lines[0].time
+    assert found.streams_hit(start, start + 10) == 8
+    assert found.streams_hit(start, start + 1) is None
+    notice = found.first_notice(start + 3)
+    assert notice is not None
+    assert notice.time == start + 4
 
 
 def test_every_fault_that_is_offered_can_be_made() -> None:
