@@ -41,7 +41,7 @@ EXCUSED_S = 10.0  # a connection through a killed process breaks within this
 LOOK_S = 0.2
 SHOWN = 12  # details of what went wrong
 
-Say = Callable[[str], None]
+Say = Callable[[str, bool], None]  # what happens; whether it only says how far things are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Plan:
     seed: int = 0
 
 
-def run(setting: Setting, plan: Plan, say: Say = lambda text: None, logs_to: Path | None = None) -> Report:
+def run(setting: Setting, plan: Plan, say: Say = lambda text, passing: None, logs_to: Path | None = None) -> Report:
     """Everything from an empty machine to an empty machine; all logs go to `logs_to` if it is given.
 
     Raises `LocalError` if the service cannot be started.
@@ -74,10 +74,10 @@ def run(setting: Setting, plan: Plan, say: Say = lambda text: None, logs_to: Pat
         if logs_to is not None:
             stack.callback(nodes.copy_logs, logs_to)
         service = Service(nodes, setting)
-        say("starting the nodes and the service")
+        say("starting the nodes and the service", False)
         service.start()
         asyncio.run(Torment(service, plan, report, say).run())
-        say("shutting down")
+        say("shutting down", False)
         _shut_down(service, report)
     return report
 
@@ -108,7 +108,7 @@ class Torment:
 
     async def run(self) -> None:
         plan, service = self._plan, self._service
-        self._say("learning what is right")
+        self._say("learning what is right", False)
         vocab = SHAPES["test-1m"].vocab_size
         cases, self._report.left_out = await undisturbed(
             service.urls, make_cases(plan.cases, MODEL, vocab, plan.tokens, plan.seed), plan.streams
@@ -152,7 +152,7 @@ class Torment:
             began = time.monotonic()
             self._one_fault(traffic)
             if self._report.unhealed:
-                self._say("the last fault has not healed: no further ones")
+                self._say("the last fault has not healed: no further ones", False)
                 return
             pause = plan.calm_s if plan.every_s is None else max(plan.calm_s, began + plan.every_s - time.monotonic())
             self._ended.wait(pause)
@@ -193,6 +193,7 @@ class Torment:
                 fault.undo = None
             if fault.undo is None and self._is_well(fault, traffic):
                 return notice, time.time()
+            self._tell(traffic, f"{fault.kind} {fault.target}, {time.time() - fault.at:.0f} s ago", passing=True)
             time.sleep(LOOK_S)
         return notice, None
 
@@ -204,9 +205,10 @@ class Torment:
         alive = {process.pid for process in self._service.nodes.processes()}
         return not alive & set(fault.victims) and self._service.is_whole()
 
-    def _tell(self, traffic: Traffic, what: str) -> None:
+    def _tell(self, traffic: Traffic, what: str, passing: bool = False) -> None:
         bad = sum(outcome.ending != "right" for outcome in traffic.outcomes)
-        self._say(f"{traffic.finished} requests, {bad} not right; {len(self._made)} faults; now: {what}")
+        counts = f"{traffic.finished} of {self._plan.requests} requests, {bad} not right; {len(self._made)} faults"
+        self._say(f"{counts}; now: {what}", passing)
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
