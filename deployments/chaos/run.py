@@ -102,6 +102,7 @@ class Torment:
         self._say = say
         self._rng = random.Random(plan.seed)
         self._made: list[Fault] = []
+        self._round: list[str] = []  # kinds still to be made in this round
         self._windows: list[tuple[float, float]] = []  # from fault to recovery, unix seconds
         self._ended = threading.Event()
         self._started = 0.0
@@ -158,9 +159,9 @@ class Torment:
             self._ended.wait(pause)
 
     def _one_fault(self, traffic: Traffic) -> None:
-        """Each kind once, in order, then by chance."""
-        kinds, made = self._plan.kinds, len(self._made)
-        kind = kinds[made] if made < len(kinds) else self._rng.choice(kinds)
+        """Rounds of all kinds: the first in the order given, the others shuffled."""
+        self._round = self._round or list(self._plan.kinds if not self._made else self._shuffled())
+        kind = self._round.pop(0)
         try:
             fault = INJECTORS[kind](self._service, self._rng)
         except NoVictim as error:
@@ -179,6 +180,9 @@ class Torment:
                 recovered - fault.at if recovered else None,
             )
         )
+
+    def _shuffled(self) -> list[str]:
+        return self._rng.sample(list(self._plan.kinds), len(self._plan.kinds))
 
     def _watch(self, fault: Fault, traffic: Traffic) -> tuple[Line | None, float | None]:
         """Until all is well again: the first notice of the fault, and when that was."""
