@@ -29,6 +29,7 @@ class Fault:
     at: float = field(default_factory=time.time)  # unix seconds
     undo: Callable[[], None] | None = None
     victims: Sequence[int] = ()  # pids that must be gone before all is well again
+    stopped: int = 0  # pid that does nothing until `undo`, unless it is ended before
     cuts_clients: str = ""  # url whose connections it breaks, or "gateway": those of one gateway
 
 
@@ -74,7 +75,7 @@ def stop(kind: str) -> Injector:
         at = time.time()
         _signal(victim, signal.SIGSTOP)
         target = f"pid {victim.pid} on {victim.node}"
-        return Fault(f"{kind}-stop", target, at, lambda: _signal(victim, signal.SIGCONT))
+        return Fault(f"{kind}-stop", target, at, lambda: _signal(victim, signal.SIGCONT), stopped=victim.pid)
 
     return inject
 

@@ -192,14 +192,19 @@ class Torment:
             self._service.nodes.supervise()
             self._service.logs.follow()
             notice = notice or self._service.logs.first_notice(fault.at)
-            if fault.undo is not None and time.time() > fault.at + self._plan.hold_s:
-                fault.undo()
-                fault.undo = None
+            self._undo_in_time(fault)
             if fault.undo is None and self._is_well(fault, traffic):
                 return notice, time.time()
             self._tell(traffic, f"{fault.kind} {fault.target}, {time.time() - fault.at:.0f} s ago", passing=True)
             time.sleep(LOOK_S)
         return notice, None
+
+    def _undo_in_time(self, fault: Fault) -> None:
+        """After `hold_s`, or as soon as the service has ended what was stopped."""
+        ended = fault.stopped and all(p.pid != fault.stopped for p in self._service.nodes.processes())
+        if fault.undo is not None and (ended or time.time() > fault.at + self._plan.hold_s):
+            fault.undo()
+            fault.undo = None
 
     def _is_well(self, fault: Fault, traffic: Traffic) -> bool:
         """The victims are gone, everything is there again, and every stream that was open then has gone on."""
