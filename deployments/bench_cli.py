@@ -289,6 +289,7 @@ def recovery(
     stage: Annotated[int, typer.Option(help="which stage to kill, counted from 0")] = 1,
     streams: Annotated[int, typer.Option(help="streams at once")] = 64,
     new_tokens: Annotated[int, typer.Option(help="tokens of each stream")] = 256,
+    spare: Annotated[bool, typer.Option(help="with pipeline.spare, whatever the file says")] = False,
     output: Output = None,
 ) -> None:
     """The engine alone in a Ray of its own: kill -9 of a stage in the middle of many streams, and what it costs."""
@@ -300,6 +301,9 @@ def recovery(
         fail(f"--stage {stage}: {config} has stages 0 to {app_config.pipeline.stages - 1}")
     try:
         with own_ray(app_config):
+            if spare:
+                pipeline = app_config.pipeline.model_copy(update={"spare": True})
+                app_config = app_config.model_copy(update={"pipeline": pipeline})
             result = bench_recovery(app_config, streams, new_tokens, stage)
     except ValueError as error:
         fail(f"{config}: {error}")

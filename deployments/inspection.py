@@ -10,10 +10,11 @@ from rich.text import Text
 
 from model.chat import ChatTemplate, load_chat_template
 from model.config import ModelConfig, split_layers
+from model.errors import CheckpointError
 from model.families import family_of
 from model.infill import can_infill
 from model.tokenizer import Tokenizer, check_fits, load_tokenizer
-from model.weights import CheckpointError, detect_format, open_checkpoint, read_config
+from model.weights import detect_format, open_checkpoint, read_config
 from model.weights.sharded import ITEM_SIZES
 
 EXAMPLE = [{"role": "user", "content": "Hello!"}]

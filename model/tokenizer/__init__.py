@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from model.weights import SHAPE, CheckpointError, find_gguf_vocabulary, shape_config
+from model.errors import CheckpointError
+from model.weights import SHAPE, find_gguf_vocabulary, shape_config
 
 
 class Tokenizer(Protocol):

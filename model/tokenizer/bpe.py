@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
+from model.errors import CheckpointError
 from model.tokenizer import check_id, clean
 from model.tokenizer.companions import read_companions
-from model.weights import CheckpointError
 from model.weights.hf import read_json
 
 # How text is cut before merging, by the name that GGUF files carry.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.errors import CheckpointError
 from model.tokenizer import check_id, clean
 from model.tokenizer.companions import AddedToken, read_companions
-from model.weights import CheckpointError
 
 CONTROL = 3  # type of a piece
 INFILL_MARKS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from model.config import ModelConfig
+from model.errors import CheckpointError
 
 if TYPE_CHECKING:  # the gateway reads configurations and tokenizers and has no use for torch
     import torch
@@ -19,10 +20,6 @@ Format = Literal["gguf", "sharded", "huggingface", "meta", "shape"]
 
 SHAPE = "shape:"
 MANIFEST = "manifest.json"  # of a checkpoint that `caravan shard` wrote
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of an unsupported kind; the message names the file and the remedy."""
 
 
 class Checkpoint(Protocol):

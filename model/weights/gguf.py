@@ -17,7 +17,8 @@ from gguf import GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
 from model.config import ModelConfig, RopeScaling
-from model.weights import CheckpointError, check_shape
+from model.errors import CheckpointError
+from model.weights import check_shape
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from model.config import ModelConfig, RopeScaling
-from model.weights import CheckpointError, check_shape, interleave_rotary, is_rotary
+from model.errors import CheckpointError
+from model.weights import check_shape, interleave_rotary, is_rotary
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import CODE_LLAMA_THETA, ModelConfig
-from model.weights import CheckpointError, check_shape
+from model.errors import CheckpointError
+from model.weights import check_shape
 
 if TYPE_CHECKING:
     import torch

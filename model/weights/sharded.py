@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, RopeScaling, StageLayers
-from model.weights import MANIFEST, Checkpoint, CheckpointError, check_shape, find_gguf
+from model.errors import CheckpointError
+from model.weights import MANIFEST, Checkpoint, check_shape, find_gguf
 
 if TYPE_CHECKING:
     import torch

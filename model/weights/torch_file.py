@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from model.weights import CheckpointError
+from model.errors import CheckpointError
 
 ITEM_SIZES = {torch.float64: 8, torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}  # bytes
 

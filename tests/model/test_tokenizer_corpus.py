@@ -15,9 +15,10 @@ from typing import Any
 import gguf
 import pytest
 
+from model.errors import CheckpointError
 from model.infill import ANCHOR, can_infill, encode_infill
 from model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
-from model.weights import CheckpointError, resolve_path
+from model.weights import resolve_path
 from tests.model.test_tokenizer import FRAGMENTS, LLAMA2, MODEL
 
 needs_llama2 = pytest.mark.skipif(

