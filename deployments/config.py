@@ -75,7 +75,7 @@ class AdmissionArgs(Strict):
     """Which requests are taken."""
 
     target_ttft_s: PositiveFloat = Field(
-        default=10.0, description="a request that would wait longer before an engine begins with it gets 429"
+        default=30.0, description="a request that would wait longer before an engine begins with it gets 429"
     )
 
 
