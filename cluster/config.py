@@ -58,7 +58,9 @@ class PipelineArgs(Strict):
         default=60.0, description="longest time for any step; one that takes longer has failed, and its stage with it"
     )
     hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        default=3.0, description="a step hangs after this and 10 times what one of its size has taken so far"
+        default=2.5,
+        description="a step that takes longer has its stages asked: one that does not answer hangs; "
+        "one that does gets 10 times what a step of its size has taken so far on top",
     )
     recovery_attempts: Annotated[int, Field(ge=0)] = Field(
         default=3, description="rebuilds in a row, without a finished step between, before the whole pipeline gives up"

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how often an idle engine looks up
 STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
-DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 3.0, 60.0
+DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 2.5, 60.0
 DEFAULT_RECOVERY_ATTEMPTS = 3
 LINKED_AGAIN = 2  # rebuilds in a row that keep sound stages; the next one replaces them all
 
@@ -105,6 +105,7 @@ class Engine:
         self._deaths = 0  # since the last finished step
         self._recovering: StageDied | None = None
         self._turned = time.monotonic()
+        self._asked = 0.0  # when the stages were last asked whether they live
         self._closing = False
         self._failure: CaravanError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -207,17 +208,35 @@ class Engine:
             self.pipeline.submit(batch, self._patience.limit(batch.num_tokens))
 
     def _take_result(self) -> None:
-        deadline = self._deadline()
-        wait = IDLE_WAIT_S if deadline is None else max(0.0, deadline - time.monotonic()) + 0.001
-        message = self.pipeline.receive(wait)
+        message = self.pipeline.receive(self._wait_s())
         if isinstance(message, StepOutput):
             self._finish_step(message)
         elif isinstance(message, StageTiming):
             self._listener.on_timing(message)
-        elif deadline is not None and time.monotonic() > deadline:
-            step = self._in_flight[0].batch.step_id
-            age = time.monotonic() - self.last_progress
-            raise self.pipeline.diagnose(f"step {step} has not finished for {age:.1f} s")
+        else:
+            self._look_for_hang()
+
+    def _wait_s(self) -> float:
+        """Until a step is late enough to be asked about."""
+        deadline = self._deadline()
+        if deadline is None:
+            return IDLE_WAIT_S
+        return max(0.0, min(deadline, self._next_question()) - time.monotonic()) + 0.001
+
+    def _next_question(self) -> float:
+        return max(self.last_progress, self._asked) + self._patience.floor_s
+
+    def _look_for_hang(self) -> None:
+        deadline, now = self._deadline(), time.monotonic()
+        if deadline is None:
+            return
+        late = f"step {self._in_flight[0].batch.step_id} has not finished for {now - self.last_progress:.1f} s"
+        if now > deadline:
+            raise self.pipeline.diagnose(late)
+        if now > self._next_question():
+            self._asked = now
+            if (hung := self.pipeline.unresponsive(late)) is not None:
+                raise hung
 
     def _deadline(self) -> float | None:
         """Until when the oldest step must have finished. Stages share cores, so the largest one in flight counts."""

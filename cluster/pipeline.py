@@ -36,6 +36,10 @@ class Pipeline(Protocol):
         """Make a `receive` in progress return. Safe from any thread."""
         ...
 
+    def unresponsive(self, message: str) -> StageDied | None:
+        """A step takes long, says `message`: a stage whose process does not answer is at fault, if there is one."""
+        ...
+
     def diagnose(self, message: str) -> StageDied:
         """A step is overdue, says `message`: find out which stage is to blame."""
         ...
@@ -93,6 +97,9 @@ class LocalPipeline:
 
     def wake(self) -> None:
         self._woken.set()
+
+    def unresponsive(self, message: str) -> StageDied | None:
+        return None
 
     def diagnose(self, message: str) -> StageDied:
         return StageDied(message, "hung")

@@ -17,6 +17,7 @@ from cluster.config import EngineConfig
 from cluster.errors import Cause, EngineStopped, LinkBroken, StageDied
 from cluster.stage_actor import LoadReport, StageSpec
 from cluster.stage_handle import ASK_S, StageHandle, activity_of
+from cluster.stage_loop import Activity
 from cluster.transport import ControlServer, Ready, StepOrder, interface_address
 from model.batch import Batch, SampledTokens, StageTiming, StepOutput
 from model.config import StageLayers
@@ -111,20 +112,34 @@ class RayPipeline:
             if not self._halted.is_set():
                 self._control.wake()
 
+    def unresponsive(self, message: str) -> StageDied | None:
+        return self._blame(message, self._ask(), None, "does not answer")
+
     def diagnose(self, message: str) -> StageDied:
         """A process that does not answer hangs, and so does one that computes all the time; else it is a link."""
-        asked = [stage.actor.activity.remote() for stage in self._stages]
-        ray.wait(asked, num_returns=len(asked), timeout=ASK_S)
-        activities = [activity_of(ref) for ref in asked]
+        activities = self._ask()
         if self._death is not None and self._death.cause != "link":
             return self._death
-        for wanted, what in ((None, "does not answer"), ("computing", "is still computing")):
-            for stage, activity in zip(self._stages, activities, strict=True):
-                if activity == wanted:
-                    stage.kill()
-                    return StageDied(f"{message}: {stage.name} {what}", "hung")
+        hung = self._blame(message, activities, None, "does not answer")
+        hung = hung or self._blame(message, activities, "computing", "is still computing")
         seen = ", ".join(f"{s.name} is {a}" for s, a in zip(self._stages, activities, strict=True))
-        return StageDied(f"{message}: no stage is to blame, so a link is ({seen})", "link")
+        return hung or StageDied(f"{message}: no stage is to blame, so a link is ({seen})", "link")
+
+    def _ask(self) -> list[Activity | None]:
+        """What each stage does now; None for one that does not say so in time."""
+        asked = [stage.actor.activity.remote() for stage in self._stages]
+        ray.wait(asked, num_returns=len(asked), timeout=ASK_S)
+        return [activity_of(ref) for ref in asked]
+
+    def _blame(
+        self, message: str, activities: list[Activity | None], activity: Activity | None, what: str
+    ) -> StageDied | None:
+        """End the first stage that does `activity`."""
+        for stage, its_activity in zip(self._stages, activities, strict=True):
+            if its_activity == activity:
+                stage.kill()
+                return StageDied(f"{message}: {stage.name} {what}", "hung")
+        return None
 
     def recover(self, epoch: int, fresh: bool = False) -> int:
         """Replace the stages that are lost, or all if `fresh`, in their bundles; link all of them anew."""

@@ -19,7 +19,7 @@ from cluster.stage_loop import Activity
 
 log = logging.getLogger(__name__)
 
-ASK_S = 1.0  # a process that does not answer for so long is taken for dead
+ASK_S = 1.5  # a process that does not answer for so long is taken for dead
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,19 @@
 """The same tokens, however they are computed: stages, chunks, preemption, prefix hits, company, aborts."""
 
 import random
+import time
 
 import numpy as np
 import pytest
 
-from cluster.errors import RequestRejected
-from model.batch import Batch, SampleRow, uniform
-from tests.conftest import TINY, MakeEngine, make_stages, request
+from cluster.block_manager import BlockManager
+from cluster.engine import Engine
+from cluster.errors import EngineStopped, RequestRejected, StageDied
+from cluster.patience import Patience
+from cluster.pipeline import LocalPipeline
+from cluster.scheduler import Scheduler
+from model.batch import Batch, SampleRow, StageTiming, StepOutput, uniform
+from tests.conftest import TINY, Collector, MakeEngine, make_stages, request
 
 PROMPTS = [
     [random.Random(i).randrange(3, TINY.vocab_size) for _ in range(n)] for i, n in enumerate([1, 2, 5, 16, 17, 63, 100])
@@ -136,3 +142,53 @@ def test_cohorts_fill_the_pipeline(make_engine: MakeEngine) -> None:
     collector.wait([str(i) for i in range(8)])
     sizes = [r.num_seqs for r in collector.reports[8:-8]]
     assert sizes.count(4) >= 0.9 * len(sizes), sizes
+
+
+class HangingPipeline(LocalPipeline):
+    """Computes nothing until it is rebuilt; `answers` says whether its stage would say a word."""
+
+    def __init__(self, answers: bool) -> None:
+        super().__init__(make_stages())
+        self.answers, self.hangs, self.asked = answers, True, 0
+
+    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
+        if self.hangs:
+            time.sleep(min(timeout or 0.0, 0.05))
+            return None
+        return super().receive(timeout)
+
+    def unresponsive(self, message: str) -> StageDied | None:
+        self.asked += 1
+        return None if self.answers else StageDied(f"{message}: stage 0 does not answer", "hung")
+
+    def recover(self, epoch: int, fresh: bool = False) -> int:
+        self.hangs = False
+        return super().recover(epoch, fresh)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_step_that_hangs_is_asked_about_and_then_computed_again(expected: list[list[int]], answers: bool) -> None:
+    """A stage that answers gets the whole deadline, one that does not is replaced at the first question."""
+    pipeline, collector = HangingPipeline(answers), Collector()
+    scheduler = Scheduler(BlockManager(128, 4), depth=1, max_num_seqs=8, max_num_batched_tokens=512, max_model_len=512)
+    engine = Engine(scheduler, pipeline, collector, Patience(floor_s=0.2, ceiling_s=1.0))
+    engine.start()
+    engine.add(request("r", PROMPTS[4]))
+    assert collector.wait(["r"])["r"] == expected[4]
+    (report,) = collector.recoveries
+    assert (report.cause, report.num_seqs) == ("hung", 1)
+    assert pipeline.asked == 1 if not answers else pipeline.asked > 1
+    engine.close()
+    scheduler.check()
+
+
+def test_recovery_switched_off_ends_the_engine() -> None:
+    collector = Collector()
+    scheduler = Scheduler(BlockManager(128, 4), depth=1, max_num_seqs=8, max_num_batched_tokens=512, max_model_len=512)
+    patience = Patience(floor_s=0.1, ceiling_s=0.5)
+    engine = Engine(scheduler, HangingPipeline(False), collector, patience, recovery_attempts=0)
+    engine.start()
+    engine.add(request("r", PROMPTS[4]))
+    with pytest.raises(EngineStopped, match="does not answer"):
+        collector.wait(["r"])
+    engine.close()

@@ -33,13 +33,17 @@ def test_one_slow_step_is_forgotten_in_time() -> None:
     assert patience.limit(8) < 3.5
 
 
-def test_a_rebuilt_pipeline_gets_more_time_at_first() -> None:
+def test_a_rebuilt_pipeline_gets_more_time_at_first_and_its_warm_up_does_not_count() -> None:
     patience = seasoned((8, 0.02))
     patience.restart()
+    patience.observe(8, 5.0)
     assert patience.limit(8) == 3 * (3.0 + FACTOR * 0.02)
     for _ in range(FRESH_STEPS):
         patience.observe(8, 0.02)
     assert patience.limit(8) == 3.0 + FACTOR * 0.02
+    patience.restart()
+    patience.observe(512, 1.0)
+    assert patience.limit(512) == 3 * (3.0 + FACTOR * 1.0), "a size that was never seen counts all the same"
 
 
 def test_the_ceiling_holds() -> None:
