@@ -79,6 +79,10 @@ class PipelineArgs(Strict):
 class CacheArgs(Strict):
     """The paged KV cache of each stage."""
 
+    dtype: Literal["auto", "fp8"] = Field(
+        default="auto",
+        description="type of keys and values; auto: that of activations; fp8: 8 bits with a scale per token and head",
+    )
     block_size: PositiveInt = Field(default=16, description="tokens per KV block")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="KV memory per stage in GB; default on cuda: memory_fraction; required on cpu"

@@ -139,7 +139,7 @@ class Scheduler:
         self._schedule_prefills(scheduled)
         if not scheduled:
             return None
-        scheduled.sort(key=lambda item: item[1] > 1)  # single tokens first, as Batch promises
+        scheduled.sort(key=_place)
         batch = self._build(scheduled)
         if num_decodes:
             self._cohorts.add(batch.step_id)
@@ -420,6 +420,15 @@ def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
     wanted = seq.request.sampling.prompt_logprobs
     assert wanted is not None
     return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
+
+
+def _place(item: tuple[Sequence, int]) -> int:
+    """In the batch: single tokens first, as Batch promises, and of those the longest contexts, which take longest.
+
+    A GPU starts blocks in this order: the last ones to start should not be the last ones to end.
+    """
+    seq, count = item
+    return -seq.num_computed_tokens if count == 1 else 1
 
 
 def _sample_row(row: int, seq: Sequence) -> SampleRow:

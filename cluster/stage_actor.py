@@ -20,7 +20,7 @@ from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers
 from model.heap import freed_blocks_returned
-from model.kv_cache import KVCache
+from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
 from model.memory import kv_budget
 from model.stage import Stage
@@ -134,24 +134,30 @@ class StageActor:
 
         return count
 
+    def _kv_dtype(self) -> torch.dtype:
+        return FLOAT8 if self._spec.config.cache.dtype == "fp8" else self._decoder.dtype
+
     def _num_blocks(self) -> int:
         """KV blocks that fit into the memory set aside for them."""
         decoder, cache = self._decoder, self._spec.config.cache
-        per_block = KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, decoder.dtype)
+        per_block = KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, self._kv_dtype())
         if cache.memory_gb is not None:
             return int(cache.memory_gb * 1e9) // per_block
         if self._device.type == "cpu":
             raise ValueError("cache.memory_gb must be set on cpu: how much memory each stage may use for its KV cache")
         scheduler = self._spec.config.scheduler
         budget = kv_budget(
-            decoder, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache.block_size
-        )
+            decoder, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache.block_size,
+            self._kv_dtype(),
+        )  # fmt: skip
         return budget // per_block - 1  # one block is for padding
 
     def allocate(self, num_blocks: int) -> None:
         """The KV cache, and on a GPU the captured steps that work on it: once, for all epochs."""
         config = self._spec.config
-        self._stage = Stage(self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs)
+        self._stage = Stage(
+            self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs, self._kv_dtype()
+        )
         if self._device.type == "cuda":
             self._stage.capture(lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total))
 

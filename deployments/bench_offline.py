@@ -18,6 +18,7 @@ from cluster.launch import model_len, stage_layers
 from deployments.config import AppConfig
 from deployments.offline import Json, Run, Work, engine_in, own_ray, placed, serve_all, stage_shares, submit
 from model.config import ModelConfig
+from model.kv_cache import FLOAT8
 from model.roofline import Rates, StageWork
 from model.weights import read_config, resolve_path
 from ops import workload
@@ -78,7 +79,8 @@ class Floor:
         import torch
 
         dtype, fp8 = getattr(torch, config.model.dtype), config.model.quantization == "fp8"
-        self._work = [StageWork.of(model, part, dtype, fp8) for part in stage_layers(config, model)]
+        kv_dtype = FLOAT8 if config.cache.dtype == "fp8" else dtype
+        self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in stage_layers(config, model)]
         self._rates = rates
 
     def step_s(self, tokens: float, samples: float, context_tokens: float = 0.0) -> list[float]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from model.batch import Batch
-from model.kernels import Kernels, PrefillMetadata
+from model.kernels import Cache, Kernels, PrefillMetadata
 
 Integers = npt.NDArray[np.integer]
 
@@ -82,7 +82,7 @@ def _slots(table: Integers, length: int, block_size: int) -> Integers:
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, kernels: Kernels
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata, kernels: Kernels
 ) -> torch.Tensor:
     """softmax(q k / sqrt(D)) v of every token over its own sequence, causally, with grouped queries.
 

@@ -7,11 +7,15 @@ rows that attend to nothing and write to a block nobody owns. Nothing that waits
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.attention import AttentionMetadata
+from model.batch import Batch
+from model.kernels import DecodeInputs, packed_size
 from model.kv_cache import KVCache
 from model.llama import Decoder
 
@@ -22,73 +26,97 @@ def buckets(max_num_seqs: int) -> list[int]:
     return [n for n in sizes if n < max_num_seqs] + [max_num_seqs]
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a step computed; overwritten by the next."""
+
+    out: torch.Tensor  # hidden [S, C], on the last stage logits [S, V]
+    likeliest: torch.Tensor | None  # [S] on the last stage
+
+
 class DecodeGraphs:
-    """All decode steps of one stage. The output of a step is overwritten by the next."""
+    """All decode steps of one stage.
+
+    `newest` [slots + 1] is where the newest token of each sequence is kept, read by the first stage and, where it is
+    the last one too, written with the likeliest token; its last entry is for padding.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         kv: KVCache,
-        max_num_seqs: int,
+        newest: torch.Tensor,
         max_blocks: int,
         on_capture: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self._decoder, self._kv = decoder, kv
+        self._decoder, self._kv, self._newest = decoder, kv, newest
+        n = len(newest) - 1
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
 
-        n, width = max_num_seqs, decoder.config.dim
-        self._token_ids, self._positions, self._slots, self._lens = zeros(n), zeros(n), zeros(n), zeros(n)
-        self._tables = zeros(n, max_blocks)
-        self._hidden = torch.zeros(n, width, dtype=decoder.dtype, device=decoder.device)
-        self._padding_slot = kv.num_blocks * kv.block_size
-        self._slots.fill_(self._padding_slot)
-        self._sizes = buckets(max_num_seqs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks))
+        self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
+        self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
+        self._sizes = buckets(n)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         pool = torch.cuda.graph_pool_handle()
         for done, size in enumerate(reversed(self._sizes)):  # the largest first: the others share its memory
             self._graphs[size] = self._capture(size, pool)
             on_capture(done + 1, len(self._sizes))
 
-    def run(self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, m: AttentionMetadata) -> torch.Tensor:
-        """token_ids [S] on the first stage, hidden [S, C] on the others -> hidden [S, C], on the last logits [S, V]."""
-        n = m.num_decodes
-        size = next(bucket for bucket in self._sizes if bucket >= n)
-        if token_ids is not None:
-            self._token_ids[:n].copy_(token_ids)
-        elif hidden is not None:
+    def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
+        """One step of sequences that compute one token each; hidden [S, C] on all stages but the first."""
+        n = batch.num_seqs
+        packed = packed_decodes(batch)
+        self._packed[: len(packed)].copy_(packed, non_blocking=True)
+        if hidden is not None:
             self._hidden[:n].copy_(hidden)
-        self._positions[:n].copy_(m.positions)
-        self._slots[:n].copy_(m.slot_mapping)
-        self._lens[:n].copy_(m.context_lens)
-        self._tables[:n, : m.block_tables.shape[1]].copy_(m.block_tables)
-        if n < size:
-            self._slots[n:size].fill_(self._padding_slot)
-            self._lens[n:size].zero_()
-            self._positions[n:size].zero_()
-        graph, out = self._graphs[size]
+        graph, done = self._graphs[next(size for size in self._sizes if size >= n)]
         graph.replay()
-        return out[:n]
+        return Decoded(done.out[:n], done.likeliest[:n] if done.likeliest is not None else None)
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Decoded]:
         self._step(size)  # compiles kernels and fills library caches outside the graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            out = self._step(size)
-        return graph, out
+            done = self._step(size)
+        return graph, done
 
-    def _step(self, size: int) -> torch.Tensor:
-        decoder = self._decoder
+    def _step(self, size: int) -> Decoded:
+        decoder, all_ = self._decoder, self._inputs
+        inputs = DecodeInputs(
+            all_.token_ids[:size], all_.positions[:size], all_.slot_mapping[:size], all_.context_lens[:size],
+            all_.seq_slots[:size], all_.block_tables[:size],
+        )  # fmt: skip
+        padding_slot = self._kv.num_blocks * self._kv.block_size
+        decoder.kernels.unpack_decodes(self._packed, self._newest, inputs, self._kv.block_size, padding_slot)
         metadata = AttentionMetadata(
-            positions=self._positions[:size],
-            slot_mapping=self._slots[:size],
-            sample_tokens=self._positions[:0],
-            block_tables=self._tables[:size],
-            context_lens=self._lens[:size],
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            sample_tokens=inputs.positions[:0],
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
             prefill=None,
         )
-        x = decoder.embed(self._token_ids[:size]) if decoder.stage.is_first else self._hidden[:size].clone()
+        x = decoder.embed(inputs.token_ids) if decoder.stage.is_first else self._hidden[:size].clone()
         x = decoder.forward(x, self._kv, metadata)
-        return decoder.logits(x) if decoder.stage.is_last else x
+        if not decoder.stage.is_last:
+            return Decoded(x, None)
+        logits = decoder.logits(x)
+        likeliest = logits.argmax(dim=-1)
+        if decoder.stage.is_first:
+            self._newest[inputs.seq_slots] = likeliest
+        return Decoded(logits, likeliest)
+
+
+def packed_decodes(batch: Batch) -> torch.Tensor:
+    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU."""
+    width = len(batch.block_tables) // batch.num_seqs
+    size = packed_size(batch.num_seqs, width)
+    packed = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    head = np.array([batch.num_seqs, width], np.int32)
+    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, batch.block_tables
+    np.concatenate(parts, out=packed.numpy())
+    return packed

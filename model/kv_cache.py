@@ -6,10 +6,17 @@ Legend: N blocks, B tokens per block, K KV heads, D head dim, T tokens.
 import torch
 
 from model.config import ModelConfig
+from model.kernels import Cache, Quantized
+
+FLOAT8 = torch.float8_e4m3fn
+SCALE_BYTES = 4
 
 
 class KVCache:
-    """Keys and values of this stage's layers, [N, B, K, D] each; which block belongs to whom is decided elsewhere."""
+    """Keys and values of this stage's layers, [N, B, K, D] each; which block belongs to whom is decided elsewhere.
+
+    With `dtype` FLOAT8 every token's head has a scale of its own, computed when it is written.
+    """
 
     def __init__(
         self,
@@ -24,11 +31,22 @@ class KVCache:
         shape = (n_layers, num_blocks + 1, block_size, config.n_kv_heads, config.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
-        # Zeros, not garbage: a masked position still multiplies its value by 0, and 0 * NaN is NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
-        self.v = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
+        self.k = _layers(shape, dtype, device)
+        self.v = _layers(shape, dtype, device)
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, n_layers: int, block_size: int, dtype: torch.dtype) -> int:
         """Memory of one block over all layers of a stage, in bytes."""
-        return 2 * n_layers * block_size * config.n_kv_heads * config.head_dim * dtype.itemsize
+        per_head = config.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == FLOAT8 else 0)
+        return 2 * n_layers * block_size * config.n_kv_heads * per_head
+
+
+def _layers(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> list[Cache]:
+    """One per layer. Zeros, not garbage: a masked position still multiplies its value by 0, and 0 * NaN is NaN."""
+    values = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
+    if dtype != FLOAT8:
+        return list(values)
+    layers, blocks, block_size, kv_heads, _ = shape
+    # A head's scales of one block lie side by side, as a kernel that reads one head wants them.
+    scales = torch.zeros(layers, blocks, kv_heads, block_size, 1, device=device).transpose(2, 3).unbind(0)
+    return [Quantized(*pair) for pair in zip(values, scales, strict=True)]

@@ -10,20 +10,48 @@ import torch
 from torch.nn.functional import linear
 
 from model.config import ModelConfig
-from model.kernels import Activations, Quantized, kernels_for
+from model.kernels import Activations, Kernels, Quantized, kernels_for
 
 PACKED_FOR_ROWS = 8  # the batch that oneDNN lays weights out for; others work as well
 
 
 class Linear(Protocol):
-    """y = x W^T for x [T, in], W [out, in]."""
+    """y = x W^T for x [T, in], W [out, in]; also of what a layer has before it, which some forms do at once."""
 
     num_parameters: int
 
     def __call__(self, x: Activations) -> torch.Tensor: ...
 
+    def after_norm(
+        self, kernels: Kernels, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the norm of x + residual, and the sum; see `Kernels.add_rms_norm`."""
+        ...
 
-class DenseLinear:
+    def after_gate(self, kernels: Kernels, gate_up: torch.Tensor) -> torch.Tensor:
+        """Of silu(gate) * up; see `Kernels.silu_and_mul`."""
+        ...
+
+
+class StepByStep:
+    """What comes before a linear layer as an operation of its own."""
+
+    takes_8_bits = False
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        raise NotImplementedError
+
+    def after_norm(
+        self, kernels: Kernels, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, total = kernels.add_rms_norm(x, residual, norm, eps, self.takes_8_bits)
+        return self(normed), total
+
+    def after_gate(self, kernels: Kernels, gate_up: torch.Tensor) -> torch.Tensor:
+        return self(kernels.silu_and_mul(gate_up, self.takes_8_bits))
+
+
+class DenseLinear(StepByStep):
     """The plain form: what every other form is compared with."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -36,8 +64,36 @@ class DenseLinear:
         return linear(x, self.weight, self.bias)
 
 
-class Float8Linear:
+class CudaLinear:
+    """The same by the fastest kernel for each number of rows."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._kernels = kernels_for(weight.device)
+        self._weight = weight.contiguous()
+        self._bias = bias
+        self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        return self._biased(self._kernels.linear(x, self._weight))
+
+    def after_norm(
+        self, kernels: Kernels, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        product, total = kernels.linear_after_norm(x, residual, norm, eps, self._weight)
+        return self._biased(product), total
+
+    def after_gate(self, kernels: Kernels, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._biased(kernels.linear_after_gate(gate_up, self._weight))
+
+    def _biased(self, product: torch.Tensor) -> torch.Tensor:
+        return product if self._bias is None else product + self._bias
+
+
+class Float8Linear(StepByStep):
     """Weights in float8, one scale per output row; inputs in float8 too, one scale per token."""
+
+    takes_8_bits = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._kernels = kernels_for(weight.device)
@@ -51,7 +107,7 @@ class Float8Linear:
         return product if self._bias is None else product + self._bias
 
 
-class PackedFloat16Linear:
+class PackedFloat16Linear(StepByStep):
     """Weights in float16, packed for FBGEMM; activations and sums stay float32.
 
     A decode step on a CPU reads every weight once, so half the bytes is twice the speed; and FBGEMM packs the weights
@@ -67,7 +123,7 @@ class PackedFloat16Linear:
         return y
 
 
-class PackedBfloat16Linear:
+class PackedBfloat16Linear(StepByStep):
     """Weights and activations in bfloat16, the weights laid out once for oneDNN's kernels (AMX, AVX512-BF16)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -102,7 +158,7 @@ def make_linear(
         return PackedBfloat16Linear(weight, bias)
     if device.type == "cpu" and dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
         return PackedFloat16Linear(weight, bias)
-    return DenseLinear(weight.to(device, compute), bias)
+    return (CudaLinear if device.type == "cuda" else DenseLinear)(weight.to(device, compute), bias)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

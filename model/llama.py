@@ -24,7 +24,6 @@ class Layer:
 
     def __init__(self, config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device, fp8: bool) -> None:
         self.config = config
-        self._fp8 = fp8
         compute = compute_dtype(dtype, device)
 
         def load(*stems: str, bias: bool) -> Linear:
@@ -60,15 +59,14 @@ class Layer:
         Keys and values go to layer `index` of `kv`.
         """
         c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
-        normed, residual = kernels.add_rms_norm(x, residual, self.attention_norm, c.norm_eps, self._fp8)
-        qkv = self.wqkv(normed)
+        qkv, residual = self.wqkv.after_norm(kernels, x, residual, self.attention_norm, c.norm_eps)
         q = kernels.rotate_and_write(
             qkv, c.n_heads, rotary, metadata.positions, k_cache, v_cache, metadata.slot_mapping
         )
         attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
         attended = self.wo(attended.flatten(1))
-        normed, residual = kernels.add_rms_norm(attended, residual, self.ffn_norm, c.norm_eps, self._fp8)
-        return self.w2(kernels.silu_and_mul(self.w13(normed), self._fp8)), residual
+        gate_up, residual = self.w13.after_norm(kernels, attended, residual, self.ffn_norm, c.norm_eps)
+        return self.w2.after_gate(kernels, gate_up), residual
 
 
 class Decoder:
@@ -140,8 +138,8 @@ class Decoder:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, C] -> [rows, V] float32; last stage only."""
-        normed, _ = self.kernels.add_rms_norm(x, None, self.norm, self.config.norm_eps)
-        return self.output(normed).float()
+        logits, _ = self.output.after_norm(self.kernels, x, None, self.norm, self.config.norm_eps)
+        return logits.float()
 
 
 def _stacked(

@@ -15,11 +15,16 @@ GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one poo
 
 
 def kv_budget(
-    decoder: Decoder, memory_fraction: float, max_num_seqs: int, max_num_batched_tokens: int, block_size: int
+    decoder: Decoder,
+    memory_fraction: float,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    block_size: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes for keys and values on this GPU. Raises `ValueError` if the weights leave none."""
     device = decoder.device
-    activations = _activation_bytes(decoder, max_num_seqs, max_num_batched_tokens, block_size)
+    activations = _activation_bytes(decoder, max_num_seqs, max_num_batched_tokens, block_size, kv_dtype)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     used = total - free  # weights, the CUDA context, and whatever else lives on this GPU
@@ -37,9 +42,11 @@ def kv_budget(
     return budget
 
 
-def _activation_bytes(decoder: Decoder, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+def _activation_bytes(
+    decoder: Decoder, max_num_seqs: int, max_num_batched_tokens: int, block_size: int, kv_dtype: torch.dtype | None
+) -> int:
     """What the largest step needs beside weights and KV."""
-    stage = Stage(decoder, -(-max_num_batched_tokens // block_size) + 1, block_size, max_num_seqs)
+    stage = Stage(decoder, -(-max_num_batched_tokens // block_size) + 1, block_size, max_num_seqs, kv_dtype)
     batch = _largest_batch(max_num_seqs, max_num_batched_tokens, block_size, len(decoder.rotary))
     hidden = None
     if not decoder.stage.is_first:

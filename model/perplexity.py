@@ -36,9 +36,11 @@ def perplexity(
     token_ids: Sequence[int],
     window: int,
     on_window: Callable[[int], None] = lambda tokens: None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Perplexity:
     """Of a whole model (one stage). The text is cut into windows, of which every token but the first is predicted from
     those before it; a rest of one token is left out. `on_window`: tokens of the window just done.
+    `kv_dtype`: of keys and values; default: the decoder's.
 
     Raises `ValueError` if there is nothing to predict.
     """
@@ -47,7 +49,7 @@ def perplexity(
     if len(token_ids) < 2 or window < 2:
         raise ValueError(f"perplexity needs a text and windows of at least 2 tokens, got {len(token_ids)} and {window}")
     blocks = -(-window // BLOCK_SIZE)
-    kv = KVCache(decoder.config, len(decoder.layers), blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
+    kv = KVCache(decoder.config, len(decoder.layers), blocks, BLOCK_SIZE, kv_dtype or decoder.dtype, decoder.device)
     total, count = 0.0, 0
     for start in range(0, len(token_ids) - 1, window):
         ids = token_ids[start : start + window]

@@ -13,6 +13,7 @@ import torch
 
 from model.config import ModelConfig, StageLayers
 from model.kernels import Activations, kernels_for
+from model.kv_cache import KVCache
 from model.layers import compute_dtype, make_linear
 
 MEASURED_S = 0.3  # each rate is looked at for this long
@@ -38,17 +39,18 @@ class StageWork:
     kv_bytes_per_token: int  # read for each token of context
 
     @classmethod
-    def of(cls, config: ModelConfig, part: StageLayers, dtype: torch.dtype, fp8: bool) -> "StageWork":
-        """Of the layers `part`, with weights in `dtype`, or in 8 bits (the head is not)."""
+    def of(
+        cls, config: ModelConfig, part: StageLayers, dtype: torch.dtype, fp8: bool, kv_dtype: torch.dtype | None = None
+    ) -> "StageWork":
+        """Of the layers `part`, with weights in `dtype`, or in 8 bits (the head is not), and keys in `kv_dtype`."""
         layers = part.stop - part.start
         weights = layers * config.layer_parameters
         head = config.embedding_parameters if part.is_last else 0
-        kv_width = 2 * config.n_kv_heads * config.head_dim
         return cls(
             weight_bytes=weights * (1 if fp8 else dtype.itemsize) + head * dtype.itemsize,
             flops_per_token=2.0 * weights,
             flops_per_sample=2.0 * head,
-            kv_bytes_per_token=layers * kv_width * dtype.itemsize,
+            kv_bytes_per_token=KVCache.bytes_per_block(config, layers, 1, kv_dtype or dtype),
         )
 
     def floor_s(self, rates: Rates, tokens: float, samples: float, context_tokens: float = 0.0) -> float:

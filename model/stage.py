@@ -24,12 +24,21 @@ class Stage:
     Of requests it keeps nothing but, on the first stage, the newest sampled token of each slot.
     """
 
-    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        kv_dtype: torch.dtype | None = None,  # of keys and values; default: the decoder's
+    ) -> None:
+        kv_dtype = kv_dtype or decoder.dtype
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
-        self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, decoder.dtype, decoder.device)
+        self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
         self._graphs: DecodeGraphs | None = None
-        self._newest = torch.zeros(num_slots, dtype=torch.int64, device=decoder.device)
+        # One entry more than there are slots: rows that pad a captured batch write there.
+        self._newest = torch.zeros(num_slots + 1, dtype=torch.int64, device=decoder.device)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """Shape of the hidden state between stages, residual added: (T, C)."""
@@ -43,7 +52,7 @@ class Stage:
     def capture(self, on_capture: Callable[[int, int], None]) -> None:
         """Capture decode steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
         block_size, longest = self.kv.block_size, len(self.decoder.rotary)
-        self._graphs = DecodeGraphs(self.decoder, self.kv, len(self._newest), -(-longest // block_size), on_capture)
+        self._graphs = DecodeGraphs(self.decoder, self.kv, self._newest, -(-longest // block_size), on_capture)
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:
@@ -51,17 +60,24 @@ class Stage:
 
         Returns the hidden state for the next stage, or on the last stage the sampled tokens.
         """
+        if self._graphs is not None and batch.num_tokens == batch.num_seqs and not batch.prompt_rows:
+            return self._run_graph(self._graphs, batch, hidden)
         metadata = prepare(batch, self.kv.block_size, self.decoder.device)
         token_ids = self._inputs(batch) if self.layers.is_first else None
-        if self._graphs is not None and metadata.prefill is None and not batch.prompt_rows:
-            out = self._graphs.run(token_ids, hidden, metadata)
-            # A copy either way: the next step overwrites what the graph returns.
-            return self._sample(batch, out[metadata.sample_tokens], []) if self.layers.is_last else out.clone()
         x = self._eager(token_ids, hidden, metadata)
         if not self.layers.is_last:
             return x
         prompts = self._prompt_logprobs(batch, x)
         return self._sample(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
+
+    def _run_graph(self, graphs: DecodeGraphs, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:
+        """What is returned are copies: the next step overwrites what the graph gives."""
+        done = graphs.run(batch, hidden)
+        if done.likeliest is None:
+            return done.out.clone()
+        if not batch.draws and len(batch.sample_rows) == batch.num_seqs:
+            return Sampled(done.likeliest.clone(), {}, [])
+        return self._sample(batch, done.out[_on(self.decoder.device, batch.sample_rows)], [])
 
     def _eager(
         self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata

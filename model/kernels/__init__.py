@@ -20,20 +20,50 @@ class PrefillMetadata:
     slots: torch.Tensor  # [sum of context_lens] where each context's keys are, in order
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """What a step of sequences that compute one token each reads; int64 tensors for S of them, padding included."""
+
+    token_ids: torch.Tensor  # [S]
+    positions: torch.Tensor  # [S]
+    slot_mapping: torch.Tensor  # [S] where the token's key and value go
+    context_lens: torch.Tensor  # [S] with that token; 0: padding
+    seq_slots: torch.Tensor  # [S] as Batch.slots
+    block_tables: torch.Tensor  # [S, W]
+
+
 class Quantized(NamedTuple):
     """x ~ values * scales: each row in 8 bits, scaled to its own largest element."""
 
-    values: torch.Tensor  # [T, C] float8 e4m3
-    scales: torch.Tensor  # [T, 1] float32
+    values: torch.Tensor  # [..., C] float8 e4m3
+    scales: torch.Tensor  # [..., 1] float32
 
 
 Activations = torch.Tensor | Quantized
+# Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
+Cache = torch.Tensor | Quantized
+
+
+def packed_size(sequences: int, width: int) -> int:
+    """Elements of a step in the form that `Kernels.unpack_decodes` takes."""
+    return 2 + sequences * (3 + width)
 
 
 class Kernels(Protocol):
     """What a layer needs; `quantize` asks for the result in 8 bits.
 
     Legend: T tokens, C model dim, F feed-forward dim, H query heads, K KV heads, D head dim."""
+
+    def unpack_decodes(
+        self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
+    ) -> None:
+        """A step as it comes from the host, into `inputs`, where a captured graph finds it.
+
+        packed, int32: the number of sequences n, the width of their tables w, then [n] token ids, [n] computed tokens,
+        [n] seq_slots, [n * w] tables. An id SAMPLED stands for newest[seq_slots]. Rows from n on become padding: their
+        keys go to `padding_slot`, their newest token to the last entry of `newest`.
+        """
+        ...
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, quantize: bool = False
@@ -50,8 +80,8 @@ class Kernels(Protocol):
         n_heads: int,
         rotary: torch.Tensor,
         positions: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """qkv [T, (H + 2K) * D] -> rotated queries [T, H, D]; rotated keys and values go to `slot_mapping` [T].
@@ -63,8 +93,8 @@ class Kernels(Protocol):
     def decode_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
     ) -> torch.Tensor:
@@ -75,7 +105,7 @@ class Kernels(Protocol):
         ...
 
     def prefill_attention(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefill: PrefillMetadata
+        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
     ) -> torch.Tensor:
         """The same for sequences of several tokens, causally: q [sum of query_lens, H, D] -> its shape."""
         ...
@@ -85,7 +115,21 @@ class Kernels(Protocol):
         ...
 
     def quantize_rows(self, x: torch.Tensor) -> Quantized:
-        """x [T, C] in 8 bits."""
+        """x [..., C] in 8 bits, one scale per row."""
+        ...
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times weight [out, in] transposed -> [T, out]; sums in float32."""
+        ...
+
+    def linear_after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_rms_norm`, then `linear` -> (its result, the sum)."""
+        ...
+
+    def linear_after_gate(self, gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`silu_and_mul`, then `linear`."""
         ...
 
     def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:

@@ -1,15 +1,31 @@
 """The kernels in plain torch: slow on a GPU, right anywhere."""
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from model.kernels import Activations, PrefillMetadata, Quantized
+from model.batch import SAMPLED
+from model.kernels import Activations, Cache, DecodeInputs, PrefillMetadata, Quantized
 
 FLOAT8_MAX = 448.0  # of e4m3
 
 
 class ReferenceKernels:
     """See `Kernels`."""
+
+    def unpack_decodes(
+        self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
+    ) -> None:
+        n, width = packed[:2].tolist()
+        token_ids, positions, slots = packed[2 : 2 + 3 * n].long().view(3, n)
+        tables = packed[2 + 3 * n : 2 + (3 + width) * n].long().view(n, width)
+        inputs.token_ids[:n] = torch.where(token_ids == SAMPLED, newest[slots], token_ids)
+        inputs.positions[:n], inputs.context_lens[:n], inputs.seq_slots[:n] = positions, positions + 1, slots
+        blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
+        inputs.slot_mapping[:n] = blocks * block_size + positions % block_size
+        inputs.block_tables[:n, :width] = tables
+        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens):
+            padded[n:] = 0
+        inputs.slot_mapping[n:], inputs.seq_slots[n:] = padding_slot, len(newest) - 1
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, quantize: bool = False
@@ -24,48 +40,55 @@ class ReferenceKernels:
         n_heads: int,
         rotary: torch.Tensor,
         positions: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        kv_heads, d = k_cache.shape[2:]
+        kv_heads, d = cache_shape(k_cache)[2:]
         heads = qkv.view(len(qkv), -1, d)
         rotated = rotate(heads[:, : n_heads + kv_heads], rotary[positions])
-        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, rotated[:, n_heads:])
-        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, heads[:, n_heads + kv_heads :])
+        self._write(k_cache, slot_mapping, rotated[:, n_heads:])
+        self._write(v_cache, slot_mapping, heads[:, n_heads + kv_heads :])
         return rotated[:, :n_heads]
+
+    def _write(self, cache: Cache, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """rows [T, K, D] to `slots` [T]."""
+        if isinstance(cache, torch.Tensor):
+            cache.flatten(0, 1).index_copy_(0, slots, rows)
+            return
+        quantized, block_size = self.quantize_rows(rows), cache.values.shape[1]
+        _bytes(cache.values).flatten(0, 1).index_copy_(0, slots, _bytes(quantized.values))
+        cache.scales[slots // block_size, slots % block_size] = quantized.scales
 
     def decode_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
     ) -> torch.Tensor:
         n, h, d = q.shape
-        block_size, kv_heads = k_cache.shape[1:3]
+        block_size, kv_heads = cache_shape(k_cache)[1:3]
         longest = max(1, int(context_lens.max()))
         width = -(-longest // block_size)
         blocks = block_tables[:, :width].flatten()  # index_select copies whole blocks, a third of indexing's time
         # The G queries of a group share their keys as G tokens would.
-        k = k_cache.index_select(0, blocks).view(n, -1, kv_heads, d)[:, :longest].transpose(1, 2)  # [S, K, L, D]
-        v = v_cache.index_select(0, blocks).view(n, -1, kv_heads, d)[:, :longest].transpose(1, 2)
+        k, v = (_blocks(cache, blocks, q.dtype).view(n, -1, kv_heads, d) for cache in (k_cache, v_cache))
+        k, v = (x[:, :longest].transpose(1, 2) for x in (k, v))  # [S, K, L, D]
         mask = torch.arange(longest, device=q.device) < context_lens.unsqueeze(1)  # [S, L]
         grouped = q.reshape(n, kv_heads, h // kv_heads, d)
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None, :]).reshape(n, h, d)
         return out if int(context_lens.min()) else out.masked_fill(context_lens.view(n, 1, 1) == 0, 0.0)
 
     def prefill_attention(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefill: PrefillMetadata
+        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
     ) -> torch.Tensor:
         out = torch.empty_like(q)
-        k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [N * B, K, D]
         start = context_start = 0
         for length, context in zip(prefill.query_lens, prefill.context_lens, strict=True):
             slots = prefill.slots[context_start : context_start + context]
-            k = k_flat.index_select(0, slots).transpose(0, 1).unsqueeze(0)  # [1, K, context, D]
-            v = v_flat.index_select(0, slots).transpose(0, 1).unsqueeze(0)
+            k, v = (cached_rows(x, slots, q.dtype).transpose(0, 1).unsqueeze(0) for x in (k_cache, v_cache))
             query = q[start : start + length].transpose(0, 1).unsqueeze(0)
             # The chunk's first token stands at position context - length and sees everything up to itself.
             mask = None
@@ -87,6 +110,21 @@ class ReferenceKernels:
         scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
         return Quantized((x.float() / scales).to(torch.float8_e4m3fn), scales)
 
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight)
+
+    def linear_after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, total = self.add_rms_norm(x, residual, norm, eps)
+        assert isinstance(normed, torch.Tensor)
+        return linear(normed, weight), total
+
+    def linear_after_gate(self, gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        product = self.silu_and_mul(gate_up)
+        assert isinstance(product, torch.Tensor)
+        return linear(product, weight)
+
     def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
         product = (x.values.float() * x.scales) @ (weight.values.float() * weight.scales).t()
         return product.to(torch.bfloat16)
@@ -96,3 +134,30 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[2j], x[2j + 1]) of x [T, heads, D] by rotation [T, D / 2, 2] (Meta's interleaved layout)."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation).unsqueeze(1)).flatten(-2).to(x.dtype)
+
+
+def cache_shape(cache: Cache) -> torch.Size:
+    """N, B, K, D."""
+    return (cache.values if isinstance(cache, Quantized) else cache).shape
+
+
+def cached_rows(cache: Cache, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What stands at `slots` [n] -> [n, K, D]; of a cache in 8 bits in `dtype`."""
+    if isinstance(cache, torch.Tensor):
+        return cache.flatten(0, 1).index_select(0, slots)
+    block_size = cache.values.shape[1]
+    values = _bytes(cache.values).flatten(0, 1).index_select(0, slots).view(cache.values.dtype)
+    return (values.float() * cache.scales[slots // block_size, slots % block_size]).to(dtype)
+
+
+def _blocks(cache: Cache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Whole blocks [n] -> [n, B, K, D]."""
+    if isinstance(cache, torch.Tensor):
+        return cache.index_select(0, blocks)
+    values = _bytes(cache.values).index_select(0, blocks).view(cache.values.dtype)
+    return (values.float() * cache.scales[blocks]).to(dtype)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """As bytes: torch has few operations on 8-bit floats."""
+    return x.view(torch.uint8)

@@ -52,7 +52,9 @@ def test_paged_attention_equals_dense(
         length = before + now
         k, v = torch.randn(length, kv_heads, head_dim), torch.randn(length, kv_heads, head_dim)
         slots = torch.tensor([tables[i, p // BLOCK] * BLOCK + p % BLOCK for p in range(length)]).long()
-        cache.k[0].flatten(0, 1)[slots], cache.v[0].flatten(0, 1)[slots] = k, v
+        for held, rows in ((cache.k[0], k), (cache.v[0], v)):
+            assert isinstance(held, torch.Tensor)
+            held.flatten(0, 1)[slots] = rows
         queries.append(torch.randn(now, heads, head_dim))
         expected.append(dense(queries[-1], k, v))
     batch = Batch(

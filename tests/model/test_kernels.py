@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.kernels import PrefillMetadata, Quantized, kernels_for
-from model.kernels.reference import ReferenceKernels
-from model.layers import DenseLinear, Float8Linear, rotary_table
+from model.batch import SAMPLED
+from model.kernels import Cache, DecodeInputs, PrefillMetadata, Quantized, kernels_for
+from model.kernels.reference import ReferenceKernels, cached_rows
+from model.kv_cache import FLOAT8, KVCache
+from model.layers import CudaLinear, DenseLinear, Float8Linear, rotary_table
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -68,6 +70,39 @@ def test_rotate_and_write(dtype: torch.dtype, h: int, k: int, d: int, tokens: in
         assert torch.equal(a == 0, b == 0), "written where it should not have been"
 
 
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+def test_rotate_and_write_in_8_bits(h: int, k: int, d: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, n_heads=h, n_kv_heads=k, head_dim=d)
+    qkv = torch.randn(tokens, (h + 2 * k) * d, device=GPU, dtype=torch.bfloat16)
+    rotary = rotary_table(4096, config, GPU)
+    positions = torch.randint(0, 4096, (tokens,), device=GPU)
+    slots = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
+    found, expected = (KVCache(config, 1, 19, BLOCK, FLOAT8, GPU) for _ in range(2))
+    for kernels, kv in ((kernels_for(GPU), found), (REFERENCE, expected)):
+        kernels.rotate_and_write(qkv, h, rotary, positions, kv.k[0], kv.v[0], slots)
+    every = torch.arange(20 * BLOCK, device=GPU)
+    for a, b in ((found.k[0], expected.k[0]), (found.v[0], expected.v[0])):
+        x, y = (cached_rows(cache, every, torch.float32) for cache in (a, b))
+        assert error(x, y) < 2e-2  # a value between two of 8 bits may fall to either
+        assert torch.equal(x == 0, y == 0), "written where it should not have been"
+
+
+def in_8_bits(cache: torch.Tensor) -> Cache:
+    """The same cache as `KVCache` lays it out in FLOAT8."""
+    rows = REFERENCE.quantize_rows(cache)
+    return Quantized(rows.values, rows.scales.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+def test_8_bit_caches_are_laid_out_as_the_kernels_read_them() -> None:
+    held = KVCache(TINY, 1, 3, BLOCK, FLOAT8, GPU).k[0]
+    made = in_8_bits(torch.randn(4, BLOCK, TINY.n_kv_heads, TINY.head_dim, device=GPU))
+    assert isinstance(held, Quantized)
+    assert isinstance(made, Quantized)
+    assert [x.stride() for x in made] == [x.stride() for x in held]
+
+
 def paged(lens: list[int], k: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Caches full of poison but for the sequences' own slots, and the block tables [S, W]."""
     blocks = [-(-n // BLOCK) for n in lens]
@@ -107,19 +142,39 @@ def test_decode_attention(dtype: torch.dtype, h: int, k: int, d: int, lens: list
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("lens", LENGTHS, ids=lambda x: f"{len(x)}x{max(x)}")
+def test_decode_attention_over_8_bits(dtype: torch.dtype, h: int, k: int, d: int, lens: list[int]) -> None:
+    torch.manual_seed(0)
+    *caches, tables = paged(lens, k, d, dtype)
+    k_cache, v_cache = (in_8_bits(cache) for cache in caches)
+    q = torch.randn(len(lens), h, d, device=GPU, dtype=dtype)
+    context = torch.tensor(lens, device=GPU)
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, context)
+    expected = REFERENCE.decode_attention(q.float(), k_cache, v_cache, tables, context)
+    assert error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_8", [False, True])
 @pytest.mark.parametrize(("h", "k", "d"), [heads for heads in HEADS if heads[2] in (64, 128)])
 @pytest.mark.parametrize("sequences", [[(0, 2)], [(0, 300), (5, 3), (1000, 17), (16, 16)], [(3000, 1000)]], ids=str)
-def test_prefill_attention(dtype: torch.dtype, h: int, k: int, d: int, sequences: list[tuple[int, int]]) -> None:
+def test_prefill_attention(
+    dtype: torch.dtype, in_8: bool, h: int, k: int, d: int, sequences: list[tuple[int, int]]
+) -> None:
     """Chunks of (tokens before, tokens now)."""
     torch.manual_seed(0)
     lens, contexts = [n for _, n in sequences], [b + n for b, n in sequences]
-    k_cache, v_cache, tables = paged(contexts, k, d, dtype)
+    *caches, tables = paged(contexts, k, d, dtype)
+    k_cache, v_cache = (in_8_bits(cache) if in_8 else cache for cache in caches)
     q = torch.randn(sum(lens), h, d, device=GPU, dtype=dtype)
     starts = [torch.tensor([0, *x]).cumsum(0).int().to(GPU) for x in (lens, contexts)]
     slots = torch.cat([slots_of(tables[i], n) for i, n in enumerate(contexts)])
     prefill = PrefillMetadata(lens, contexts, *starts, slots)
     found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, prefill)
-    expected = REFERENCE.prefill_attention(q.float(), k_cache.float(), v_cache.float(), prefill)
+    expected = REFERENCE.prefill_attention(
+        q.float(), *(c.float() if isinstance(c, torch.Tensor) else c for c in (k_cache, v_cache)), prefill
+    )
     assert error(found, expected) < TOLERANCE[dtype]
 
 
@@ -163,3 +218,62 @@ def test_float8_linear(rows: int) -> None:
     found, expected = Float8Linear(weight)(x), DenseLinear(weight.float())(x.float())
     for i in range(rows):
         assert error(found[i], expected[i]) < 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 60, 64, 65, 300])
+@pytest.mark.parametrize(("out", "width"), [(4096, 4096), (208, 576), (1000, 11008), (50, 100)])
+def test_linear(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(out, width, device=GPU, dtype=dtype) / width**0.5
+    x, bias = torch.randn(rows, width, device=GPU, dtype=dtype), torch.randn(out, device=GPU, dtype=dtype)
+    expected = DenseLinear(weight.double(), bias.double())(x.double())
+    assert error(CudaLinear(weight, bias)(x), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [3, 4, 64])
+@pytest.mark.parametrize("width", [2, 300])
+def test_unpack_decodes(size: int, width: int) -> None:
+    torch.manual_seed(0)
+    n = 3
+    lengths = torch.randint(0, width * BLOCK, (n,))
+    parts = torch.tensor([n, width]), torch.tensor([7, SAMPLED, 9]), lengths, torch.tensor([2, 0, 1])
+    packed = torch.cat([*parts, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
+    newest = torch.randint(0, 1000, (5,), device=GPU)
+    made = [
+        DecodeInputs(*(torch.full((size,), -5, device=GPU) for _ in range(5)), torch.full((size, 310), -5, device=GPU))
+        for _ in range(2)
+    ]
+    for kernels, inputs in zip((kernels_for(GPU), REFERENCE), made, strict=True):
+        kernels.unpack_decodes(packed, newest, inputs, BLOCK, 12345)
+    for name in ("token_ids", "positions", "slot_mapping", "context_lens", "seq_slots"):
+        assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name
+    assert torch.equal(made[0].block_tables[:n], made[1].block_tables[:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize(("out", "width"), [(12288, 4096), (208, 576), (4096, 11008), (50, 100)])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_linear_after_norm(dtype: torch.dtype, rows: int, out: int, width: int, with_residual: bool) -> None:
+    torch.manual_seed(0)
+    x, other = (torch.randn(rows, width, device=GPU, dtype=dtype) for _ in range(2))
+    residual = other if with_residual else None
+    weight = torch.randn(out, width, device=GPU, dtype=dtype) / width**0.5
+    norm = torch.rand(width, device=GPU, dtype=dtype) + 0.5
+    exact = [None if t is None else t.double() for t in (x, residual, norm, weight)]
+    expected = REFERENCE.linear_after_norm(exact[0], exact[1], exact[2], 1e-5, exact[3])  # type: ignore[arg-type]
+    found = kernels_for(GPU).linear_after_norm(x, residual, norm, 1e-5, weight)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize(("out", "width"), [(4096, 11008), (208, 576), (50, 100)])
+def test_linear_after_gate(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
+    torch.manual_seed(0)
+    gate_up = torch.randn(rows, 2 * width, device=GPU, dtype=dtype)
+    weight = torch.randn(out, width, device=GPU, dtype=dtype) / width**0.5
+    expected = REFERENCE.linear_after_gate(gate_up.double(), weight.double())
+    assert error(kernels_for(GPU).linear_after_gate(gate_up, weight), expected) < TOLERANCE[dtype]

@@ -24,7 +24,7 @@ def measured(device: str, tokens: int, window: int) -> Any:
         "pipeline": {"device": device},
         "cache": {"memory_gb": 0.1},
     }
-    return bench_perplexity(parse_app_config(args), default_text(), tokens, window, ["none", "fp8"])
+    return bench_perplexity(parse_app_config(args), default_text(), tokens, window, ["none", "fp8", "fp8-cache"])
 
 
 def test_it_is_that_of_transformers() -> None:
@@ -50,13 +50,15 @@ def test_eight_bits_cost_what_three_bits_of_mantissa_cost() -> None:
     result = measured("cpu", tokens=1024, window=512)
     assert result["perplexity"]["none"] != result["perplexity"]["fp8"], "the weights are not in 8 bits"
     assert 0.99 < result["ratio"]["fp8"] < 1.05
+    assert result["perplexity"]["none"] != result["perplexity"]["fp8-cache"], "keys and values are not in 8 bits"
+    assert 0.99 < result["ratio"]["fp8-cache"] < 1.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_loses_no_more_than_the_reference() -> None:
     """The same 8 bits in the GPU's own products and fused kernels, and over twenty thousand tokens."""
     here, there = measured("cpu", tokens=2048, window=512), measured("cuda", tokens=2048, window=512)
-    for weights in ("none", "fp8"):
+    for weights in ("none", "fp8", "fp8-cache"):
         assert there["perplexity"][weights] == pytest.approx(here["perplexity"][weights], rel=0.005)
     long = measured("cuda", tokens=20_480, window=1024)
     assert long["tokens"] >= 20_000
