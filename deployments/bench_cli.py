@@ -112,7 +112,7 @@ def offline(
     from ops import workload
 
     app_config, batches = read_app_config(config), sizes(batch_sizes, "--batch-sizes")
-    shape = _shape(steady)
+    shape = _shape(steady, "--steady")
     try:
         result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST)
     except ValueError as error:
@@ -120,12 +120,37 @@ def offline(
     report(offline_table(f"{app_config.model.name}: {config}", result), result, output)
 
 
-def _shape(steady: str) -> tuple[int, int] | None:
-    if not steady:
+@bench.command(epilog="Example: caravan bench kernels --model shape:llama-2-70b --attention 32x1024,128x1024")
+def kernels(
+    model: Annotated[str, typer.Option(help="whose shape; weights are made up")] = "shape:llama-2-70b",
+    layers: Annotated[int, typer.Option(help="how many of its layers prefill goes through")] = 10,
+    chunk: Annotated[int, typer.Option(help="tokens of the prompt that is prefilled")] = 4096,
+    attention: Annotated[
+        str, typer.Option(help="decode attention of these, sequences x tokens of context")
+    ] = "32x1024,128x1024",
+    output: Output = None,
+) -> None:
+    """One GPU: decode attention as a share of what it can read, prefill as a share of what it can multiply."""
+    import torch
+
+    from deployments.bench_kernels import bench_kernels, kernels_table
+
+    if not torch.cuda.is_available():
+        fail("caravan bench kernels needs a CUDA device, and this machine has none")
+    shapes = [shape for part in attention.split(",") if (shape := _shape(part, "--attention"))]
+    try:
+        result = bench_kernels(model, layers, chunk, shapes)
+    except ValueError as error:
+        fail(str(error))
+    report(kernels_table(result), result, output)
+
+
+def _shape(text: str, option: str) -> tuple[int, int] | None:
+    if not text:
         return None
-    num_seqs, x, context = steady.partition("x")
+    num_seqs, x, context = text.partition("x")
     if not (x and num_seqs.isdecimal() and context.isdecimal() and int(num_seqs) and int(context)):
-        fail(f"--steady {steady}: give sequences x tokens of context, like 256x450")
+        fail(f"{option} {text}: give sequences x tokens of context, like 256x450")
     return int(num_seqs), int(context)
 
 
@@ -368,15 +393,17 @@ def perplexity(
     text: Annotated[Path | None, typer.Option(help="a text; default: the reference that every Python holds")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="how many tokens of it")] = 20_000,
     window: Annotated[int, typer.Option(min=2, help="tokens of context at most")] = 1024,
-    quantizations: Annotated[str, typer.Option(help="as in model.quantization; ratios are to the first")] = "none,fp8",
+    quantizations: Annotated[
+        str, typer.Option(help="as in model.quantization, or fp8-cache: cache.dtype fp8; ratios are to the first")
+    ] = "none,fp8",
     output: Output = None,
 ) -> None:
     """Perplexity of a text in full precision and in 8 bits, on one device; a CPU does the 8 bits slowly in torch."""
     from deployments.bench_perplexity import bench_perplexity, default_text, perplexity_table
 
     wanted = quantizations.split(",")
-    if set(wanted) - {"none", "fp8"}:
-        fail(f"--quantizations {quantizations}: give none, fp8 or both")
+    if set(wanted) - {"none", "fp8", "fp8-cache"}:
+        fail(f"--quantizations {quantizations}: give some of none, fp8, fp8-cache")
     try:
         words = text.read_text("utf-8") if text else default_text()
         result = bench_perplexity(read_app_config(config), words, tokens, window, wanted)

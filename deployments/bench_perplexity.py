@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deployments.config import AppConfig
 from model.config import split_layers
+from model.kv_cache import FLOAT8
 from model.llama import Decoder
 from model.perplexity import perplexity
 from model.tokenizer import load_tokenizer
@@ -26,7 +27,8 @@ def default_text() -> str:
 
 
 def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, quantizations: list[str]) -> Json:
-    """Perplexity of the first `tokens` of `text` on the whole model on one device, for each of `quantizations`.
+    """Perplexity of the first `tokens` of `text` on the whole model on one device, for each of `quantizations`:
+    none, fp8 (weights and activations), fp8-cache (keys and values).
 
     Raises `ValueError` for a text that is too short, or a checkpoint that cannot be read.
     """
@@ -40,7 +42,10 @@ def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, qua
         for quantization in quantizations:
             task = bar.add_task(quantization, total=tokens)
             decoder = whole_model(config, path, quantization == "fp8", window)
-            found = perplexity(decoder, token_ids[:tokens], window, lambda done, task=task: bar.advance(task, done))  # type: ignore[misc]
+            kv_dtype = FLOAT8 if quantization == "fp8-cache" else None
+            found = perplexity(
+                decoder, token_ids[:tokens], window, lambda done, task=task: bar.advance(task, done), kv_dtype  # type: ignore[misc]
+            )  # fmt: skip
             results[quantization] = found.value
             del decoder
     first = results[quantizations[0]]

@@ -254,3 +254,11 @@ def test_two_pipelines_are_compared_with_one() -> None:
     rows = {"http-1": {"output_throughput": 100.0}, "http-2": {"output_throughput": 195.0}}
     assert bench_scaling.two_pipelines({"rows": rows}) == 1.95
     assert bench_scaling.two_pipelines({"rows": {"http-1": rows["http-1"], "http-2": {"error": "x"}}}) is None
+
+
+def test_kernels_need_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    result = caravan("kernels")
+    assert result.exit_code == 1
+    assert "needs a CUDA device" in result.output

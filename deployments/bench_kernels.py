@@ -1,0 +1,165 @@
+"""`caravan bench kernels`: decode attention and prefill on one GPU, as shares of what it can read and multiply."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from model.batch import Batch
+from model.config import ModelConfig, split_layers
+from model.kernels import kernels_for
+from model.kv_cache import FLOAT8, KVCache
+from model.llama import Decoder
+from model.stage import Stage
+from model.weights import read_config, resolve_path
+from model.weights.dummy import DummyCheckpoint
+
+Json = dict[str, Any]
+BLOCK = 16
+READ_BYTES = 4 * 2**30  # far more than any cache holds
+ROTATED_BYTES = 300_000_000  # caches are used in turns, so that none is in the L2 from the time before
+PRODUCT = 8192  # rows, inner elements and columns of the product that stands for what the device can do
+
+
+@torch.inference_mode()
+def bench_kernels(model: str, layers: int, chunk: int, attention: list[tuple[int, int]]) -> Json:
+    """Of the shape `model`: decode attention of (sequences, context) each, prefill of `chunk` tokens over `layers`."""
+    config = read_config(resolve_path(model))
+    device = torch.device("cuda")
+    reads = read_rate(device)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__},
+        "bytes_per_s_read": reads,
+        "attention": [
+            attention_figures(config, sequences, context, dtype, reads, device)
+            for sequences, context in attention
+            for dtype in (torch.bfloat16, FLOAT8)
+        ],
+        "prefill": prefill_figures(replace(config, n_layers=layers), chunk, device),
+    }
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes per second of a read-only stream."""
+    from model.kernels.reading import read_through
+
+    source = torch.randint(0, 255, (READ_BYTES,), dtype=torch.uint8, device=device)
+    return READ_BYTES / graph_seconds(lambda i: read_through(source), 4)
+
+
+def attention_figures(
+    config: ModelConfig, sequences: int, context: int, dtype: torch.dtype, reads: float, device: torch.device
+) -> Json:
+    """Decode attention of one layer, its queries included, over sequences of equal length."""
+    blocks = -(-context // BLOCK)
+    size = sequences * context * KVCache.bytes_per_block(config, 1, 1, dtype)
+    copies = max(2, ROTATED_BYTES // size + 1)
+    kv = KVCache(config, copies, sequences * blocks, BLOCK, dtype, device)
+    for layer in range(copies):
+        _fill(kv, layer, config, device)
+    q = torch.randn(sequences, config.n_heads, config.head_dim, dtype=torch.bfloat16, device=device)
+    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks)
+    lens = torch.full((sequences,), context, device=device)
+    kernels = kernels_for(device)
+
+    def attend(i: int) -> None:
+        kernels.decode_attention(q, kv.k[i % copies], kv.v[i % copies], tables, lens)
+
+    seconds = graph_seconds(attend, max(8, copies))
+    return {
+        "heads": f"{config.n_heads}:{config.n_kv_heads}",
+        "sequences": sequences,
+        "context_tokens": context,
+        "kv_type": str(dtype).removeprefix("torch."),
+        "us": round(1e6 * seconds, 2),
+        "bytes_per_s": size / seconds,
+        "share_of_read_rate": round(size / seconds / reads, 3),
+    }
+
+
+def _fill(kv: KVCache, layer: int, config: ModelConfig, device: torch.device) -> None:
+    """Random keys and values, by way of the kernel that writes them."""
+    slots = torch.arange(kv.num_blocks * BLOCK, device=device)
+    rotary = torch.randn(1, config.head_dim // 2, 2, device=device)
+    width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    for part in torch.split(slots, 16_384):
+        qkv = torch.randn(len(part), width, dtype=torch.bfloat16, device=device)
+        kernels_for(device).rotate_and_write(
+            qkv, config.n_heads, rotary, torch.zeros_like(part), kv.k[layer], kv.v[layer], part
+        )
+
+
+def prefill_figures(config: ModelConfig, chunk: int, device: torch.device) -> Json:
+    """A whole step of one prompt of `chunk` random tokens, beside a large product right before and after it."""
+    (part,) = split_layers(config, 1)
+    tensors = DummyCheckpoint(config, device=device).tensors(part.tensor_names(config))
+    decoder = Decoder(config, part, tensors, torch.bfloat16, device, config.context_length)
+    blocks = -(-chunk // BLOCK)
+    stage = Stage(decoder, blocks, BLOCK, 1)
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, chunk).astype(np.int32)
+    one, none = np.ones(1, np.int32), np.zeros(1, np.int32)
+    batch = Batch(0, 0, ids, one * chunk, none, np.arange(blocks, dtype=np.int32), none, -1, none, [])
+    linear = 2.0 * chunk * config.n_layers * config.layer_parameters
+    attention = 4.0 * config.n_layers * config.n_heads * config.head_dim * chunk * (chunk + 1) / 2
+    a, b = (torch.randn(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device) for _ in range(2))
+    before = stream_seconds(lambda: a @ b, 40)
+    seconds = stream_seconds(lambda: stage.run(batch, None), 8)
+    after = stream_seconds(lambda: a @ b, 40)
+    product = 2.0 * PRODUCT**3 / statistics.mean((before, after))
+    return {
+        "layers": config.n_layers,
+        "chunk": chunk,
+        "ms": round(1000 * seconds, 3),
+        "flops_product": product,
+        "flops": (linear + attention) / seconds,
+        "flops_linear_layers": linear / seconds,
+        "share_of_product": round((linear + attention) / seconds / product, 3),
+    }
+
+
+def graph_seconds(work: Callable[[int], object], count: int, replays: int = 7) -> float:
+    """Median time of one of `count` calls, work(0), work(1) ..., in one CUDA graph."""
+    for i in range(2):
+        work(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            work(i)
+    graph.replay()
+    return statistics.median(_seconds(graph.replay) for _ in range(replays)) / count
+
+
+def stream_seconds(work: Callable[[], object], count: int) -> float:
+    """Mean time of `count` calls, one launched after another."""
+    for _ in range(3):
+        work()
+    return _seconds(lambda: [work() for _ in range(count)]) / count
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def kernels_table(result: Json) -> Table:
+    """For people."""
+    reads, prefill = result["bytes_per_s_read"], result["prefill"]
+    table = Table("", "", "share", title=f"{result['device']}: {reads / 1e12:.2f} TB/s read")
+    for done in result["attention"]:
+        name = f"decode attention {done['heads']}, {done['sequences']} x {done['context_tokens']}, {done['kv_type']}"
+        rate = f"{done['us']:.1f} us, {done['bytes_per_s'] / 1e12:.2f} TB/s"
+        table.add_row(name, rate, f"{done['share_of_read_rate']:.1%}")
+    rate = f"{prefill['flops'] / 1e12:.0f} of {prefill['flops_product'] / 1e12:.0f} TFLOP/s"
+    table.add_row(f"prefill of {prefill['chunk']} tokens", rate, f"{prefill['share_of_product']:.1%}")
+    return table
