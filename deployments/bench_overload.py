@@ -141,7 +141,11 @@ def overload_table(result: Json) -> Table:
     )
     rss, target = result["gateway_rss_mb"], result["target_ttft_s"]
     rows = (
-        ("accepted, of offered", f"{result['accepted']} of {result['offered']}", ""),
+        (
+            "offered",
+            f"{result['offered_per_s']} a second, {result['offered_over_accepted']} times what was accepted",
+            "",
+        ),
         ("neither answered nor refused", str(result["broken"]), "0"),
         ("first token of accepted, p50", f"{result['accepted_ttft_s']['p50']:.2f} s", ""),
         ("first token of accepted, p99", f"{result['accepted_ttft_s']['p99']:.2f} s", f"{2 * target:g} s"),

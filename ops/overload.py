@@ -76,6 +76,7 @@ def summary(offered: Sequence[Offered], seconds: float) -> dict[str, Any]:
     return {
         "offered": len(offered),
         "offered_per_s": round(len(offered) / seconds, 1),
+        "offered_over_accepted": round(len(offered) / max(1, len(accepted)), 1),
         "statuses": {str(status): count for status, count in sorted(Counter(one.status for one in offered).items())},
         "accepted": len(accepted),
         "broken": sum(bool(one.error) for one in offered),
