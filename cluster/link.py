@@ -3,6 +3,7 @@
 Legend: T tokens, C model dim.
 """
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,13 +46,17 @@ class Rendezvous:
 
     def __init__(self, host: str, timeout_s: float) -> None:
         self.host = host
+        # A socket of our own: the store's would listen on all addresses of the node.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)
         self.store = TCPStore(
             host,
-            0,  # any free port
+            listener.getsockname()[1],
             world_size=2,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),  # the store's from now on
         )
 
     @property

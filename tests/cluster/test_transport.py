@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 import zmq
@@ -204,3 +205,12 @@ def test_nobody_at_the_meeting_point_is_an_error_after_the_deadline() -> None:
     del rendezvous
     with pytest.raises(LinkBroken, match=f"{HOST}:"):
         join((host, port), 0.5)
+
+
+def test_neighbours_meet_at_one_address_of_the_node_only() -> None:
+    rendezvous = Rendezvous(HOST, 5.0)
+    listening = {
+        (c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN
+    }
+    assert [ip for ip, port in listening if port == rendezvous.address[1]] == [HOST]
+    del rendezvous
