@@ -65,7 +65,7 @@ class Node:
     command: list[str]
     environment: dict[str, str]
     space: Namespace | None
-    priority: tuple[str, ...] = ()
+    first: bool = False  # whether it gets the cores before all others
     process: "subprocess.Popen[bytes] | None" = None
     sessions: list[int] = field(default_factory=list)  # of all its lives
 
@@ -73,11 +73,15 @@ class Node:
         # A head that comes back finds this and its surviving workers, and would refuse to start beside itself.
         (self.directory / "ray_current_cluster").unlink(missing_ok=True)
         with (self.directory.parent / f"{self.name}.log").open("ab") as log:
-            prefix = [*(self.space.prefix if self.space else []), *self.priority]
+            prefix = self.space.prefix if self.space else []
             self.process = subprocess.Popen(
                 [*prefix, *self.command], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         self.sessions.append(self.process.pid)
+        if self.first and os.geteuid() == 0:
+            # Linux shares cores between sessions before it looks at niceness (sched(7), autogroup).
+            with suppress(OSError):
+                Path(f"/proc/{self.process.pid}/autogroup").write_text("-15")
 
     def kill(self) -> None:
         """All its processes at once, as when the machine loses power."""
@@ -166,8 +170,7 @@ class Nodes:
     def start_head(self, cpus: int, resources: Mapping[str, float]) -> None:
         port, dashboard, client = self._head_ports
         node = self._add("head", cpus, resources)
-        if os.geteuid() == 0:  # a head has a machine of its own: what computes must not keep it from coming up in time
-            node.priority = ("nice", "-n", "-10")
+        node.first = True  # a head has a machine of its own: what computes must not keep it from coming up in time
         node.command += [
             "--head", "--port", str(port), "--dashboard-host", node.address, "--dashboard-port", str(dashboard),
             "--ray-client-server-port", str(client), "--include-dashboard", "true",
