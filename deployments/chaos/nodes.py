@@ -226,6 +226,7 @@ class Nodes:
         """Start again what ended by itself, as an init system does: a head may miss its own deadlines at a start."""
         for node in self.all:
             if node.process is not None and node.process.poll() is not None:
+                node.kill()  # what is left of it holds its ports
                 node.start()
 
     def serve(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
