@@ -14,7 +14,7 @@ from ops.namespaces import Network
 
 MODEL, SHAPE = "test", "shape:test-1m"
 STAGES = 2
-DEPLOY_TIMEOUT_S = 180.0
+DEPLOY_TIMEOUT_S = 300.0
 # Custom resources, so that faults hit what they mean to hit: nodes that may hold gateways, and that may hold stages.
 FRONT, BACK = "front", "back"
 
