@@ -100,11 +100,15 @@ class Service:
             here = front if setting.gateways_on_workers and number < setting.gateways else {}
             self.nodes.add_worker(2, {BACK: 1.0, **here})
         self.deploy()
-        if await_true(self.is_whole, DEPLOY_TIMEOUT_S, 0.3) is None:
+        if await_true(self._supervised, DEPLOY_TIMEOUT_S, 0.3) is None:
             raise LocalError(
                 f"the service was not ready within {DEPLOY_TIMEOUT_S:g} s: {ask_ready(self.urls[0])}, "
                 f"{dict(census(self.nodes.processes()))}\n{self.nodes.serve('status').stdout[-2000:]}"
             )
+
+    def _supervised(self) -> bool:
+        self.nodes.supervise()
+        return self.is_whole()
 
     def deploy(self) -> None:
         """Send the configuration to Serve. Raises `LocalError`."""
