@@ -7,7 +7,7 @@ CLIENTS := .venv/clients/.ready
 XLLAMACPP := 2026.10.11549
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve clients test test-long chaos check format bench lock clean
+.PHONY: help setup demo serve clients test test-long chaos chaos-network check format bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,11 @@ test: $(READY) $(CLIENTS)  ## all tests but the long ones (under 10 minutes on 2
 test-long: $(READY) $(CLIENTS)  ## all tests
 	@$(BIN)/python -m pytest -q
 
-chaos: $(READY)  ## break the deployed service under load: kill -9 of stages, engines and nodes, 1,000 requests
-	@$(BIN)/python -m deployments.chaos --faults stage,engine,node --requests 1000 --streams 64
+chaos: $(READY)  ## break the deployed service under load: kill and stop stages, engines and nodes, 1,000 requests
+	@$(BIN)/python -m deployments.chaos --faults stage,engine,node,stage-stop,engine-stop --requests 1000 --streams 64
+
+chaos-network: $(READY)  ## the same with its network: partitions, lost and late packets (root only)
+	@$(BIN)/python -m deployments.chaos --hosts namespaces --faults partition,slow-link --requests 1000 --streams 64
 
 check: $(READY)  ## format, lint, types, known holes in pinned packages
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ import pytest
 from deployments.chaos import FAULTS
 from deployments.chaos.command import NO_RECOVERY, wrong_options
 from deployments.chaos.faults import INJECTORS
-from deployments.chaos.nodes import Nodes
+from deployments.chaos.nodes import PATIENCE, Nodes
 from deployments.chaos.report import FaultRecord, Report
 from deployments.chaos.run import Plan, run
 from deployments.chaos.service import Setting, service_config
 from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
 from deployments.chaos.witness import Logs, parse_line
-from deployments.config import parse_app_config
+from deployments.config import markdown_table, parse_app_config
+from ops.metrics import METRICS
 from ops.namespaces import Link, NamespaceError, Network, check_possible
 
 pytestmark = pytest.mark.timeout(400)
@@ -214,6 +216,21 @@ def test_the_service_is_configured_as_any_other() -> None:
     setting = Setting(args={"gateway": {"resume_attempts": 0}})
     config = parse_app_config(service_config(setting, "127.0.0.1", 8000)["applications"][0]["args"])
     assert (config.gateway.resume_attempts, config.gateway.replicas, config.pipeline.stages) == (0, 2, 2)
+
+
+def test_the_runbook_names_what_there_is() -> None:
+    text = (Path(__file__).parents[2] / "ops" / "runbook.md").read_text()
+    known = {metric.name for metric in METRICS}
+    named = set(re.findall(r"ray_caravan_([a-z_]+)", text))
+    assert named
+    assert named <= known, named - known
+    for name, value in PATIENCE.items():
+        if name != "RAY_agent_register_timeout_ms":  # for machines that do much at once
+            assert re.search(rf"`{name}` \| {value} \|", text), name
+    for key in re.findall(r"`((?:gateway|pipeline|admission)\.[a-z_]+)`", text):
+        assert f"| `{key}` |" in markdown_table(), key
+    for name in re.findall(r"`chaos-([a-z-]+)` \|", text):
+        assert list((Path(__file__).parents[2] / "ops" / "results").glob(f"chaos-{name}-2*.json")), name
 
 
 # -- namespaces -------------------------------------------------------------------------------------------------------
