@@ -15,7 +15,7 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.gpu_guard import check_free
-from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Link, Rendezvous, join
+from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join, make_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers
@@ -167,11 +167,22 @@ class StageActor:
         return self._rendezvous.address
 
     def link(self, key: str, upstream: tuple[str, int] | None, timeout_s: float) -> None:
-        """Connect to the neighbours; returns when both ends of each link are up. Raises `LinkBroken`."""
+        """Connect to the neighbours; returns when both ends of each link are up. Raises `LinkBroken`.
+
+        Even stages meet the next one first, odd ones the one before: so nobody waits for a chain of others.
+        """
+        if self._spec.index % 2 == 0:
+            self._link_downstream(key, timeout_s)
         if upstream is not None:
-            self._upstream = GlooLink(join(upstream, timeout_s), DOWNSTREAM, self._host, key, timeout_s)
+            store = join(upstream, timeout_s)
+            self._upstream = make_link(store, DOWNSTREAM, self._host, key, timeout_s, self._device)
+        if self._spec.index % 2 == 1:
+            self._link_downstream(key, timeout_s)
+
+    def _link_downstream(self, key: str, timeout_s: float) -> None:
         if self._rendezvous is not None:
-            self._downstream = GlooLink(self._rendezvous.store, UPSTREAM, self._host, key, timeout_s)
+            store = self._rendezvous.store
+            self._downstream = make_link(store, UPSTREAM, self._host, key, timeout_s, self._device)
 
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""

@@ -58,7 +58,9 @@ class StageLoop:
     @property
     def activity(self) -> Activity:
         """What it does now; read by another thread, to find the stage that hangs."""
-        return "computing" if self._outbox else self._activity
+        if not self._outbox:
+            return self._activity
+        return "receiving" if self._upstream is not None and self._upstream.is_waiting() else "computing"
 
     def run(self) -> None:
         """Until told to stop. Raises `LinkBroken` if a neighbour is gone, `RuntimeError` if the order is broken."""
@@ -68,9 +70,18 @@ class StageLoop:
                 if self._may_launch():
                     self._outbox.append(self._launch(self._inbox.popleft()))
                 while self._outbox and self._outbox[0].span.is_over():
+                    self._check_links()
                     self._report(self._outbox.popleft())
         except StopRequested:
             return
+        except Exception:
+            self._check_links()  # what was computed from garbage may fail in any way: that is not this stage's fault
+            raise
+
+    def _check_links(self) -> None:
+        for link in (self._upstream, self._downstream):
+            if link is not None:
+                link.check()
 
     def _take_orders(self) -> None:
         """All that have arrived; waits for one if there is nothing else to do."""
@@ -94,8 +105,10 @@ class StageLoop:
     def _may_launch(self) -> bool:
         if not self._inbox or (self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until):
             return False
-        # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for.
-        return not (self._feeds and self._outbox)
+        # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for,
+        # unless it is the device that waits for it.
+        waits = self._upstream is not None and not self._upstream.on_device
+        return not (self._feeds and waits and self._outbox)
 
     def _feed(self, tokens: SampledTokens) -> None:
         batch = self._awaiting_tokens.popleft()
@@ -124,16 +137,18 @@ class StageLoop:
             return None
         self._activity = "receiving"
         decoder = self._stage.decoder
-        into = torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype)
+        where = decoder.device if self._upstream.on_device else "cpu"
+        into = torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype, device=where)
         return self._upstream.receive(into, timeout_s).to(decoder.device, non_blocking=True)
 
     def _send(self, hidden: torch.Tensor, timeout_s: float) -> float:
         """Returns the seconds it took the host."""
         assert self._downstream is not None
         before = time.monotonic()
-        host = hidden.cpu()  # gloo takes host memory only; on a GPU this is where the host waits for the step
+        if not self._downstream.on_device:
+            hidden = hidden.cpu()  # on a GPU this is where the host waits for the step
         self._activity = "sending"
-        self._downstream.send(host, timeout_s)
+        self._downstream.send(hidden, timeout_s)
         return time.monotonic() - before
 
     def _report(self, step: Launched) -> None:

@@ -183,6 +183,17 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address. Raises `ValueError` naming the address if none has."""
+    for _, name in socket.if_nameindex():
+        try:
+            if interface_address(name) == address:
+                return name
+        except ValueError:
+            continue  # it has no IPv4 address
+    raise ValueError(f"no network interface of this node has the address {address}: set pipeline.network_interface")
+
+
 def interface_address(interface: str) -> str:
     """IPv4 address of a network interface. Raises `ValueError` naming it if it has none."""
     import fcntl

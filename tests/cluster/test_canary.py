@@ -75,11 +75,9 @@ def in_company(engine: Engine, collector: Collector) -> None:
     """All requests from a thread of each user; some are cut off as soon as they have said something."""
 
     def use(user: str) -> None:
-        rng = random.Random(user)
         for name, each in REQUESTS.items():
             if name.startswith(user):
                 engine.add(each)
-                time.sleep(rng.random() * 0.01)
 
     def cut_off() -> None:
         left = set(CUT_OFF)

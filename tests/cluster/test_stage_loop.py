@@ -71,7 +71,7 @@ def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch:
         hidden_shape=lambda batch: (1, 8),
         run=lambda batch, hidden: Sampled(torch.tensor([3]), {}),
     )
-    upstream: Any = SimpleNamespace(receive=receive)
+    upstream: Any = SimpleNamespace(receive=receive, on_device=False, check=lambda: None)
     control: Any = engine
     StageLoop(1, stage, control, 0, upstream, None).run()
     assert engine.answered == [0, 1, 2, 3]
