@@ -269,14 +269,14 @@ def two_pipelines(result: Json) -> float | None:
 def scaling_table(result: Json) -> Table:
     """For people, and for a README: a table in Markdown."""
     table = Table(
-        "", "output tok/s", "total", "speed-up", "batch 1, ms", "batch 64", "bubble per stage", "KV tokens", "ready, s",
-        box=box.MARKDOWN,
+        "", "output tok/s", "total", "speed-up", "batch 1, ms", "batch 64", "bubble of a stage", "KV tokens",
+        "ready, s", box=box.MARKDOWN,
     )  # fmt: skip
     for name, row in result["rows"].items():
         if not _is_measured(row):
             table.add_row(name, " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
         elif name.startswith("http-"):
-            _add_http(table, name, row, result["two_pipelines"])
+            _add_http(table, row, result["two_pipelines"])
         else:
             times = result["speedup"][row["precision"]]
             _add_offline(table, name, row, times.get(row["stages"], times.get(str(row["stages"]))))
@@ -285,7 +285,7 @@ def scaling_table(result: Json) -> Table:
 
 def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
     done, (one, many) = row["list"], row["batches"]
-    bubbles = " ".join(f"{100 * stage['bubble']:.1f}" for stage in row["steady"]["stages"])
+    bubbles = sorted(100 * stage["bubble"] for stage in row["steady"]["stages"])
     table.add_row(
         name,
         f"{done['output_throughput']:,.0f}",
@@ -293,14 +293,14 @@ def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
         f"{times:.2f}",
         f"{one['ms_per_token']:.2f}",
         f"{many['ms_per_token']:.2f}",
-        f"{bubbles} %",
+        f"{bubbles[0]:.1f} to {bubbles[-1]:.1f} %",
         f"{row['kv_tokens']:,}",
         f"{row['start_s']:.0f}",
     )
 
 
-def _add_http(table: Table, name: str, row: Json, ratio: float | None) -> None:
-    what = f"{name}: {row['pipelines']} of {row['stages']} stages, {row['streams']} streams"
+def _add_http(table: Table, row: Json, ratio: float | None) -> None:
+    what = f"HTTP: {row['pipelines']} x {row['stages']} stages, {row['streams']} streams"
     speeds = f"{row['output_throughput']:,.0f}", f"{row['total_token_throughput']:,.0f}"
     table.add_row(what, *speeds, f"{ratio:.2f}" if ratio and row["pipelines"] == 2 else "")
     if killed := row.get("stage_killed"):

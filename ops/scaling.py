@@ -7,6 +7,7 @@ place where no command may take long.
 import subprocess
 import sys
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,7 +18,8 @@ def main(device: str, rows: str = "") -> int:
     file = RESULTS / f"scaling-{device}-{date.today().isoformat()}.json"
     file = max(RESULTS.glob(f"scaling-{device}-*.json"), default=file)
     command = [sys.executable, "-m", "deployments.cli", "bench", "scaling", str(file), "--device", device]
-    command += ["--plot", str(file.with_suffix(".png")), *(["--rows", rows] if rows else [])]
+    command += ["--plot", str(file.with_suffix(".png"))] if find_spec("matplotlib") else []  # or draw it elsewhere
+    command += ["--rows", rows] if rows else []
     return subprocess.run(command, cwd=RESULTS.parents[1]).returncode
 
 

@@ -237,7 +237,7 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(again))
     lines = console.export_text().splitlines()
-    assert any(line.split("|")[4].strip() == "1.87" and "1.2 1.2 %" in line for line in lines if "fp8x2" in line)
+    assert any(line.split("|")[4].strip() == "1.87" and "1.2 to 1.2 %" in line for line in lines if "fp8x2" in line)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
