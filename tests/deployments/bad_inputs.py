@@ -156,6 +156,6 @@ HEADERS: list[dict[str, str]] = [
 METHODS = ("GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 OTHER_PATHS = [
     "/v1/models", f"/v1/models/{NAME}", "/v1/models/%00", "/v1/models/" + "x" * 3000, "//", "/v1/../v1/models", "/%ff",
-    "/info", "/ping", "/health", "/ready", "/version", "/openapi.json", f"/ml/v1/foundation_model_specs{VERSION}",
+    "/info", "/ping", "/health", "/version", "/openapi.json", f"/ml/v1/foundation_model_specs{VERSION}",
     "/ml/v1/foundation_model_specs", "/v2/projects/%0d%0a", "/v2/spaces/x", "/ml/wml_services/v2/version",
 ]  # fmt: skip

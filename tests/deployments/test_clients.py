@@ -31,7 +31,8 @@ from deployments.config import parse_app_config
 from deployments.errors import ApiError
 from deployments.http import create_gateway
 from tests import golden
-from tests.deployments.served import LocalEngineClient, default_model, served
+from tests.deployments.local_engine import LocalEngine, default_model, running
+from tests.deployments.served import served
 from tests.deployments.test_gateway import Recorded
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ REFUSALS |= {108: [503], 109: [429]}
 class Overloaded:
     """In front of an engine, as if too much were asked of it: see `REFUSALS`."""
 
-    def __init__(self, engine: LocalEngineClient) -> None:
+    def __init__(self, engine: LocalEngine) -> None:
         self.engine = engine
         self.replicas = engine.replicas
         self.refusals = {seed: list(statuses) for seed, statuses in REFUSALS.items()}
@@ -94,12 +95,12 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     pem, key = certificate(tmp_path_factory.mktemp("tls"))
     with ExitStack() as stack:
-        engine = stack.enter_context(default_model(golden.MODEL, ARGS["model"]["max_model_len"]))
+        engine = stack.enter_context(running(default_model(ARGS["model"]["max_model_len"])))
         overloaded = Overloaded(engine)
         app = create_gateway(parse_app_config(ARGS), overloaded, Recorded())
         url, tls = stack.enter_context(served(app)), stack.enter_context(served(app, (pem, key)))
         yield Service(url, tls, pem, overloaded)
-        assert engine.at_rest()
+        app.state.gateway.close()
 
 
 def certificate(directory: Path) -> tuple[Path, Path]:
