@@ -225,12 +225,14 @@ class Scheduler:
                 break
             if not seq.may_decode or not seq.block_table:  # no blocks: it was preempted just now
                 continue
-            if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
-                if victims is None:  # sorted once: a cache that is full for one is full for many
-                    victims = sorted((s for s in self._running.values() if s.num_in_flight == 0), key=self._expendable)
-                if not self._make_room(seq, victims, chosen):
-                    continue
-            self._grow(seq)
+            if seq.num_computed_tokens == len(seq.block_table) * self.blocks.block_size:  # its blocks are full
+                if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
+                    if victims is None:  # sorted once: a cache that is full for one is full for many
+                        idle = (s for s in self._running.values() if s.num_in_flight == 0)
+                        victims = sorted(idle, key=self._expendable)
+                    if not self._make_room(seq, victims, chosen):
+                        continue
+                self._grow(seq)
             self._waiting.account(seq).charge(seq, 1)
             scheduled.append((seq, 1))
             chosen.add(id(seq))
