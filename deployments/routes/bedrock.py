@@ -18,7 +18,7 @@ from deployments.exchange import Json, answer
 from deployments.gateway import Gateway, Usage
 from deployments.protocol import Number, Whole, parse_body
 from deployments.routes import aws
-from deployments.routes.vendor import StrictBody, Vendor, only, sampling_params
+from deployments.routes.vendor import StrictBody, Vendor, documented, only, sampling_params
 from deployments.text import Piece
 
 DEFAULT_GEN_LEN, MAX_GEN_LEN = 512, 2048
@@ -137,7 +137,8 @@ def respond(error: ApiError, request_id: str) -> Response:
 
 def router(gateway: Gateway) -> APIRouter:
     api = Bedrock(gateway)
-    routes = APIRouter()
-    routes.post("/model/{model:path}/invoke")(api.invoke)
-    routes.post("/model/{model:path}/invoke-with-response-stream")(api.invoke_with_response_stream)
+    routes = APIRouter(tags=["Bedrock"])
+    body = documented(InvokeBody, {"prompt": "Once upon a time", "max_gen_len": 20, "temperature": 0.5})
+    routes.post("/model/{model:path}/invoke", **body)(api.invoke)
+    routes.post("/model/{model:path}/invoke-with-response-stream", **body)(api.invoke_with_response_stream)
     return routes

@@ -19,9 +19,9 @@ from deployments.exchange import Json, or_disconnect
 from deployments.gateway import Gateway, Generation
 from deployments.protocol import Number, parse_body
 from deployments.routes import aws
-from deployments.routes.tgi import TGI, GenerateRequest
+from deployments.routes.tgi import EXAMPLE, TGI, GenerateRequest
 from deployments.routes.tgi import respond as respond_as_tgi
-from deployments.routes.vendor import Count, StrictBody, only, sampling_params
+from deployments.routes.vendor import Count, StrictBody, documented, only, sampling_params
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.6, 0.9  # of chat_completion in Meta's generation.py
 MAX_DIALOGS = 32
@@ -138,15 +138,16 @@ def respond(error: ApiError, request_id: str) -> Response:
 
 def container(gateway: Gateway) -> APIRouter:
     api = SageMaker(gateway)
-    routes = APIRouter()
-    routes.post("/invocations")(api.invocations)
+    routes = APIRouter(tags=["SageMaker"])
+    routes.post("/invocations", **documented(GenerateRequest, EXAMPLE))(api.invocations)
     routes.get("/ping")(api.ping)
     return routes
 
 
 def runtime(gateway: Gateway) -> APIRouter:
     api = SageMaker(gateway)
-    routes = APIRouter()
-    routes.post("/endpoints/{endpoint}/invocations")(api.invoke_endpoint)
-    routes.post("/endpoints/{endpoint}/invocations-response-stream")(api.invoke_endpoint_with_response_stream)
+    routes = APIRouter(tags=["SageMaker"])
+    body, streamed = documented(GenerateRequest, EXAMPLE), api.invoke_endpoint_with_response_stream
+    routes.post("/endpoints/{endpoint}/invocations", **body)(api.invoke_endpoint)
+    routes.post("/endpoints/{endpoint}/invocations-response-stream", **body)(streamed)
     return routes

@@ -22,6 +22,7 @@ from deployments.routes.vendor import (
     Share,
     StrictBody,
     Vendor,
+    documented,
     json_error,
     only,
     sampling_params,
@@ -33,6 +34,7 @@ from model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_NEW_TOKENS = 100
 MAX_STOPS = 4
+EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20, "details": True}}
 
 
 class Parameters(StrictBody):
@@ -222,9 +224,10 @@ def respond(error: ApiError, request_id: str) -> Response:
 
 def router(gateway: Gateway) -> APIRouter:
     api = TGI(gateway)
-    routes = APIRouter()
-    routes.post("/")(api.compatible)
-    routes.post("/generate")(api.generate_whole)
-    routes.post("/generate_stream")(api.generate_stream)
-    routes.get("/info")(api.info)
+    routes = APIRouter(tags=["text-generation-inference"])
+    body = documented(GenerateRequest, EXAMPLE)
+    routes.post("/", summary="Generate, whole in a list or as a stream", **body)(api.compatible)
+    routes.post("/generate", summary="Generate", **body)(api.generate_whole)
+    routes.post("/generate_stream", summary="Generate, a token an event", **body)(api.generate_stream)
+    routes.get("/info", summary="What is served, and its limits")(api.info)
     return routes

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from deployments.errors import ApiError, bad_request
 from deployments.exchange import read_json, request_id, tenant
 from deployments.gateway import LONG_TEXT, Gateway, GenerationRequest, Prompt, in_thread_if
+from deployments.openapi import inlined
 from deployments.protocol import Body, Number, Whole
 from model.sampling_params import SamplingParams
 from model.tokenizer import encode_prompt
@@ -64,6 +65,15 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[Whole, Field(ge=1, lt=2**31)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**64)]
 Share = Annotated[Number, Field(gt=0, le=1)]  # of probability
+
+
+def documented(body: type[StrictBody], example: dict[str, Any], *parameters: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a route: its body with an example, and parameters of its query, in the OpenAPI document."""
+    content = {"application/json": {"schema": inlined(body.model_json_schema()), "example": example}}
+    found: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if parameters:
+        found["parameters"] = list(parameters)
+    return {"openapi_extra": found}
 
 
 class Vendor:

@@ -27,6 +27,7 @@ from deployments.routes.vendor import (
     Share,
     StrictBody,
     Vendor,
+    documented,
     json_error,
     only,
     sampling_params,
@@ -38,6 +39,7 @@ from model.sampling_params import SamplingParams
 DEFAULT_NEW_TOKENS = 20
 MAX_STOPS = 6
 SOFTWARE_VERSION = "5.1.0"
+VERSION = {"name": "version", "in": "query", "required": True, "schema": {"type": "string", "example": "2023-05-29"}}
 MAX_TOP_TOKENS = 5
 CODES = {401: "authentication_token_not_valid", 404: "model_not_supported", 413: "request_too_large"}
 CODES |= {429: "rate_limit_reached", 500: "internal_server_error", 503: "service_unavailable"}
@@ -300,11 +302,14 @@ def respond(error: ApiError, trace: str) -> Response:
 
 def router(gateway: Gateway) -> APIRouter:
     api = Watsonx(gateway)
-    routes = APIRouter()
-    routes.post("/ml/v1/text/generation")(api.generation)
-    routes.post("/ml/v1/text/generation_stream")(api.generation_stream)
-    routes.post("/ml/v1/text/tokenization")(api.tokenization)
-    routes.get("/ml/v1/foundation_model_specs")(api.foundation_model_specs)
+    routes = APIRouter(tags=["watsonx.ai"])
+    asked = {"model_id": gateway.config.model.name, "input": "Once upon a time"}
+    body = documented(GenerationBody, asked | {"parameters": {"max_new_tokens": 20}}, VERSION)
+    tokens = documented(TokenizationBody, asked, VERSION)
+    routes.post("/ml/v1/text/generation", **body)(api.generation)
+    routes.post("/ml/v1/text/generation_stream", **body)(api.generation_stream)
+    routes.post("/ml/v1/text/tokenization", **tokens)(api.tokenization)
+    routes.get("/ml/v1/foundation_model_specs", openapi_extra={"parameters": [VERSION]})(api.foundation_model_specs)
     routes.get("/ml/wml_services/v2/version")(api.installation)
     routes.get("/v2/projects/{scope_id}")(api.scope)
     routes.get("/v2/spaces/{scope_id}")(api.scope)

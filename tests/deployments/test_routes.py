@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -39,8 +40,8 @@ class Refusing(ScriptedEngine):
 class Service:
     """The gateway with all routes, its engine and a client."""
 
-    def __init__(self, routes: list[str] = ALL) -> None:
-        args: Json = copy.deepcopy(ARGS)
+    def __init__(self, routes: list[str] = ALL, more: Json | None = None) -> None:
+        args: Json = copy.deepcopy(ARGS) | (more or {})
         args["gateway"]["routes"] = routes
         args["model"]["aliases"] = [HOSTED]
         self.engine = Refusing()
@@ -362,6 +363,40 @@ def test_streams_that_break_say_so_in_each_form() -> None:
         *_, last = list(buffer)
         assert last.headers[":exception-type"] == "serviceUnavailableException"
         assert "a stage died" in json.loads(last.payload)["message"]
+
+    run(test)
+
+
+def test_where_keys_are_asked_for_they_go_as_bearer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "cv-" + "k" * 40
+    tenant = {"name": "team-a", "keys": [hashlib.sha256(key.encode()).hexdigest()]}
+    monkeypatch.setenv("CARAVAN_TEST_KEYS", json.dumps({"tenants": [tenant]}))
+
+    async def test(service: Service) -> None:
+        for vendor in ALL:
+            response = await getattr(service, vendor)()
+            assert response.status_code in (401, 403)
+            assert "API key" in message(vendor, response)
+        service.client.headers["Authorization"] = f"Bearer {key}"
+        for vendor in ALL:
+            assert (await getattr(service, vendor)()).status_code == 200
+        assert {request.tenant for request in service.engine.requests} == {"team-a"}
+
+    async def main() -> None:
+        await test(Service(ALL, {"auth": {"required": True, "keys_env": "CARAVAN_TEST_KEYS"}}))
+
+    asyncio.run(main())
+
+
+def test_the_document_has_every_body_with_an_example() -> None:
+    async def test(service: Service) -> None:
+        paths = (await service.client.get("/openapi.json")).json()["paths"]
+        for path, operations in paths.items():
+            if "post" in operations:
+                content = operations["post"]["requestBody"]["content"]["application/json"]
+                assert content.get("example") or content.get("examples"), path
+        example = paths["/generate"]["post"]["requestBody"]["content"]["application/json"]["example"]
+        assert (await service.post("/generate", example)).status_code == 200
 
     run(test)
 
