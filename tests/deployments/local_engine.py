@@ -48,6 +48,7 @@ class LocalEngine:
         self.engine = Engine(scheduler, self.pipeline, self)
         self.masks = Masks(tokenizer, self.pipeline.wake)
         self.steps = 0
+        self.left_at = -1  # the step at which the last client left
         self.requests: list[Request] = []
         self._inboxes: dict[str, Inbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,6 +72,7 @@ class LocalEngine:
         finally:
             del self._inboxes[request.request_id]
             if not finished:
+                self.left_at = self.steps
                 self.engine.abort(request.request_id)
 
     async def replicas(self) -> list[ReplicaStatus]:

@@ -15,7 +15,7 @@ from tests.deployments.local_engine import LocalEngine, running
 from tests.deployments.test_gateway import Recorded
 
 ARGS = {
-    "model": {"path": golden.MODEL, "name": "smol", "max_model_len": 512},
+    "model": {"path": golden.MODEL, "name": "smol", "max_model_len": 256},
     "pipeline": {"device": "cpu"},
     "cache": {"memory_gb": 0.1},
     "gateway": {"resume_attempts": 3},
@@ -50,7 +50,7 @@ def with_service(test: Callable[[Service], Awaitable[None]], stages: int = 1, **
     """Run `test`; afterwards the engine must be alive, its books right and its cache empty."""
 
     async def main() -> None:
-        with running(LocalEngine(decoders(stages), 512, **options)) as client:
+        with running(LocalEngine(decoders(stages), 256, **options)) as client:
             service = Service(client)
             try:
                 await test(service)

@@ -17,7 +17,7 @@ from deployments.config import parse_app_config
 from deployments.gateway import derived_seed
 from tests.deployments.local_service import ARGS, Service, with_service
 
-HOT: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 6}
+HOT: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 4}
 
 
 def test_n_answers_each_by_its_own_seed() -> None:
@@ -132,9 +132,9 @@ def test_echo_and_the_prompts_logprobs() -> None:
 
 def test_an_echo_of_as_many_tokens_as_the_context_holds() -> None:
     async def test(service: Service) -> None:
-        ids = [i % 900 + 20 for i in range(512)]
+        ids = [i % 900 + 20 for i in range(256)]
         body = await service.post("/v1/completions", prompt=ids, max_tokens=0, echo=True, logprobs=1)
-        assert len(body["choices"][0]["logprobs"]["tokens"]) == 512
+        assert len(body["choices"][0]["logprobs"]["tokens"]) == 256
         assert body["usage"]["completion_tokens"] == 0
 
     with_service(test)
@@ -177,7 +177,7 @@ def test_each_of_several_streams_resumes_by_itself(monkeypatch: pytest.MonkeyPat
 
     async def test(service: Service) -> None:
         expected = [a["text"] for a in await service.complete(n=3, **HOT)]
-        generate, lives = service.engine.generate, iter([2, 4, 99, 99, 1, 99])
+        generate, lives = service.engine.generate, iter([2, 3, 99, 99, 1, 99])
 
         async def dying(request: Request) -> AsyncGenerator[list[TokenEvent], None]:
             life, stream = next(lives, 99), generate(request)
@@ -203,7 +203,7 @@ def test_a_request_that_fails_alone_gets_one_error(monkeypatch: pytest.MonkeyPat
     async def test(service: Service) -> None:
         from deployments import formats, text
 
-        (healthy,) = await service.complete(temperature=0, max_tokens=6)
+        (healthy,) = await service.complete(temperature=0, max_tokens=3)
 
         def broken(*_: Any) -> Any:
             raise RuntimeError("injected")
@@ -216,9 +216,9 @@ def test_a_request_that_fails_alone_gets_one_error(monkeypatch: pytest.MonkeyPat
             for stream in (False, True):
                 with monkeypatch.context() as patch:
                     patch.setattr(owner, name, staticmethod(broken))
-                    ask = {"model": "smol", "prompt": "x", "max_tokens": 6, "stream": stream, **victim}
+                    ask = {"model": "smol", "prompt": "x", "max_tokens": 3, "stream": stream, **victim}
                     answer, company = await asyncio.gather(
-                        service.http.post("/v1/completions", json=ask), service.complete(temperature=0, max_tokens=6)
+                        service.http.post("/v1/completions", json=ask), service.complete(temperature=0, max_tokens=3)
                     )
                 assert company[0]["text"] == healthy["text"]
                 assert answer.text.count('"error"') == 1, answer.text
@@ -262,11 +262,10 @@ def test_a_client_that_leaves_frees_its_cache_within_two_steps(stream: bool, ans
             await asyncio.sleep(0.005)
         assert service.engine.kv_blocks_used > 0
         left.set()
-        before = service.engine.steps
-        await asyncio.wait({task}, timeout=5)
+        await asyncio.wait({task}, timeout=60)
         while service.engine.kv_blocks_used:
             await asyncio.sleep(0.001)
-            assert service.engine.steps <= before + 2
+        assert 0 < service.engine.left_at <= service.engine.steps <= service.engine.left_at + 2
         assert service.metrics.counts["requests_total", "completions", "cancelled"] == 1
 
     with_service(test)
