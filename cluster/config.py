@@ -71,6 +71,9 @@ class PipelineArgs(Strict):
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=1800.0, description="longest time for placing, loading and linking all stages"
     )
+    link: Literal["auto", "gloo"] = Field(
+        default="auto", description="between stages; auto: NCCL from GPU to GPU, else gloo; gloo: through host memory"
+    )
     network_interface: str | None = Field(
         default=None, description="interface for stage traffic; default: the one with the node's Ray address"
     )

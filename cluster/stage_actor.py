@@ -59,6 +59,7 @@ class StageActor:
         torch.set_num_threads(pipeline.threads)
         self._spec = spec
         self._device = torch.device(pipeline.device)
+        self._link_device = self._device if pipeline.link == "auto" else torch.device("cpu")  # where links end
         self._host = (
             interface_address(pipeline.network_interface)
             if pipeline.network_interface
@@ -175,14 +176,14 @@ class StageActor:
             self._link_downstream(key, timeout_s)
         if upstream is not None:
             store = join(upstream, timeout_s)
-            self._upstream = make_link(store, DOWNSTREAM, self._host, key, timeout_s, self._device)
+            self._upstream = make_link(store, DOWNSTREAM, self._host, key, timeout_s, self._link_device)
         if self._spec.index % 2 == 1:
             self._link_downstream(key, timeout_s)
 
     def _link_downstream(self, key: str, timeout_s: float) -> None:
         if self._rendezvous is not None:
             store = self._rendezvous.store
-            self._downstream = make_link(store, UPSTREAM, self._host, key, timeout_s, self._device)
+            self._downstream = make_link(store, UPSTREAM, self._host, key, timeout_s, self._link_device)
 
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""
