@@ -56,6 +56,18 @@ def test_without_recovery_the_same_run_fails() -> None:
     assert not report.passed
 
 
+@pytest.mark.slow
+def test_streams_survive_a_partition_between_two_stages() -> None:
+    try:
+        check_possible()
+    except NamespaceError as error:
+        pytest.skip(str(error))
+    setting = Setting(workers=5, gateways=1, spread=True, namespaces=True)
+    report = run(setting, Plan(kinds=["partition"], faults=1, hold_s=10.0, **SHORT))  # type: ignore[arg-type]
+    assert report.passed, (report.details, report.left)
+    assert report.faults[0].detect_s is not None
+
+
 # -- the judges: what they must not let pass ---------------------------------------------------------------------------
 
 CASE = Case({"model": "test", "prompt": [300], "max_tokens": 4, "ignore_eos": True}, " w1 w2 w3 w4")
