@@ -53,6 +53,7 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
     }
     for section, values in setting.args.items():
         sections[section] = {**sections.get(section, {}), **values}
+    front = {FRONT: 0.6 if setting.gateways_on_workers else 0.1}  # one on a node, for the node's proxy to be there too
     stage = {"CPU": 0.4, BACK: 0.7 if setting.spread else 0.4}
     bundles = [{"CPU": 0.2, BACK: 0.3 if setting.spread else 0.2}, *([stage] * STAGES)]
     return {
@@ -66,7 +67,7 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
                 "import_path": "deployments.app:build",
                 "args": sections,
                 "deployments": [
-                    {"name": "Gateway", "ray_actor_options": {"num_cpus": 0.1, "resources": {FRONT: 0.1}}},
+                    {"name": "Gateway", "ray_actor_options": {"num_cpus": 0.1, "resources": front}},
                     {"name": "Engine", "placement_group_bundles": bundles},
                 ],
             }
