@@ -1,5 +1,6 @@
 """The command line of a run under faults."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -58,6 +59,8 @@ def chaos(
         kinds=kinds, streams=streams, requests=requests, faults=at_least, every_s=every or None, hold_s=hold, seed=seed
     )
     started = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):  # explicit: a shell's background jobs start with SIGINT ignored
+        signal.signal(number, lambda *_: fail("interrupted; everything that was started has been ended"))
     with console.status("starting") as status:
 
         def say(text: str, passing: bool) -> None:
