@@ -135,11 +135,11 @@ class Torment:
         load = asyncio.create_task(traffic.run_until_stopped())
         try:
             await asyncio.to_thread(self._torment, traffic)
-        finally:
             traffic.stopping = True
-            self._ended.set()
             _, hanging = await asyncio.wait({load}, timeout=LAST_STREAMS_S)
             self._report.hung = len(traffic.opened) if hanging else 0
+        finally:
+            self._ended.set()
             load.cancel()
             await asyncio.gather(load, return_exceptions=True)
         return traffic
@@ -149,7 +149,7 @@ class Torment:
     def _torment(self, traffic: Traffic) -> None:
         plan = self._plan
         time.sleep(plan.calm_s)
-        while traffic.finished < plan.requests or len(self._made) < plan.faults:
+        while not self._ended.is_set() and (traffic.finished < plan.requests or len(self._made) < plan.faults):
             began = time.monotonic()
             self._one_fault(traffic)
             if self._report.unhealed:
@@ -188,7 +188,7 @@ class Torment:
         """Until all is well again: the first notice of the fault, and when that was."""
         notice: Line | None = None
         deadline = fault.at + HEAL_TIMEOUT_S
-        while time.time() < deadline:
+        while time.time() < deadline and not self._ended.is_set():
             self._service.nodes.supervise()
             self._service.logs.follow()
             notice = notice or self._service.logs.first_notice(fault.at)
