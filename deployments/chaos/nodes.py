@@ -81,7 +81,7 @@ class Node:
         if self.first and os.geteuid() == 0:
             # Linux shares cores between sessions before it looks at niceness (sched(7), autogroup).
             with suppress(OSError):
-                Path(f"/proc/{self.process.pid}/autogroup").write_text("-15")
+                Path(f"/proc/{self.process.pid}/autogroup").write_text("-10")
 
     def kill(self) -> None:
         """All its processes at once, as when the machine loses power."""
