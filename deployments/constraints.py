@@ -129,12 +129,17 @@ def constraint_of(body: Any, end_ids: frozenset[int]) -> tuple[str, Constraint] 
     if not found:
         return None
     param, kind, value = found[0]
+    return param, make_constraint(param, kind, value, end_ids)
+
+
+def make_constraint(param: str, kind: str, value: Any, end_ids: frozenset[int]) -> Constraint:
+    """`kind` is that of `Constraint`, or "choice". Raises `ApiError` that names `param`."""
     if not end_ids:
         raise bad_request(f"{param}: this model has no token that ends an answer, so none can be constrained", param)
     text, kind = _as_text(param, kind, value)
     if len(text) > MAX_CONSTRAINT_CHARS:
         raise bad_request(f"{param}: is longer than {MAX_CONSTRAINT_CHARS} characters", param)
-    return param, Constraint(kind, text, tuple(sorted(end_ids)))  # type: ignore[arg-type]
+    return Constraint(kind, text, tuple(sorted(end_ids)))  # type: ignore[arg-type]
 
 
 Found = tuple[str, str, Any]  # the field, the kind (also "json" and "choice"), the value

@@ -5,15 +5,16 @@ alone does not), a stop string is part of the answer, an end token is shown in `
 """
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
+from deployments.constraints import make_constraint
 from deployments.errors import ApiError
 from deployments.exchange import Json, answer, sse
-from deployments.gateway import Gateway, Usage
+from deployments.gateway import Gateway, Prompt, Usage
 from deployments.protocol import Number, parse_body
 from deployments.routes.vendor import (
     Count,
@@ -30,11 +31,26 @@ from deployments.routes.vendor import (
 )
 from deployments.text import Piece, TokenLogprob
 from deployments.version import package_version
+from model.constraint import Constraint
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_NEW_TOKENS = 100
 MAX_STOPS = 4
 EXAMPLE = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20, "details": True}}
+
+
+class Grammar(StrictBody):
+    """What the answer must match."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Any
+
+    @property
+    def schema(self) -> Any:
+        """TGI's newer clients put the schema beside a name."""
+        if self.type == "json_schema" and isinstance(self.value, dict) and "schema" in self.value:
+            return self.value["schema"]
+        return self.value
 
 
 class Parameters(StrictBody):
@@ -46,7 +62,7 @@ class Parameters(StrictBody):
     details: Flag | None = None
     do_sample: Flag | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    grammar: Annotated[Any, only()] = None
+    grammar: Grammar | None = None
     max_new_tokens: Count | None = DEFAULT_NEW_TOKENS  # null: as many as there is room for
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     return_full_text: Flag | None = None
@@ -112,6 +128,8 @@ class TGI(Vendor):
         wants_tokens = stream or bool(parameters.details)
         logprobs = (parameters.top_n_tokens or 0) if wants_tokens else None
         sampling = parameters.sampling(max_tokens, self.gateway.stop_ids(prompt), logprobs)
+        if parameters.grammar is not None:
+            sampling = sampling.constrained(await self._constraint(parameters.grammar, prompt))
         names = {i: name for name, i in self.gateway.tokenizer.control_tokens.items()}
         written = TGIFormat(request, sampling.seed if parameters.draws else None, names, as_list)
         generation = self.gateway.generate(self.request(http, prompt, sampling, parameters.stop))
@@ -120,6 +138,12 @@ class TGI(Vendor):
         if not stream:
             response.headers["x-generated-tokens"] = str(generation.usage.completion_tokens)
         return response
+
+    async def _constraint(self, grammar: Grammar, prompt: Prompt) -> Constraint:
+        param, kind = "parameters.grammar", "regex" if grammar.type == "regex" else "json_schema"
+        found = make_constraint(param, kind, grammar.schema, self.gateway.stop_ids(prompt))
+        await self.gateway.check_constraint(found, param)
+        return found
 
     async def info(self) -> Json:
         config, longest = self.gateway.config, self.gateway.max_model_len

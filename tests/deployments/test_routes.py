@@ -280,7 +280,9 @@ REFUSED: list[tuple[str, Json, str]] = [
     ("tgi", {"watermark": True}, "parameters.watermark"),
     ("tgi", {"typical_p": 0.5}, "parameters.typical_p"),
     ("tgi", {"best_of": 2}, "parameters.best_of"),
-    ("tgi", {"grammar": {"type": "regex", "value": "a"}}, "parameters.grammar"),
+    ("tgi", {"grammar": {"type": "regex", "value": "("}}, "parameters.grammar"),
+    ("tgi", {"grammar": {"type": "ebnf", "value": "a"}}, "parameters.grammar.type"),
+    ("tgi", {"grammar": {"type": "json", "value": {"type": "object", "not": {}}}}, "parameters.grammar"),
     ("tgi", {"adapter_id": "x"}, "parameters.adapter_id"),
     ("tgi", {"decoder_input_details": True}, "parameters.decoder_input_details"),
     ("tgi", {"unheard_of": 1}, "parameters.unheard_of"),
@@ -316,6 +318,7 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
             assert response.status_code == (422 if vendor in ("tgi", "sagemaker") else 400), (vendor, parameters)
             assert message(vendor, response).startswith(name), (vendor, parameters)
         assert service.engine.requests == []
+        service.app.state.gateway.close()
 
     run(test)
 
