@@ -212,7 +212,11 @@ class Torment:
             if arrivals and arrivals[-1] < fault.at:
                 return False
         alive = {process.pid for process in self._service.nodes.processes()}
-        return not alive & set(fault.victims) and self._service.is_whole()
+        if alive & set(fault.victims) or not self._service.is_whole():
+            return False
+        return (
+            fault.kind != "head" or placement_groups(self._service.nodes) is not None
+        )  # the new head knows the cluster
 
     def _tell(self, traffic: Traffic, what: str, passing: bool = False) -> None:
         bad = sum(outcome.ending != "right" for outcome in traffic.outcomes)
