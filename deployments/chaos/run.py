@@ -252,8 +252,7 @@ class Torment:
         record.streams_hit = self._service.logs.streams_hit(start, end)
         record.longest_pause_s = pauses[0] if pauses else 0.0
         if record.streams_hit is not None:
-            others = pauses[record.streams_hit :]
-            record.others_longest_gap_s = others[0] if others else 0.0
+            record.others_longest_gap_s = next(iter(pauses[record.streams_hit :]), None)
         record.longest_first_wait_s = longest_first_waits(traffic.outcomes, start, end)
 
     def _is_excused(self, outcome: Outcome, seen: set[str]) -> bool:
