@@ -164,6 +164,7 @@ class Scheduler:
         for seq in sequences:
             seq.num_in_flight -= 1
         self._take_prompt_logprobs(batch, output, sequences)
+        advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
         for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
             seq = sequences[row]
@@ -173,9 +174,13 @@ class Scheduler:
             seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
             if seq.failure is None:
                 events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
+                if seq.matcher is not None and events[-1].finish_reason is None:
+                    advanced.append((seq.matcher, token_id))
             else:
                 self._release(seq)
                 events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
+        for matcher, token_id in advanced:  # in a row: their masks shall be ready together
+            matcher.advance(token_id)
         return events
 
     def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, sequences: list[Sequence]) -> None:
@@ -194,8 +199,6 @@ class Scheduler:
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
             self._release(seq)
-        elif seq.matcher is not None:
-            seq.matcher.advance(token_id)
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
         return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)

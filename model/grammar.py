@@ -6,11 +6,12 @@ mask is not ready is left out of batches, so that no other sequence ever waits f
 
 import logging
 import os
+import queue
 import re
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ CACHE_BYTES = 256_000_000  # of compiled grammars
 MAX_WHITESPACE = 16  # characters in a row between the parts of a JSON text: a model may not fill the budget with them
 MAX_MASK_S = 1.0  # a grammar that takes longer for one token is too expensive to be served
 MAX_THREADS = 4
-LONGEST_SILENCE_S = 0.02  # between calls of `on_ready` while there is more to do
+LONGEST_SILENCE_S = 0.02  # that a mask waits for others
 
 
 class Grammars:
@@ -118,10 +119,9 @@ class Matcher:
             log.exception("a constraint failed")
             self.mask = b""
             self.failure = f"its constraint failed: {type(error).__name__}"
-        self.ready = True
 
 
-Queue = SimpleQueue[tuple[Matcher, int] | None]
+Queue = queue.Queue[tuple[Matcher, int] | None]
 
 
 class Masks:
@@ -134,8 +134,10 @@ class Masks:
         self._tokenizer, self._on_ready = tokenizer, on_ready  # loaded with the first constraint
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()  # guards _grammars
-        self._queue: Queue = SimpleQueue()
-        count = min(MAX_THREADS, os.cpu_count() or 1)
+        self._queue: Queue = queue.Queue()
+        self._done: list[tuple[float, Matcher]] = []  # made, and when; not ready yet
+        self._done_lock = threading.Lock()
+        count = max(2, min(MAX_THREADS, os.cpu_count() or 1))
         self._threads = [threading.Thread(target=self._run, name=f"masks-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
@@ -149,17 +151,36 @@ class Masks:
         matcher.step(*output_ids)
         if matcher.failure is not None:
             raise ValueError(matcher.failure)
+        matcher.ready = True
         return matcher
 
     def _run(self) -> None:
-        called = time.monotonic()
-        while (item := self._queue.get()) is not None:
+        while True:
+            try:
+                item = self._queue.get(timeout=LONGEST_SILENCE_S if self._queue.unfinished_tasks else None)
+            except Empty:
+                self._release()
+                continue
+            if item is None:
+                return
             matcher, token_id = item
             matcher.step(token_id)
-            # Not for each: who becomes ready together goes into one batch.
-            if self._queue.empty() or time.monotonic() - called > LONGEST_SILENCE_S:
-                called = time.monotonic()
-                self._on_ready()
+            self._release(matcher)
+
+    def _release(self, made: Matcher | None = None) -> None:
+        """Masks become ready together, so that their sequences stay in one batch; slow ones are not waited for."""
+        with self._done_lock:
+            if made is not None:
+                self._done.append((time.monotonic(), made))
+                self._queue.task_done()
+            if not self._done:
+                return
+            if self._queue.unfinished_tasks and time.monotonic() - self._done[0][0] < LONGEST_SILENCE_S:
+                return
+            for _, matcher in self._done:
+                matcher.ready = True
+            self._done.clear()
+        self._on_ready()
 
     def close(self) -> None:
         for _ in self._threads:

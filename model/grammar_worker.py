@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from queue import SimpleQueue
+from queue import Queue
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def problem(grammars: Grammars, constraint: Constraint) -> str | None:
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            matcher = grammars.matcher(constraint, SimpleQueue())
+            matcher = grammars.matcher(constraint, Queue())
             matcher.step()
             if matcher.failure is not None:
                 return matcher.failure
