@@ -72,7 +72,7 @@ class Canary(threading.Thread):
     """A client that asks for the same streams over and over and compares their tokens with those of the first time."""
 
     BODIES = (
-        {"prompt": "A canary in a mine", "temperature": 0, "ignore_eos": True},
+        {"prompt": "A canary in a mine", "temperature": 0, "ignore_eos": True, "logprobs": 1},
         {"prompt": "Sing, bird", "temperature": 0.8, "seed": 11, "ignore_eos": True, "logprobs": 1},
     )
 
@@ -81,6 +81,7 @@ class Canary(threading.Thread):
         self._client = httpx.Client(base_url=url, timeout=PATIENCE_S)
         self._over = threading.Event()
         self.songs = [self._sing(body) for body in self.BODIES]
+        assert [len(song) for song in self.songs] == [64] * len(self.BODIES)
         self.sung = 0
         self.differing: list[tuple[list[str], list[str]]] = []
         self.failure: Exception | None = None
@@ -97,12 +98,14 @@ class Canary(threading.Thread):
             self.failure = error
 
     def _sing(self, body: dict[str, Any]) -> list[str]:
+        """The tokens, by their names; how many come in one chunk is up to the load."""
         whole = {"model": NAME, "stream": True, "max_tokens": 64, **body}
         with self._client.stream("POST", "/v1/completions", json=whole) as response:
             lines = [line for line in response.iter_lines() if line.startswith(("data: ", "{"))]  # no comments
             assert response.status_code == 200, lines
         assert lines[-1] == "data: [DONE]"
-        return [json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]]
+        choices = [json.loads(line[6:])["choices"][0] for line in lines[:-1]]
+        return [token for choice in choices for token in (choice["logprobs"] or {"tokens": []})["tokens"]]
 
     def end(self) -> None:
         self._over.set()
@@ -211,8 +214,8 @@ def batches(cases: Iterator[Case], size: int = 16) -> Iterator[list[Case]]:
         yield batch
 
 
-def test_every_97th_of_the_matrix(target: Target) -> None:
-    for batch in batches(itertools.islice(matrix(), 7, None, 97)):
+def test_every_197th_of_the_matrix(target: Target) -> None:
+    for batch in batches(itertools.islice(matrix(), 7, None, 197)):
         target.fire(batch)
 
 
@@ -236,8 +239,8 @@ def odd_cases() -> Iterator[Case]:
         yield from (Case(path, b"", method) for method in METHODS)
 
 
-def test_every_7th_odd_body_header_and_method(target: Target) -> None:
-    for batch in batches(itertools.islice(odd_cases(), 3, None, 7)):
+def test_every_11th_odd_body_header_and_method(target: Target) -> None:
+    for batch in batches(itertools.islice(odd_cases(), 3, None, 11)):
         target.fire(batch)
 
 
@@ -285,7 +288,7 @@ def storm(target: Target, examples: int, number: int) -> None:
 
 
 def test_several_things_wrong_at_once(target: Target) -> None:
-    storm(target, 8, 1)
+    storm(target, 6, 1)
 
 
 @pytest.mark.slow
@@ -321,7 +324,7 @@ def from_document(target: Target, examples: int, number: int) -> None:
 
 
 def test_requests_from_the_document(target: Target) -> None:
-    from_document(target, 3, 1)
+    from_document(target, 2, 1)
 
 
 @pytest.mark.slow
