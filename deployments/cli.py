@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.bench_cli import DEFAULT_URL, bench, fail
+from deployments.bench.cli import DEFAULT_URL, bench, fail
 from deployments.chaos.command import chaos
 
 app = typer.Typer(

@@ -25,7 +25,7 @@ from cluster.launch import launch_engine
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request
-from deployments.bench_load import hf_config
+from deployments.bench.load import hf_config
 from model.config import ModelConfig
 from tests.conftest import Collector, MakeEngine, make_stages, request
 

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from cluster.engine import StepReport
 from deployments import bench_scaling
-from deployments.bench_offline import Floor, steady_window
+from deployments.bench.offline import Floor, steady_window
+from deployments.bench.run import Run, stage_shares
 from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
-from deployments.offline import Run, stage_shares
 from model.batch import StageTiming
 from model.config import split_layers
 from model.families import SHAPES

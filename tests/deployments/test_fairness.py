@@ -1,6 +1,6 @@
 """Two tenants, one of whom wants ten times as much: the real scheduler against a simulated clock."""
 
-from deployments.bench_fairness import Tenant, bench_fairness, simulate
+from deployments.bench.fairness import Tenant, bench_fairness, simulate
 
 
 def test_a_small_tenant_gets_its_share_and_its_answers_in_time() -> None:

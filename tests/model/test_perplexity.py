@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.bench_perplexity import bench_perplexity, default_text
+from deployments.bench.perplexity import bench_perplexity, default_text
 from deployments.config import parse_app_config
 from model.perplexity import perplexity
 from model.tokenizer import load_tokenizer

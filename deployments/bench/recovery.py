@@ -11,8 +11,8 @@ from rich.table import Table
 from cluster.engine import Engine
 from cluster.ray_pipeline import RayPipeline
 from cluster.sequence import TokenEvent
+from deployments.bench.run import Run, placed, submit
 from deployments.config import AppConfig
-from deployments.offline import Run, placed, submit
 from ops import workload
 
 Json = dict[str, Any]

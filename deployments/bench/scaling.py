@@ -23,7 +23,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from deployments.bench_sweep import Load, bodies, measure
+from deployments.bench.sweep import Load, bodies, measure
 from model.families import SHAPES
 from ops import plot, workload
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from cluster.engine import Engine
 from cluster.launch import model_len, stage_layers
+from deployments.bench.run import Json, Run, Work, engine_in, own_ray, placed, serve_all, stage_shares, submit
 from deployments.config import AppConfig
-from deployments.offline import Json, Run, Work, engine_in, own_ray, placed, serve_all, stage_shares, submit
 from model.config import ModelConfig
 from model.kv_cache import FLOAT8
 from model.roofline import Rates, StageWork

@@ -22,8 +22,8 @@ from rich.table import Table
 from cluster.block_manager import BlockManager
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request
+from deployments.bench.run import running_engine, serve_all
 from deployments.config import AppConfig, parse_app_config
-from deployments.offline import running_engine, serve_all
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams
 from ops import load, peers

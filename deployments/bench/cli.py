@@ -108,7 +108,7 @@ def offline(
 
     Beside each figure its floor: what the devices, measured just before, need at least.
     """
-    from deployments.bench_offline import bench_offline, offline_table
+    from deployments.bench.offline import bench_offline, offline_table
     from ops import workload
 
     app_config, batches = read_app_config(config), sizes(batch_sizes, "--batch-sizes")
@@ -133,7 +133,7 @@ def kernels(
     """One GPU: decode attention as a share of what it can read, prefill as a share of what it can multiply."""
     import torch
 
-    from deployments.bench_kernels import bench_kernels, kernels_table
+    from deployments.bench.kernels import bench_kernels, kernels_table
 
     if not torch.cuda.is_available():
         fail("caravan bench kernels needs a CUDA device, and this machine has none")
@@ -166,7 +166,7 @@ def serve(
     output: Output = None,
 ) -> None:
     """A running service over HTTP, streamed, on a fixed list of lengths: TTFT, inter-token and end-to-end latency."""
-    from deployments.bench_sweep import Load, as_json, measure
+    from deployments.bench.sweep import Load, as_json, measure
 
     model, todo = _requests(url, requests, vocab_size, max_tokens)
     how = Load(rate=rate) if rate else Load(concurrency)
@@ -179,7 +179,7 @@ def serve(
 
 def _requests(url: str, count: int, vocab_size: int, max_tokens: int) -> tuple[str, list[dict[str, Any]]]:
     """The model that is served at `url`, and the requests of the list to it."""
-    from deployments.bench_sweep import bodies
+    from deployments.bench.sweep import bodies
     from deployments.chat_client import ChatFailed, served_model
     from ops import workload
 
@@ -221,7 +221,7 @@ def sweep(
 def _sweep_service(
     url: str, concurrency: str, rates: str, what: tuple[int, int, int], processes: int, output: Output, plot: Plot
 ) -> None:
-    from deployments.bench_sweep import Load, as_json, measure, sweep_points, sweep_table
+    from deployments.bench.sweep import Load, as_json, measure, sweep_points, sweep_table
     from ops.plot import throughput_latency
 
     loads = [Load(n) for n in sizes(concurrency, "--concurrency")]
@@ -240,8 +240,8 @@ def _sweep_service(
 
 
 def _sweep_engine(config: Path, batches: list[int], max_tokens: int, output: Path | None, plot: Path | None) -> None:
-    from deployments.bench_offline import bench_offline, offline_table
-    from deployments.bench_sweep import batch_points
+    from deployments.bench.offline import bench_offline, offline_table
+    from deployments.bench.sweep import batch_points
     from ops import workload
     from ops.plot import throughput_latency
 
@@ -268,7 +268,7 @@ def overload(
     output: Output = None,
 ) -> None:
     """A service on this machine with ten times what it can take: accepted and refused requests, gateway memory."""
-    from deployments.bench_overload import bench_overload, overload_table
+    from deployments.bench.overload import bench_overload, overload_table
     from deployments.local import LocalError
 
     try:
@@ -288,7 +288,7 @@ def load(
     """Bytes read, peak memory and time of stages that read their shares, beside a plain safetensors read."""
     import tempfile
 
-    from deployments.bench_load import bench_load, load_table
+    from deployments.bench.load import bench_load, load_table
 
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         result = bench_load(gb, stages, Path(temporary))
@@ -302,7 +302,7 @@ def fairness(
     output: Output = None,
 ) -> None:
     """Two tenants before one engine, one with ten times the demand: the real scheduler against a simulated clock."""
-    from deployments.bench_fairness import bench_fairness, fairness_table
+    from deployments.bench.fairness import bench_fairness, fairness_table
 
     results = bench_fairness([float(share) for share in shares.split(",")], seconds)
     report(fairness_table(results), {"seconds": seconds, "shares": results}, output)
@@ -318,8 +318,8 @@ def recovery(
     output: Output = None,
 ) -> None:
     """The engine alone in a Ray of its own: kill -9 of a stage in the middle of many streams, and what it costs."""
-    from deployments.bench_recovery import bench_recovery, recovery_table
-    from deployments.offline import own_ray
+    from deployments.bench.recovery import bench_recovery, recovery_table
+    from deployments.bench.run import own_ray
 
     app_config = read_app_config(config)
     if not 0 <= stage < app_config.pipeline.stages:
@@ -346,7 +346,7 @@ def constraints(
     output: Output = None,
 ) -> None:
     """Time between tokens under a JSON schema and a regular expression, beside free text, on the engine alone."""
-    from deployments.bench_constraints import bench_constraints, constraints_table
+    from deployments.bench.constraints import bench_constraints, constraints_table
 
     app_config = read_app_config(config)
     try:
@@ -370,7 +370,7 @@ def scaling(
     """
     import torch
 
-    from deployments.bench_scaling import PLANS, bench_scaling, draw, row_names, scaling_table, throughputs
+    from deployments.bench.scaling import PLANS, bench_scaling, draw, row_names, scaling_table, throughputs
 
     check_plot(plot)
     gpus = torch.cuda.device_count()
@@ -399,7 +399,7 @@ def perplexity(
     output: Output = None,
 ) -> None:
     """Perplexity of a text in full precision and in 8 bits, on one device; a CPU does the 8 bits slowly in torch."""
-    from deployments.bench_perplexity import bench_perplexity, default_text, perplexity_table
+    from deployments.bench.perplexity import bench_perplexity, default_text, perplexity_table
 
     wanted = quantizations.split(",")
     if set(wanted) - {"none", "fp8", "fp8-cache"}:

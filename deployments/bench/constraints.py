@@ -13,8 +13,8 @@ from rich.table import Table
 
 from cluster.engine import Engine
 from cluster.sequence import Request
+from deployments.bench.run import Run, own_ray, running_engine
 from deployments.config import AppConfig
-from deployments.offline import Run, own_ray, running_engine
 from model.constraint import Constraint
 from model.grammar import Masks
 from model.sampling_params import SamplingParams

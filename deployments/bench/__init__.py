@@ -1,0 +1,1 @@
+"""`caravan bench`: everything that measures, one file for each question."""
