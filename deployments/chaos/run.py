@@ -257,12 +257,9 @@ class Torment:
 
     def _is_excused(self, outcome: Outcome, seen: set[str]) -> bool:
         """Its connection went through what was killed: by its address, or no living gateway has heard its end."""
-        for fault in self._made:
-            if fault.cuts_clients and fault.at <= outcome.ended <= fault.at + EXCUSED_S:
-                if fault.cuts_clients == "gateway":
-                    return outcome.request_id not in seen
-                return outcome.url == fault.cuts_clients
-        return False
+        near = [f for f in self._made if f.cuts_clients and f.at <= outcome.ended <= f.at + EXCUSED_S]
+        unheard = outcome.request_id not in seen
+        return any(unheard if f.cuts_clients == "gateway" else outcome.url == f.cuts_clients for f in near)
 
     def _look_for_leftovers(self, ports_before: int) -> None:
         """With no request open, and everything healed: what is there that was not there before?"""

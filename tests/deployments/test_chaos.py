@@ -19,11 +19,11 @@ import pytest
 
 from deployments.chaos import FAULTS
 from deployments.chaos.command import NO_RECOVERY, wrong_options
-from deployments.chaos.faults import INJECTORS
+from deployments.chaos.faults import INJECTORS, Fault
 from deployments.chaos.nodes import PATIENCE, Nodes
 from deployments.chaos.report import FaultRecord, Report
-from deployments.chaos.run import Plan, run
-from deployments.chaos.service import Setting, service_config
+from deployments.chaos.run import Plan, Torment, run
+from deployments.chaos.service import Service, Setting, service_config
 from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
 from deployments.chaos.witness import Logs, parse_line
 from deployments.config import markdown_table, parse_app_config
@@ -163,6 +163,25 @@ def test_a_report_passes_only_if_all_is_well() -> None:
         assert not Report({}, 0, **{name: 1}).passed
     assert not Report({}, 0, leftovers={"kv blocks in use": 1.0}).passed
     assert not Report({}, 0, leftovers={"placement groups too many": "unknown"}).passed
+
+
+def test_a_stream_is_excused_by_what_carried_it_alone() -> None:
+    torment = Torment(cast(Service, None), Plan(kinds=[]), Report({}, 0), lambda text, passing: None)
+    torment._made = [
+        Fault("gateway", "pid 1", 100.0, cuts_clients="gateway"),
+        Fault("proxy", "pid 2", 106.0, cuts_clients="http://a"),
+        Fault("stage", "pid 3", 130.0),
+    ]
+
+    def excused(ended: float, url: str, seen: set[str]) -> bool:
+        return torment._is_excused(Outcome("id", url, 0, ended, "truncated", "", [], 0), seen)
+
+    assert excused(101, "http://b", set())  # no gateway that lives has heard of its end
+    assert not excused(101, "http://b", {"id"})
+    assert excused(107, "http://a", {"id"})  # the proxy's, though a gateway was killed shortly before
+    assert not excused(107, "http://b", {"id"})
+    assert not excused(131, "http://a", set())
+    assert not excused(99, "http://a", set())
 
 
 def test_cases_are_a_function_of_their_seed_and_mixed() -> None:
