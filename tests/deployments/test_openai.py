@@ -237,7 +237,7 @@ def test_a_client_that_leaves_frees_its_cache_within_two_steps(stream: bool, ans
         body = {
             "model": "smol",
             "prompt": "Once",
-            "max_tokens": 400,
+            "max_tokens": 200,
             "ignore_eos": True,
             "stream": stream,
             "n": answers,
@@ -250,8 +250,10 @@ def test_a_client_that_leaves_frees_its_cache_within_two_steps(stream: bool, ans
             await left.wait()
             return {"type": "http.disconnect"}
 
-        async def send(_: Any) -> None:
-            pass
+        answered: list[Any] = []
+
+        async def send(message: Any) -> None:
+            answered.append(message)
 
         scope = {
             "type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b"",
@@ -259,6 +261,7 @@ def test_a_client_that_leaves_frees_its_cache_within_two_steps(stream: bool, ans
         }  # fmt: skip
         task = asyncio.ensure_future(service.app(scope, receive, send))
         while service.engine.steps < 3:
+            assert not task.done(), answered
             await asyncio.sleep(0.005)
         assert service.engine.kv_blocks_used > 0
         left.set()
