@@ -79,10 +79,13 @@ def test_no_paths_of_a_machine() -> None:
             assert not re.search(r"/(home|root|work|Users)/[a-z]", file.read_text("utf-8")), name
 
 
-def test_the_locks_name_no_host() -> None:
+def test_the_locks_name_each_package_once_and_no_host() -> None:
     for lock in ("requirements.lock", "tests/clients/requirements.lock"):
-        for line in (ROOT / lock).read_text().splitlines():
+        lines = (ROOT / lock).read_text().splitlines()
+        for line in lines:
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._]+", line), line
+        names = [re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines]
+        assert len(set(names)) == len(names), lock
 
 
 def test_results_are_json() -> None:
