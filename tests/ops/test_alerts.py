@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.alerts import ALERTS, rules_json
+from ops.alerts import ALERTS, RUNBOOK, rules_json
 
 LABELS = 'application="caravan",replica="r1"'
 P = "ray_caravan_"
@@ -80,5 +80,11 @@ def test_promtool_sees_each_alert_fire_and_no_other(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_alert_has_a_case() -> None:
-    assert set(SICK) == {alert.name for alert in ALERTS}
+def test_each_alert_has_a_case_and_its_place_in_the_runbook() -> None:
+    names = {alert.name for alert in ALERTS}
+    assert set(SICK) == names
+    runbook = Path(__file__).parents[2] / RUNBOOK
+    headings = {
+        line.removeprefix("### ") for line in runbook.read_text().splitlines() if line.startswith("### Caravan")
+    }
+    assert headings == names
