@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.engine import StepReport
-from deployments.bench import scaling
+from deployments.bench import scaling as bench_scaling
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
 from deployments.check import check_file
@@ -223,37 +223,37 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
         measured.append(stages)
         return offline_result(1000.0 * stages**0.9, stages)
 
-    monkeypatch.setattr(scaling, "offline_row", row)
-    file, plan = tmp_path / "scaling.json", scaling.PLANS["cuda"]
-    result = scaling.bench_scaling(plan, 2, ["fp8x1", "fp8x2", "fp8x4"], file, 1.0)
+    monkeypatch.setattr(bench_scaling, "offline_row", row)
+    file, plan = tmp_path / "scaling.json", bench_scaling.PLANS["cuda"]
+    result = bench_scaling.bench_scaling(plan, 2, ["fp8x1", "fp8x2", "fp8x4"], file, 1.0)
     assert measured == [1, 2]
     assert result["rows"]["fp8x4"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert json.loads(file.read_text())["speedup"] == {"fp8": {"1": 1.0, "2": 1.87}}
-    alone = scaling.bench_scaling(plan, 1, ["http-2"], tmp_path / "one.json", 1.0)
+    alone = bench_scaling.bench_scaling(plan, 1, ["http-2"], tmp_path / "one.json", 1.0)
     assert alone["rows"]["http-2"]["skipped"] == "needs 2 GPUs, this machine has 1"
-    again = scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
+    again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
     assert measured == [1, 2, 4], "what was measured stays, what was skipped is tried again"
     assert again["speedup"]["fp8"][4] == pytest.approx(4**0.9, abs=0.01)
     console = Console(record=True, width=180, file=io.StringIO())
-    console.print(scaling.scaling_table(again))
+    console.print(bench_scaling.scaling_table(again))
     lines = console.export_text().splitlines()
     assert any(line.split("|")[4].strip() == "1.87" and "1.2 to 1.2 %" in line for line in lines if "fp8x2" in line)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_row_of_a_plan_has_a_valid_configuration(device: str, tmp_path: Path) -> None:
-    plan = scaling.PLANS[device]  # type: ignore[index]
+    plan = bench_scaling.PLANS[device]  # type: ignore[index]
     for precision, stages in plan.rows:
         file = tmp_path / f"{precision}{stages}.yaml"
-        file.write_text(yaml.safe_dump(scaling.serve_config(plan, precision, stages, pipelines=2)))
+        file.write_text(yaml.safe_dump(bench_scaling.serve_config(plan, precision, stages, pipelines=2)))
         assert check_file(file) == []
     assert {stages for _, stages in plan.rows} == {1, 2, 4, 8}
 
 
 def test_two_pipelines_are_compared_with_one() -> None:
     rows = {"http-1": {"output_throughput": 100.0}, "http-2": {"output_throughput": 195.0}}
-    assert scaling.two_pipelines({"rows": rows}) == 1.95
-    assert scaling.two_pipelines({"rows": {"http-1": rows["http-1"], "http-2": {"error": "x"}}}) is None
+    assert bench_scaling.two_pipelines({"rows": rows}) == 1.95
+    assert bench_scaling.two_pipelines({"rows": {"http-1": rows["http-1"], "http-2": {"error": "x"}}}) is None
 
 
 def test_kernels_need_a_gpu() -> None:
