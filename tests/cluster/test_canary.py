@@ -24,7 +24,7 @@ from cluster.engine import Engine
 from cluster.launch import launch_engine
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
-from cluster.sequence import Request
+from cluster.sequence import Request, TokenEvent
 from deployments.bench.load import hf_config
 from model.config import ModelConfig
 from tests.conftest import Collector, MakeEngine, make_stages, request
@@ -72,12 +72,25 @@ def alone(device: str = "cpu") -> dict[str, list[int]]:
 
 
 def in_company(engine: Engine, collector: Collector) -> None:
-    """All requests from a thread of each user; some are cut off as soon as they have said something."""
+    """All requests from a thread of each user; some are cut off as soon as they have said something.
+
+    Nobody says a second word before all have asked: a fast engine would be done with the first ones, and have room.
+    """
+    asked = threading.Barrier(len(HALVES) + 1)
+    hear = collector.on_tokens
+
+    def held(events: list[TokenEvent]) -> None:
+        collector.on_tokens = hear  # type: ignore[method-assign]
+        asked.wait(timeout=60)
+        hear(events)
+
+    collector.on_tokens = held  # type: ignore[method-assign]
 
     def use(user: str) -> None:
         for name, each in REQUESTS.items():
             if name.startswith(user):
                 engine.add(each)
+        asked.wait(timeout=60)
 
     def cut_off() -> None:
         left = set(CUT_OFF)
