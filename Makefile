@@ -41,7 +41,7 @@ $(CLIENTS): tests/clients/requirements.lock $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
 
-test: $(READY) $(CLIENTS)  ## all tests but the long ones (under 10 minutes on 2 cores)
+test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 12 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 test-long: $(READY) $(CLIENTS)  ## all tests
