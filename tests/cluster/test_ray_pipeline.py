@@ -124,7 +124,7 @@ def test_a_killed_stage_is_replaced_and_the_other_keeps_its_weights(
     assert after[1 - stage] == before[1 - stage]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stage_that_hangs_is_found_and_replaced(two_stages: tuple[Engine, Collector], stage: int) -> None:
     engine, collector = two_stages
     before = [report.pid for report in pipeline(engine).stages]
