@@ -24,6 +24,7 @@ def chaos(
     ] = "processes",
     engines: Annotated[int, typer.Option(help="pipelines")] = 2,
     gateways: Annotated[int, typer.Option(help="gateways")] = 2,
+    spare: Annotated[bool, typer.Option(help="keep a started process for every stage (pipeline.spare)")] = False,
     front: Annotated[str, typer.Option(help="where gateways and proxies run: head or workers")] = "head",
     haproxy: Annotated[bool, typer.Option(help="HAProxy instead of Serve's own proxy")] = False,
     recovery: Annotated[bool, typer.Option(help="whether the service may recover; the faults show without it")] = True,
@@ -53,6 +54,7 @@ def chaos(
         namespaces=hosts == "namespaces",
         small_disks="disk-full" in kinds,
         haproxy=haproxy,
+        spares=spare,
         args={} if recovery else NO_RECOVERY,
     )
     plan = Plan(

@@ -21,9 +21,10 @@ class FaultRecord:
     detect_s: float | None  # until the first of our processes said so
     noticed: str  # what it said
     recover_s: float | None  # until everything was there again, ready, and every stream had gone on
-    streams_hit: int | None = None  # streams that the fault touched, as the logs count them
-    longest_pause_s: float = 0.0  # of any stream
-    others_longest_gap_s: float | None = None  # of the streams that were not hit
+    streams_hit: int = 0  # streams on the pipelines that it hit, or that had to move
+    longest_pause_s: float | None = None  # of the streams that were hit
+    others_longest_gap_s: float | None = None  # of all others
+    stage_start_s: float | None = None  # the longest that a stage took to start and load meanwhile
     longest_first_wait_s: float = 0.0  # to the first token, of requests that began meanwhile
 
 
@@ -33,6 +34,7 @@ class Report:
 
     setting: dict[str, Any]
     seed: int
+    started: float = 0.0  # unix seconds
     seconds: float = 0.0
     requests: int = 0
     failed: int = 0  # an error instead of the rest of the answer, or never let in
@@ -41,6 +43,7 @@ class Report:
     hung: int = 0  # streams that had to be given up
     excused: int = 0  # connections that went through the very process that was killed
     retried: int = 0  # requests that were refused at first, and served when tried again
+    calm_longest_gap_s: float | None = None  # of any stream, while nothing was broken
     left_out: int = 0  # cases that give two texts even without faults
     faults: list[FaultRecord] = field(default_factory=list)
     leftovers: dict[str, Any] = field(default_factory=dict)
