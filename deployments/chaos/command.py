@@ -1,5 +1,6 @@
 """The command line of a run under faults."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def chaos(
 
     from deployments.chaos.run import Plan, run
     from deployments.chaos.service import Setting
+    from deployments.chaos.table import table
     from deployments.local import LocalError
     from ops.namespaces import NamespaceError
 
@@ -77,7 +79,7 @@ def chaos(
         except (LocalError, NamespaceError, ValueError) as error:
             fail(str(error))
     console.print(report.render())
-    typer.echo(report.markdown())
+    typer.echo(table({"this run": [json.loads(report.as_json())]}))
     typer.echo(report.as_json())
     if out is not None:
         out.write_text(report.as_json() + "\n")

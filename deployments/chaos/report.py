@@ -1,9 +1,6 @@
 """What a run under faults has shown, as numbers."""
 
 import json
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,35 +83,6 @@ class Report:
         )  # fmt: skip
         return Group(faults, totals, *self.details, "[green]passed[/green]" if self.passed else "[red]FAILED[/red]")
 
-    def markdown(self) -> str:
-        """One row per kind of fault, as in ops/runbook.md."""
-        by_kind: dict[str, list[FaultRecord]] = defaultdict(list)
-        for fault in self.faults:
-            by_kind[fault.kind].append(fault)
-        rows = [
-            "| fault | times | detected: median, longest | recovered | longest pause | others' longest gap |",
-            "|---|---|---|---|---|---|",
-        ]
-        for kind, records in by_kind.items():
-            rows.append(
-                f"| {kind} | {len(records)} | {spread([r.detect_s for r in records])} "
-                f"| {spread([r.recover_s for r in records])} | {spread([r.longest_pause_s for r in records])} "
-                f"| {spread([r.others_longest_gap_s for r in records])} |"
-            )
-        return "\n".join(rows)
-
 
 def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Median and maximum of what was measured."""
-    known = [value for value in values if value is not None]
-    missing = f" ({len(values) - len(known)} unknown)" if len(known) < len(values) else ""
-    return f"{statistics.median(known):.1f}, {max(known):.1f} s{missing}" if known else "unknown"
-
-
-def kinds(records: Sequence[FaultRecord]) -> str:
-    """How often each fault was made, in words."""
-    return ", ".join(f"{count} x {kind}" for kind, count in Counter(r.kind for r in records).items())

@@ -24,6 +24,7 @@ from deployments.chaos.nodes import PATIENCE, Nodes
 from deployments.chaos.report import FaultRecord, Report
 from deployments.chaos.run import Plan, run
 from deployments.chaos.service import Setting, service_config
+from deployments.chaos.table import recorded, table
 from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
 from deployments.chaos.verdict import calm_gap, is_excused, measure
 from deployments.chaos.witness import Logs, Stay, parse_line
@@ -285,6 +286,27 @@ def test_the_service_is_configured_as_any_other() -> None:
     assert (config.gateway.resume_attempts, config.gateway.replicas, config.pipeline.stages) == (0, 2, 2)
 
 
+def test_the_parts_of_a_run_are_added_up() -> None:
+    def part(failed: int, *pauses: float | None) -> dict[str, Any]:
+        faults = [
+            FaultRecord("stage", "pid 1", 0.0, 0.1, "died", 2.0, longest_pause_s=pause, others_longest_gap_s=0.5)
+            for pause in pauses
+        ]
+        report = Report({"hold_s": 15.0, "engines": 2, "streams": 64}, 0, requests=600, failed=failed, faults=faults)
+        return cast(dict[str, Any], json.loads(report.as_json()))
+
+    (row,) = table({"chaos-kills": [part(0, 1.0, 3.0), part(1, 1.5, None)]}).splitlines()[2:]
+    words = ["stage, kill -9", "4", "64, 1,200", "1, 0, 0", "0.1, 0.1 s", "2.0, 2.0 s", "1.5, 3.0 s", "0.5, 0.5 s"]
+    assert row == f"| {' | '.join(words)} | `chaos-kills` |"
+
+
+@pytest.mark.parametrize("file", ["README.md", "ops/runbook.md"])
+def test_the_tables_are_those_of_the_results(file: str) -> None:
+    text = (Path(__file__).parents[2] / file).read_text()
+    shown = text.partition("<!-- chaos -->\n")[2].partition("\n<!-- end -->")[0]
+    assert shown == table(recorded()), "put in what `python -m deployments.chaos.table` prints"
+
+
 def test_the_runbook_names_what_there_is() -> None:
     text = (Path(__file__).parents[2] / "ops" / "runbook.md").read_text()
     known = {metric.name for metric in METRICS}
@@ -296,8 +318,6 @@ def test_the_runbook_names_what_there_is() -> None:
             assert re.search(rf"`{name}` \| {value} \|", text), name
     for key in re.findall(r"`((?:gateway|pipeline|admission)\.[a-z_]+)`", text):
         assert f"| `{key}` |" in markdown_table(), key
-    for name in re.findall(r"`chaos-([a-z-]+)` \|", text):
-        assert list((Path(__file__).parents[2] / "ops" / "results").glob(f"chaos-{name}-2*.json")), name
 
 
 # -- namespaces -------------------------------------------------------------------------------------------------------
