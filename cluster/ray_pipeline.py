@@ -145,8 +145,9 @@ class RayPipeline:
         """Replace the stages that are lost, or all if `fresh`, in their bundles; link all of them anew."""
         self._halt()
         lost = [stage for stage in self._stages if fresh or not stage.is_sound()]
-        self._halted, self._death = threading.Event(), None
-        self._control = self._open_control()
+        control = self._open_control()
+        with self._lock:  # until here nobody must wake what is closed
+            self._control, self._halted, self._death = control, threading.Event(), None
         deadline = time.monotonic() + self._config.pipeline.start_timeout_s
         for stage in lost:
             stage.replace()
