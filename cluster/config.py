@@ -1,10 +1,13 @@
 """Configuration of one pipeline: frozen, complete, and strict (an unknown key is an error that names its path)."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.config import INT4_BLOCK, Int4Layout, ModelConfig
 from model.prompt_formats import PROMPT_FORMATS, PromptFormatName
+from model.weights import read_config, resolve_path
 
 FORMAT_NAMES = ", ".join(("none", *PROMPT_FORMATS))
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -30,8 +33,10 @@ class ModelArgs(Strict):
         default="bfloat16",
         description="type of the weights; a cpu without it multiplies them in float32",
     )
-    quantization: Literal["none", "fp8"] = Field(
-        default="none", description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load"
+    quantization: Literal["none", "fp8", "int4"] = Field(
+        default="none",
+        description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load; int4: weights made "
+        "up in 4 bits (load_format: dummy; of a checkpoint it is seen)",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
@@ -110,3 +115,17 @@ class EngineConfig(Strict):
     pipeline: PipelineArgs = PipelineArgs()
     cache: CacheArgs = CacheArgs()
     scheduler: SchedulerArgs = SchedulerArgs()
+
+
+def read_model(model: ModelArgs) -> ModelConfig:
+    """The shape of what is served. Raises `ValueError` for a checkpoint that cannot be used, or not so."""
+    config = read_config(resolve_path(model.path))
+    if config.int4 is not None and model.quantization == "fp8":
+        raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already: leave it out")
+    if config.int4 is not None or model.quantization != "int4":
+        return config
+    if model.load_format != "dummy":
+        raise ValueError(
+            "model.quantization: int4: nothing is quantised to 4 bits at load: give a checkpoint made by GPTQ or AWQ"
+        )
+    return replace(config, int4=Int4Layout(INT4_BLOCK))

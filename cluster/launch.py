@@ -5,14 +5,13 @@ import logging
 from ray.util.placement_group import PlacementGroup
 
 from cluster.block_manager import BlockManager
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, read_model
 from cluster.engine import Engine, Listener
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.ray_pipeline import Progress, RayPipeline
 from cluster.scheduler import Scheduler
 from model.config import ModelConfig, StageLayers, split_layers
-from model.weights import read_config, resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def launch_engine(
 
     Raises `ValueError` for a configuration or checkpoint that cannot work, `StageDied` if a stage does not come up.
     """
-    model = read_config(resolve_path(config.model.path))
+    model = read_model(config.model)
     max_model_len = model_len(config, model)
     pipeline = RayPipeline(config, stage_layers(config, model), max_model_len, group, first_bundle, on_progress)
     try:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, read_model
 from cluster.gpu_guard import check_free
-from cluster.link import DOWNSTREAM, UPSTREAM, Link
-from cluster.rendezvous import Rendezvous, join, make_link
+from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join, make_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers
@@ -25,7 +24,7 @@ from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
 from model.memory import kv_budget
 from model.stage import Stage
-from model.weights import Checkpoint, open_checkpoint, read_config, resolve_path
+from model.weights import Checkpoint, open_checkpoint, resolve_path
 from model.weights.dummy import DummyCheckpoint
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class StageActor:
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
         checkpoint: Checkpoint = (
-            DummyCheckpoint(read_config(path), device=self._device) if dummy else open_checkpoint(path)
+            DummyCheckpoint(read_model(config.model), device=self._device) if dummy else open_checkpoint(path)
         )
         names = spec.layers.tensor_names(checkpoint.config)
         dtype = getattr(torch, config.model.dtype)

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cluster.config import read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
 from deployments.tenants import KeyRing
 from model.config import split_layers
-from model.weights import read_config, resolve_path
 
 IMPORT_PATH = "deployments.app:build"
 DEPLOYMENTS = ("Gateway", "Engine")
@@ -78,7 +78,7 @@ def _check_keys(config: AppConfig) -> Iterable[str]:
 def _check_model(config: AppConfig) -> Iterable[str]:
     """What only the checkpoint can tell. It may be on other nodes only, so it must at least be named rightly here."""
     try:
-        model = read_config(resolve_path(config.model.path))
+        model = read_model(config.model)
         split = config.pipeline.split
         split_layers(model, config.pipeline.stages, None if split == "auto" else split)
         limit = model.max_position_embeddings

@@ -1,6 +1,5 @@
 """What `caravan inspect` shows of a checkpoint: what it is, how it talks, and how it would be cut into stages."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -9,12 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from model.chat import ChatTemplate, load_chat_template
-from model.config import ModelConfig, split_layers
+from model.config import Int4Layout, ModelConfig, split_layers
 from model.errors import CheckpointError
 from model.families import family_of
 from model.infill import can_infill
 from model.tokenizer import Tokenizer, check_fits, load_tokenizer
 from model.weights import detect_format, open_checkpoint, read_config
+from model.weights.hf import read_int4
 from model.weights.sharded import ITEM_SIZES
 
 EXAMPLE = [{"role": "user", "content": "Hello!"}]
@@ -69,6 +69,7 @@ def _facts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Tabl
         "family": family_of(config),
         "format": kind,
         "shape": ", ".join([shape, *extras]),
+        **({"layers in": _int4(path, kind, config.int4)} if config.int4 is not None else {}),
         "parameters": f"{config.num_parameters / 1e9:.3f} billion",
         "context": context,
         "rope": rope,
@@ -91,6 +92,13 @@ def _facts(path: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Tabl
     return table
 
 
+def _int4(path: Path, kind: str, layout: Int4Layout) -> str:
+    quantised = read_int4(path) if kind == "huggingface" else None
+    by = f" ({quantised.method.upper()})" if quantised is not None else ""
+    groups = "one group" if layout.group_size == -1 else f"groups of {layout.group_size} inputs"
+    return f"4 bits{by}, {groups}" + (", by their own order (desc_act)" if layout.act_order else "")
+
+
 def _prompt(tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[RenderableType]:
     if tokenizer is None:
         return []
@@ -111,7 +119,7 @@ def split_table(config: ModelConfig, stages: int, dtype: str) -> Table:
     table = Table("stage", "layers", "weights", "KV tokens per GB", title=f"{stages} stages in {dtype}")
     for i, stage in enumerate(split_layers(config, stages)):
         names = stage.tensor_names(config)
-        weights = size * sum(math.prod(config.tensor_shape(name)) for name in names)
+        weights = sum(config.tensor_bytes(name, size) for name in names)
         kv = (stage.stop - stage.start) * 2 * config.n_kv_heads * config.head_dim * size
         ends = (" + embedding" if stage.is_first else "") + (" + head" if stage.is_last else "")
         layers = f"{stage.start}-{stage.stop - 1} ({stage.stop - stage.start}){ends}"

@@ -1,11 +1,13 @@
 """The shape of a Llama model, and which part of it one stage holds."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 CODE_LLAMA_THETA = 1e6
 CODE_LLAMA_CONTEXT = 100_000  # where Code Llama still works, trained on 16,384 (arXiv 2308.12950, section 3.3)
+INT4_BLOCK = 128  # inputs of a row whose 4-bit weights are packed together; see `Int4Weight`
+PART_BYTES = {"qweight": 4, "scales": 2, "zeros": 1, "order": 4}  # per element of what a 4-bit weight consists of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,18 @@ class RopeScaling:
             raise ValueError(f"rope_scaling: {self.kind} needs original_max_position_embeddings")
 
 
+@dataclass(frozen=True, slots=True)
+class Int4Layout:
+    """Layers' weights in 4 bits: (q - zero) * scale, one zero and one scale for `group_size` inputs of an output."""
+
+    group_size: int  # -1: all inputs
+    act_order: bool = False  # inputs are grouped in an order of their own, by how much they matter
+
+    def groups(self, inputs: int) -> int:
+        """Number of groups of each output."""
+        return 1 if self.group_size == -1 else inputs // self.group_size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a Llama decoder, whatever checkpoint format it came from.
@@ -57,6 +71,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # wq wk wv wo have biases
     mlp_bias: bool = False  # w1 w2 w3 have biases
+    int4: Int4Layout | None = None  # layers' weights are in 4 bits; embedding, norms, head and biases never are
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
@@ -70,6 +85,17 @@ class ModelConfig:
             raise ValueError(
                 f"model config: {len(self.rope_scaling.divisors)} rotary factors do not fit head_dim {self.head_dim}"
             )
+        if self.int4 is not None:
+            self._check_int4(self.int4.group_size)
+
+    def _check_int4(self, size: int) -> None:
+        widths = sorted({self.dim, self.n_heads * self.head_dim, self.hidden_dim})
+        if size != -1 and (size < 32 or size % 32 or any(width % size for width in widths)):
+            raise ValueError(
+                f"model config: group_size {size} must be -1 or a multiple of 32 that divides layers' inputs, {widths}"
+            )
+        if any(width % 8 for width in (*widths, self.n_kv_heads * self.head_dim)):
+            raise ValueError(f"model config: weights in 4 bits need widths that are multiples of 8, got {widths}")
 
     @property
     def context_length(self) -> int:
@@ -91,12 +117,23 @@ class ModelConfig:
         attention, mlp = self.attention_bias, self.mlp_bias
         return (
             "attention_norm.weight",
-            *linear_tensors("attention.wq", "attention.wk", "attention.wv", bias=attention),
-            *linear_tensors("attention.wo", bias=attention),
+            *self._linear("attention.wq", "attention.wk", "attention.wv", bias=attention),
+            *self._linear("attention.wo", bias=attention),
             "ffn_norm.weight",
-            *linear_tensors("feed_forward.w1", "feed_forward.w3", bias=mlp),
-            *linear_tensors("feed_forward.w2", bias=mlp),
+            *self._linear("feed_forward.w1", "feed_forward.w3", bias=mlp),
+            *self._linear("feed_forward.w2", bias=mlp),
         )
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """What the weight of a linear layer consists of."""
+        if self.int4 is None:
+            return ("weight",)
+        return ("qweight", "scales", "zeros", *(("order",) if self.int4.act_order else ()))
+
+    def _linear(self, *stems: str, bias: bool) -> list[str]:
+        """Names of what makes up linear layers that read the same input: part by part, so that equal parts meet."""
+        return [f"{stem}.{part}" for part in (*self.weight_parts, *(("bias",) if bias else ())) for stem in stems]
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`."""
@@ -105,7 +142,7 @@ class ModelConfig:
         if name in ("tok_embeddings.weight", "output.weight"):
             return self.vocab_size, c
         stem, _, kind = name.split(".", 2)[-1].rpartition(".") if name.startswith("layers.") else name.rpartition(".")
-        shape = {
+        shape: tuple[int, ...] = {
             "attention.wq": (q, c),
             "attention.wk": (kv, c),
             "attention.wv": (kv, c),
@@ -114,12 +151,24 @@ class ModelConfig:
             "feed_forward.w2": (c, f),
             "feed_forward.w3": (f, c),
         }.get(stem, (c,))  # the others are norms
+        if self.int4 is not None and kind in PART_BYTES:
+            out, inputs = shape
+            blocks, groups = -(-inputs // INT4_BLOCK), self.int4.groups(inputs)
+            return {"qweight": (out, blocks * INT4_BLOCK // 8), "order": (inputs,)}.get(kind, (out, groups))
         return shape[:1] if kind == "bias" else shape
+
+    def tensor_bytes(self, name: str, item_size: int) -> int:
+        """Bytes of the tensor `name`, with `item_size` for each element that is not part of a 4-bit weight."""
+        return math.prod(self.tensor_shape(name)) * PART_BYTES.get(name.rpartition(".")[2], item_size)
+
+    def layer_bytes(self, item_size: int) -> int:
+        """The same of one decoder layer."""
+        return sum(self.tensor_bytes(f"layers.0.{name}", item_size) for name in self.layer_tensors)
 
     @property
     def layer_parameters(self) -> int:
-        """Number of weights in one decoder layer."""
-        return sum(math.prod(self.tensor_shape(f"layers.0.{name}")) for name in self.layer_tensors)
+        """Number of weights in one decoder layer, however many tensors they are stored as."""
+        return replace(self, int4=None).layer_bytes(1)
 
     @property
     def embedding_parameters(self) -> int:
@@ -131,11 +180,6 @@ class ModelConfig:
         """Number of weights in all, a tied head counted once."""
         ends = self.embedding_parameters * (1 if self.tie_word_embeddings else 2) + self.dim
         return self.n_layers * self.layer_parameters + ends
-
-
-def linear_tensors(*stems: str, bias: bool) -> tuple[str, ...]:
-    """Names of what makes up linear layers that read the same input: their weights, then their biases."""
-    return (*(f"{stem}.weight" for stem in stems), *(f"{stem}.bias" for stem in stems if bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +224,7 @@ class StageLayers:
 def split_layers(config: ModelConfig, stages: int, split: list[int] | None = None) -> list[StageLayers]:
     """Cut the decoder into `stages` consecutive parts.
 
-    Without `split` the parts are balanced by the weights a step reads: every layer counts its parameters, the last
+    Without `split` the parts are balanced by the weights a step reads: every layer counts its bytes, the last
     stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers.
     """
     if split is not None:
@@ -198,7 +242,7 @@ def split_layers(config: ModelConfig, stages: int, split: list[int] | None = Non
 def _balanced_counts(config: ModelConfig, stages: int) -> list[int]:
     if not 1 <= stages <= config.n_layers:
         raise ValueError(f"pipeline.stages must be between 1 and the model's {config.n_layers} layers, got {stages}")
-    head = config.embedding_parameters / config.layer_parameters  # the head's weight, counted in layers
+    head = 2 * config.embedding_parameters / config.layer_bytes(2)  # the head's weight, counted in layers
     counts = [1] * stages
     for _ in range(config.n_layers - stages):
         loads = [counts[i] + (head if i == stages - 1 else 0.0) for i in range(stages)]

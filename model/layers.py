@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from model.config import ModelConfig
-from model.kernels import Activations, Kernels, Quantized, kernels_for
+from model.kernels import Activations, Int4Weight, Kernels, Quantized, kernels_for
 
 PACKED_FOR_ROWS = 8  # the batch that oneDNN lays weights out for; others work as well
 
@@ -104,6 +104,42 @@ class Float8Linear(StepByStep):
     def __call__(self, x: Activations) -> torch.Tensor:
         quantized = x if isinstance(x, Quantized) else self._kernels.quantize_rows(x)
         product = self._kernels.float8_linear(quantized, self._weight)
+        return product if self._bias is None else product + self._bias
+
+
+class Int4Linear(StepByStep):
+    """Weights in 4 bits, as the checkpoint has them; inputs and sums are not.
+
+    words [out, ...], scales and zeros [out, G]: see `Int4Weight`. The product may be several that read the same input,
+    of `rows` outputs each; `orders` [products, in] says in which order each has its inputs.
+    """
+
+    def __init__(
+        self,
+        words: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        rows: list[int],
+        inputs: int,
+        orders: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        self._kernels = kernels_for(words.device)
+        self._bias = bias
+        self.num_parameters = len(words) * inputs + (bias.numel() if bias is not None else 0)
+        if orders is None or bool((orders == orders[0]).all()):  # usually: the order is that of the inputs' sizes
+            rows = [len(words)]
+        parts = zip(*(torch.split(tensor, rows) for tensor in (words, scales, zeros)), strict=True)
+        self._weights = [Int4Weight(w, s.t().contiguous(), z.t().contiguous()) for w, s, z in parts]
+        self._orders = [None] * len(rows) if orders is None else list(orders[: len(rows)])
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        products = [
+            self._kernels.int4_linear(x if order is None else x.index_select(1, order), weight)
+            for weight, order in zip(self._weights, self._orders, strict=True)
+        ]
+        product = products[0] if len(products) == 1 else torch.cat(products, 1)
         return product if self._bias is None else product + self._bias
 
 

@@ -5,6 +5,7 @@ Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import embedding
@@ -13,7 +14,7 @@ from model.attention import AttentionMetadata, paged_attention
 from model.config import ModelConfig, StageLayers
 from model.kernels import Kernels, kernels_for
 from model.kv_cache import KVCache
-from model.layers import Linear, compute_dtype, make_linear, rotary_table
+from model.layers import Int4Linear, Linear, compute_dtype, make_linear, rotary_table
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 Take = Callable[[str], torch.Tensor]  # the tensor of this name, which must be the next one
@@ -27,9 +28,17 @@ class Layer:
         compute = compute_dtype(dtype, device)
 
         def load(*stems: str, bias: bool) -> Linear:
-            weight = _stacked([f"{stem}.weight" for stem in stems], config, take, dtype, device)
-            biases = [take(f"{stem}.bias") for stem in stems if bias]
-            return make_linear(weight, dtype, device, fp8, torch.cat(biases) if bias else None)
+            def stacked(part: str, as_type: torch.dtype | None = None) -> torch.Tensor:
+                return _stacked([f"{stem}.{part}" for stem in stems], config, take, as_type, device)
+
+            weights = [stacked(part, dtype if part == "weight" else None) for part in config.weight_parts]
+            biases = stacked("bias", compute) if bias else None
+            if config.int4 is None:
+                return make_linear(weights[0], dtype, device, fp8, biases)
+            shapes = [config.tensor_shape(f"layers.0.{stem}.weight") for stem in stems]
+            words, scales, zeros, *rest = weights
+            orders = rest[0].view(len(stems), -1) if rest else None
+            return Int4Linear(words, scales, zeros, [rows for rows, _ in shapes], shapes[0][1], orders, biases)
 
         # Products that read the same input are one product: fewer, larger reads of the weights.
         self.attention_norm = take("attention_norm.weight").to(device, compute, copy=True)
@@ -72,7 +81,8 @@ class Layer:
 class Decoder:
     """One stage's share of the model. `tensors` yields its weights in the order of `stage.tensor_names`.
 
-    Holds what it has built and one tensor at a time. Raises `ValueError` for a tensor of the wrong shape.
+    Holds what it has built and one tensor at a time. Raises `ValueError` for a tensor of the wrong shape, and for `fp8`
+    of layers in 4 bits.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class Decoder:
         on_tensor: Callable[[str], None] = lambda name: None,
         fp8: bool = False,
     ) -> None:
+        if fp8 and config.int4 is not None:
+            raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already; leave it out")
         self.config, self.stage, self.dtype, self.device = config, stage, compute_dtype(dtype, device), device
         self.kernels = kernels_for(device)
         self.rotary = rotary_table(max_model_len, config, device)
@@ -143,15 +155,20 @@ class Decoder:
 
 
 def _stacked(
-    names: Sequence[str], config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device
+    names: Sequence[str], config: ModelConfig, take: Take, dtype: torch.dtype | None, device: torch.device
 ) -> torch.Tensor:
-    """Weights [out, in] of several names, rows one below another; each is let go of before the next is taken."""
+    """Tensors [rows, ...] of several names, rows one below another; each is let go of before the next is taken.
+
+    `dtype` None: that of the first.
+    """
+    first = take(names[0])
+    dtype = dtype or first.dtype
     if len(names) == 1:
-        return take(names[0]).to(device, dtype, copy=True)
-    shapes = [config.tensor_shape(f"layers.0.{name}") for name in names]
-    whole = torch.empty(sum(rows for rows, _ in shapes), shapes[0][1], dtype=dtype, device=device)
-    start = 0
-    for name, (rows, _) in zip(names, shapes, strict=True):
-        whole[start : start + rows] = take(name)
-        start += rows
+        return first.to(device, dtype, copy=True)
+    rows = [config.tensor_shape(f"layers.0.{name}")[0] for name in names]
+    whole = torch.empty(sum(rows), *first.shape[1:], dtype=dtype, device=device)
+    whole[: rows[0]] = first
+    del first
+    for name, start, count in zip(names[1:], accumulate(rows), rows[1:], strict=False):
+        whole[start : start + count] = take(name)
     return whole

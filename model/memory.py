@@ -37,7 +37,7 @@ def kv_budget(
     if budget <= 0:
         raise ValueError(
             f"weights and activations need {(used + activations) / 1e9:.1f} GB, more than cache.memory_fraction = "
-            f"{memory_fraction:g} of {total / 1e9:.1f} GB: use more stages, fp8, or a larger fraction"
+            f"{memory_fraction:g} of {total / 1e9:.1f} GB: use more stages, fewer bits, or a larger fraction"
         )
     return budget
 

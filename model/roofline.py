@@ -42,12 +42,12 @@ class StageWork:
     def of(
         cls, config: ModelConfig, part: StageLayers, dtype: torch.dtype, fp8: bool, kv_dtype: torch.dtype | None = None
     ) -> "StageWork":
-        """Of the layers `part`, with weights in `dtype`, or in 8 bits (the head is not), and keys in `kv_dtype`."""
+        """Of the layers `part`, weights in `dtype`, 8 bits or the config's 4 (not the head), and keys in `kv_dtype`."""
         layers = part.stop - part.start
         weights = layers * config.layer_parameters
         head = config.embedding_parameters if part.is_last else 0
         return cls(
-            weight_bytes=weights * (1 if fp8 else dtype.itemsize) + head * dtype.itemsize,
+            weight_bytes=layers * config.layer_bytes(1 if fp8 else dtype.itemsize) + head * dtype.itemsize,
             flops_per_token=2.0 * weights,
             flops_per_sample=2.0 * head,
             kv_bytes_per_token=KVCache.bytes_per_block(config, layers, 1, kv_dtype or dtype),

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from cluster.config import read_model
 from cluster.engine import Engine
 from cluster.launch import model_len, stage_layers
 from deployments.bench.run import Json, Run, Work, engine_in, own_ray, placed, serve_all, stage_shares, submit
@@ -20,7 +21,6 @@ from deployments.config import AppConfig
 from model.config import ModelConfig
 from model.kv_cache import FLOAT8
 from model.roofline import Rates, StageWork
-from model.weights import read_config, resolve_path
 from ops import workload
 
 BATCH_PROMPT, BATCH_NEW = 64, 128  # tokens of each stream of a batch, as peers are measured
@@ -196,7 +196,7 @@ def bench_offline(
     config: AppConfig, num_requests: int, batch_sizes: list[int], steady: tuple[int, int] | None, longest: int
 ) -> Json:
     """All that was asked for, in a Ray of its own. Raises `ValueError` for what the user must change."""
-    model = read_config(resolve_path(config.model.path))
+    model = read_model(config.model)
     vocab_size = min(workload.VOCAB_SIZE, model.vocab_size)
     longest = min(longest, model_len(config, model) // 2)
     with own_ray(config), placed(config) as group:

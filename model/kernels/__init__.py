@@ -39,6 +39,19 @@ class Quantized(NamedTuple):
     scales: torch.Tensor  # [..., 1] float32
 
 
+class Int4Weight(NamedTuple):
+    """w = (q - zero) * scale, q in 4 bits; G groups of equally many neighbouring inputs each have a zero and a scale.
+
+    Each 128 inputs of a row are 16 words: the 4 bits at 4 * (4h + j) of word i belong to input 32j + 2i + h. So one
+    shift and one mask give two neighbours, which a kernel turns into two 16-bit floats at once. Past the last input are
+    zeros.
+    """
+
+    words: torch.Tensor  # [out, 16 * ceil(in / 128)] int32
+    scales: torch.Tensor  # [G, out] floating point
+    zeros: torch.Tensor  # [G, out] uint8
+
+
 Activations = torch.Tensor | Quantized
 # Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
 Cache = torch.Tensor | Quantized
@@ -134,6 +147,10 @@ class Kernels(Protocol):
 
     def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
         """x [T, in] times weight [out, in] transposed -> [T, out] bfloat16; sums in float32."""
+        ...
+
+    def int4_linear(self, x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+        """x [T, in] times weight [out, in] transposed -> [T, out]; sums in float32."""
         ...
 
 

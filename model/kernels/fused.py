@@ -10,9 +10,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear
 
 from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, PrefillMetadata, Quantized
+from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized
 from model.kernels.decode_attention import decode_attention, tiling_for
 from model.kernels.early import begin, early
+from model.kernels.int4 import dequantize, int4_tiling, skinny_int4_linear
 from model.kernels.reference import ReferenceKernels, cache_shape
 from model.kernels.skinny import bfloat16_tiling, float8_tiling, skinny_linear, vector_after_gate, vector_after_norm
 
@@ -140,6 +141,12 @@ class FusedKernels:
         return torch._scaled_mm(
             x.values, weight.values.t(), x.scales, weight.scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
+
+    def int4_linear(self, x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+        tiling = int4_tiling(len(x), len(weight.words)) if x.dtype.itemsize == 2 else None
+        if tiling is not None:
+            return skinny_int4_linear(x, weight, tiling)
+        return linear(x, dequantize(weight, x.shape[1], x.dtype))
 
 
 def _gathered(cache: Cache, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,8 @@ import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, PrefillMetadata, Quantized
+from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized
+from model.packing import unpacked
 
 FLOAT8_MAX = 448.0  # of e4m3
 
@@ -128,6 +129,16 @@ class ReferenceKernels:
     def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
         product = (x.values.float() * x.scales) @ (weight.values.float() * weight.scales).t()
         return product.to(torch.bfloat16)
+
+    def int4_linear(self, x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+        return linear(x, self.dequantize(weight, x.shape[1], x.dtype))
+
+    def dequantize(self, weight: Int4Weight, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+        """[out, inputs]"""
+        groups, out = weight.scales.shape
+        q = unpacked(weight.words)[:, :inputs].reshape(out, groups, -1).float()
+        scales, zeros = (part.t().float().unsqueeze(-1) for part in (weight.scales, weight.zeros))
+        return ((q - zeros) * scales).view(out, inputs).to(dtype)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

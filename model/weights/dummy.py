@@ -1,5 +1,6 @@
 """Random weights of any shape: for capacity tests, and for tests that need no trained model."""
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -26,9 +27,18 @@ class DummyCheckpoint:
         return "none"
 
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, float32 tensor) in the order of `names`."""
+        """Yield (name, tensor) in the order of `names`, float32 but for weights in 4 bits."""
         for name in names:
             generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
-            shape = self.config.tensor_shape(name)
-            values = torch.randn(shape, generator=generator, device=self.device)
-            yield name, values.abs() if len(shape) == 1 else values * shape[-1] ** -0.5
+            yield name, self._made(name, generator)
+
+    def _made(self, name: str, generator: torch.Generator) -> torch.Tensor:
+        shape, part = self.config.tensor_shape(name), name.rpartition(".")[2]
+        if part == "qweight":
+            return torch.randint(-(2**31), 2**31, shape, generator=generator, device=self.device, dtype=torch.int32)
+        if part == "zeros":
+            return torch.full(shape, 8, dtype=torch.uint8, device=self.device)
+        values: torch.Tensor = torch.randn(shape, generator=generator, device=self.device)
+        if part == "scales":  # q - 8 is spread over 4.6
+            return (values.abs().clamp(0.5, 2.0) / (4.6 * math.sqrt(self.config.dim))).half()
+        return values.abs() if len(shape) == 1 else values.mul_(math.sqrt(1 / shape[-1]))

@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from model.config import ModelConfig, RopeScaling
+from model.config import PART_BYTES, ModelConfig, RopeScaling
 from model.errors import CheckpointError
 from model.weights import check_shape, interleave_rotary, is_rotary
+from model.weights.int4 import STORED_PARTS, Int4Format, int4_format
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,16 @@ LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}  # bytes, by safetensors' names
+INTEGERS = ("I32", "U8", "int32", "uint8")  # which only weights in 4 bits are made of
 SAFETENSORS_BITS = {  # all that a file may hold beside what we read
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
 MAX_READ = 64_000_000  # bytes in one call
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+QUANTISED_SINGLE = "gptq_model-4bit-*.safetensors"  # what one file is called by GPTQ's first tools
+QUANTISATIONS = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ, if config.json says nothing
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,16 +63,12 @@ def read_config(path: Path) -> ModelConfig:
     raw = read_json(file)
     if "LlamaForCausalLM" not in (raw.get("architectures") or []):
         raise CheckpointError(f"{file}: architectures is {raw.get('architectures')}, not LlamaForCausalLM")
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            f"{file}: quantization_config = {raw['quantization_config']} is not supported: use the checkpoint it was "
-            "made from (model.quantization: fp8 quantises it at load), or a GGUF"
-        )
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{file}: hidden_act = {raw['hidden_act']} is not supported, only silu is")
     try:
         heads = raw["num_attention_heads"]
         theta, scaling = _rope(file, raw)
+        quantised = read_int4(path, raw)
         return ModelConfig(
             dim=raw["hidden_size"],
             n_layers=raw["num_hidden_layers"],
@@ -84,11 +84,22 @@ def read_config(path: Path) -> ModelConfig:
             rope_scaling=scaling,
             attention_bias=bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
+            int4=quantised.layout if quantised is not None else None,
         )
     except KeyError as error:
         raise CheckpointError(f"{file} lacks {error}") from error
     except (ArithmeticError, TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
+
+
+def read_int4(path: Path, raw: dict[str, Any] | None = None) -> Int4Format | None:
+    """How the checkpoint is quantised, if it is; `raw`: the content of its config.json, if it has been read already."""
+    file = path / "config.json"
+    given = (read_json(file) if raw is None else raw).get("quantization_config")
+    if given:
+        return int4_format(file, given)
+    found = [path / name for name in QUANTISATIONS if (path / name).is_file()]
+    return int4_format(found[0], read_json(found[0])) if found else None
 
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -161,7 +172,10 @@ class SafetensorsFile:
     def get(self, name: str) -> "torch.Tensor":
         import torch
 
-        types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        types = {
+            "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+            "I32": torch.int32, "U8": torch.uint8,
+        }  # fmt: skip
         # A mapping of its own goes back to the system at once when the tensor does; the heap would keep holes.
         buffer = mmap.mmap(-1, self._nbytes(name))
         read_exactly(self._file, self._offset(name), memoryview(buffer))
@@ -223,7 +237,8 @@ class TorchFile:
     def item_size(self, name: str) -> int:
         from model.weights.torch_file import item_size
 
-        return item_size(self._file, name, self._tensors[name])
+        integer = self.stored_type(name) == "int32"
+        return 4 if integer else item_size(self._file, name, self._tensors[name])
 
     def stored_type(self, name: str) -> str:
         return str(self._tensors[name].dtype).removeprefix("torch.")
@@ -258,6 +273,9 @@ def open_hf(path: Path) -> "HFCheckpoint":
     config = read_config(path)
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
         return HFCheckpoint(path, config, SINGLE, INDEX, opened_safetensors)
+    old = sorted(path.glob(QUANTISED_SINGLE))
+    if len(old) == 1 and config.int4 is not None:
+        return HFCheckpoint(path, config, old[0].name, INDEX, opened_safetensors)
     if (path / TORCH_SINGLE).is_file() or (path / TORCH_INDEX).is_file():
         return HFCheckpoint(path, config, TORCH_SINGLE, TORCH_INDEX, opened_torch)
     raise CheckpointError(f"{path} holds no weights: neither {SINGLE}, {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX}")
@@ -276,6 +294,7 @@ class HFCheckpoint:
     ) -> None:
         self.path = path
         self.config = config
+        self._int4 = read_int4(path)
         self._opened = opened
         self._single = path / single
         self._files = self._read_index(path / index) if (path / index).is_file() else None
@@ -321,18 +340,43 @@ class HFCheckpoint:
             stored.prefetch(stored_name)
 
     def _read(self, name: str) -> "torch.Tensor":
+        stem, _, part = name.rpartition(".")
+        if self._int4 is None or part not in PART_BYTES:
+            tensor = self._stored(name)
+        else:
+            stored_name, file = self._find(name)
+            ordered = part == "order" or (part == "qweight" and self._holds(f"{stem}.order"))
+            where = f"{file}: tensor {stored_name}"
+            tensor = self._int4.part(part, lambda p: self._stored(f"{stem}.{p}"), ordered, where)
+        rotary = is_rotary(name) and part != "order"
+        return interleave_rotary(tensor, self.config.head_dim) if rotary else tensor
+
+    def _stored(self, name: str) -> "torch.Tensor":
+        """As it is in the file."""
         stored_name, file = self._find(name)
         with self._opened(file) as stored:
             self._checked_size(name, stored_name, file, stored)
-            tensor = stored.get(stored_name)
-        return interleave_rotary(tensor, self.config.head_dim) if is_rotary(name) else tensor
+            return stored.get(stored_name)
+
+    def _holds(self, name: str) -> bool:
+        stored_name = stored_as(name)
+        if self._files is not None:
+            return stored_name in self._files
+        with self._opened(self._single) as stored:
+            return stored_name in stored
 
     def _checked_size(self, name: str, stored_name: str, file: Path, stored: TensorFile) -> int:
         """Bytes of one tensor of an opened file, after a look at its type and shape."""
         if stored_name not in stored:
-            raise CheckpointError(f"{file} lacks the tensor {stored_name}: it is damaged or not a whole model")
+            raise lacking(file, stored_name)
+        stem, _, part = name.rpartition(".")
         shape = self.config.tensor_shape(name)
+        if self._int4 is not None and part in PART_BYTES:
+            shape = self._int4.stored_shape(self.config, stem, part)
         check_shape(file, stored_name, stored.shape(stored_name), shape)
+        kind = stored.stored_type(stored_name)
+        if (kind in INTEGERS) != (part in PART_BYTES and part != "scales"):
+            raise CheckpointError(f"{file}: tensor {stored_name} is stored as {kind}: not supported")
         return stored.item_size(stored_name) * math.prod(shape)
 
     def _find(self, name: str) -> tuple[str, Path]:
@@ -340,8 +384,14 @@ class HFCheckpoint:
         if self._files is None:
             return stored_name, self._single
         if stored_name not in self._files:
-            raise CheckpointError(f"{self.path} lacks the tensor {stored_name}: it is damaged or not a whole model")
+            raise lacking(self.path, stored_name)
         return stored_name, self._files[stored_name]
+
+
+def lacking(path: Path, stored_name: str) -> CheckpointError:
+    """What to raise for a tensor that is not there."""
+    mixed = "" if stored_name.endswith((".weight", ".bias")) else ", or only some of its layers are in 4 bits"
+    return CheckpointError(f"{path} lacks the tensor {stored_name}: it is damaged or not a whole model{mixed}")
 
 
 def stored_as(name: str) -> str:
@@ -350,4 +400,4 @@ def stored_as(name: str) -> str:
         return OUTER_NAMES[name]
     _, layer, part = name.split(".", 2)
     stem, _, kind = part.rpartition(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[stem]}.{kind}"
+    return f"model.layers.{layer}.{LAYER_NAMES[stem]}.{STORED_PARTS.get(kind, kind)}"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import ModelConfig, RopeScaling, StageLayers
+from model.config import PART_BYTES, Int4Layout, ModelConfig, RopeScaling, StageLayers
 from model.errors import CheckpointError
 from model.weights import MANIFEST, Checkpoint, check_shape, find_gguf
 
@@ -36,6 +36,7 @@ COMPANIONS = (  # what a gateway or `read_config` may want of a checkpoint besid
     "config.json",
 )
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORED_SIZES = {**ITEM_SIZES, "int32": 4, "uint8": 1}  # with what weights in 4 bits are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def read_manifest(path: Path) -> Manifest:
         scaling = raw["config"].pop("rope_scaling")
         if scaling is not None:
             scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling["divisors"])})
+        int4 = raw["config"].pop("int4", None)
         stages = tuple(
             StageFile(
                 stage["file"],
@@ -81,7 +83,8 @@ def read_manifest(path: Path) -> Manifest:
             )
             for stage in raw["stages"]
         )
-        return Manifest(ModelConfig(**raw["config"], rope_scaling=scaling), stages)
+        layout = Int4Layout(**int4) if int4 is not None else None
+        return Manifest(ModelConfig(**raw["config"], rope_scaling=scaling, int4=layout), stages)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -99,7 +102,9 @@ class ShardedCheckpoint:
         self.config = self._manifest.config
 
     def nbytes(self, names: Sequence[str]) -> int:
-        return sum(math.prod(self.config.tensor_shape(name)) * ITEM_SIZES[self._find(name)[1].dtype] for name in names)
+        return sum(
+            math.prod(self.config.tensor_shape(name)) * STORED_SIZES[self._find(name)[1].dtype] for name in names
+        )
 
     def stored_type(self, name: str) -> str:
         return self._find(name)[1].dtype
@@ -153,8 +158,8 @@ def write_shards(
 ) -> None:
     """Write one file per stage, the manifest and what the gateway needs to the directory `out`.
 
-    `dtype` None keeps the stored types. `on_bytes` gets the bytes of each tensor written. Holds one stage in memory.
-    Raises `CheckpointError` if there is no room, or `out` is in use already.
+    `dtype` None keeps the stored types; weights in 4 bits stay as they are. `on_bytes` gets the bytes of each tensor
+    written. Holds one stage in memory. Raises `CheckpointError` if there is no room, or `out` is in use already.
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: give a new directory")
@@ -173,10 +178,9 @@ def stage_bytes(checkpoint: Checkpoint, names: Sequence[str], dtype: "torch.dtyp
     """Bytes of these tensors once written."""
     total = 0
     for name in names:
-        count = math.prod(checkpoint.config.tensor_shape(name))
         stored = checkpoint.stored_type(name).lower()
         size = ITEM_SIZES.get({"bf16": "bfloat16", "f16": "float16"}.get(stored, stored), 4)  # else read as float32
-        total += count * (dtype.itemsize if dtype is not None else size)
+        total += checkpoint.config.tensor_bytes(name, dtype.itemsize if dtype is not None else size)
     return total
 
 
@@ -204,7 +208,8 @@ def _write_stage(
 
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in checkpoint.tensors(stage.tensor_names(checkpoint.config)):
-        tensors[name] = tensor.to(dtype or tensor.dtype, copy=True).contiguous()
+        keeps = dtype is None or name.rpartition(".")[2] in PART_BYTES
+        tensors[name] = tensor.to(tensor.dtype if keeps else dtype, copy=True).contiguous()
         on_bytes(tensors[name].nbytes)
     partial = out / f"{file}.partial"
     try:

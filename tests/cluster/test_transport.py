@@ -14,9 +14,7 @@ import torch
 import zmq
 
 from cluster.errors import LinkBroken
-from cluster.gloo_link import GlooLink
-from cluster.link import DOWNSTREAM, UPSTREAM
-from cluster.rendezvous import Rendezvous, join
+from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Rendezvous, join
 from cluster.transport import (
     ControlAddress,
     ControlClient,

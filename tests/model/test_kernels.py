@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from model.batch import SAMPLED
-from model.kernels import Cache, DecodeInputs, PrefillMetadata, Quantized, kernels_for
+from model.kernels import Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized, kernels_for
 from model.kernels.reference import ReferenceKernels, cached_rows
 from model.kv_cache import FLOAT8, KVCache
 from model.layers import CudaLinear, DenseLinear, Float8Linear, rotary_table
+from model.packing import packed
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -229,6 +230,22 @@ def test_linear(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
     x, bias = torch.randn(rows, width, device=GPU, dtype=dtype), torch.randn(out, device=GPU, dtype=dtype)
     expected = DenseLinear(weight.double(), bias.double())(x.double())
     assert error(CudaLinear(weight, bias)(x), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 60, 64, 65, 256, 300])
+@pytest.mark.parametrize(
+    ("out", "width", "groups"), [(4096, 4096, 32), (200, 576, 18), (1000, 11008, 86), (48, 192, 2), (56, 200, 1)]
+)
+def test_int4_linear(dtype: torch.dtype, rows: int, out: int, width: int, groups: int) -> None:
+    """Groups of 128, 32 and 96 inputs, and one of all."""
+    torch.manual_seed(0)
+    q = torch.randint(0, 16, (out, width), dtype=torch.uint8, device=GPU)
+    scales = torch.rand(groups, out, device=GPU).half() / width**0.5
+    weight = Int4Weight(packed(q), scales, torch.randint(0, 16, (groups, out), dtype=torch.uint8, device=GPU))
+    x = torch.randn(rows, width, device=GPU, dtype=dtype)
+    expected = REFERENCE.int4_linear(x.double(), weight)
+    assert error(kernels_for(GPU).int4_linear(x, weight), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("size", [3, 4, 64])
