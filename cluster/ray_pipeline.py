@@ -145,8 +145,9 @@ class RayPipeline:
         """Replace the stages that are lost, or all if `fresh`, in their bundles; link all of them anew."""
         self._halt()
         lost = [stage for stage in self._stages if fresh or not stage.is_sound()]
-        self._halted, self._death = threading.Event(), None
-        self._control = self._open_control()
+        control = self._open_control()
+        with self._lock:  # until here nobody must wake what is closed
+            self._control, self._halted, self._death = control, threading.Event(), None
         deadline = time.monotonic() + self._config.pipeline.start_timeout_s
         for stage in lost:
             stage.replace()
@@ -192,9 +193,9 @@ class RayPipeline:
         for stage, report in zip(stages, self._get(loads, deadline), strict=True):
             stage.report = report
             log.info(
-                "%s: layers %d-%d, %.1f M parameters, room for %d KV blocks",
+                "%s: layers %d-%d, %.1f M parameters, room for %d KV blocks; started and loaded in %.1f s",
                 stage.name, stage.spec.layers.start, stage.spec.layers.stop - 1, report.num_parameters / 1e6,
-                report.num_blocks,
+                report.num_blocks, time.monotonic() - stage.wanted,
             )  # fmt: skip
         self.num_blocks = self.num_blocks or min(report.num_blocks for report in self.stages)
         self._get([stage.actor.allocate.remote(self.num_blocks) for stage in stages], deadline)

@@ -15,7 +15,8 @@ import torch
 
 from cluster.config import EngineConfig, read_model
 from cluster.gpu_guard import check_free
-from cluster.link import DOWNSTREAM, UPSTREAM, Link, Rendezvous, join, make_link
+from cluster.link import DOWNSTREAM, UPSTREAM, Link
+from cluster.rendezvous import Rendezvous, join, make_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import StageLayers

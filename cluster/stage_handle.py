@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class StageHandle:
         self._group, self._bundle = group, bundle
         self._keeps_spare = spare
         self._spare: Any = None
+        self.wanted = time.monotonic()  # since when it is, or is to be, in its place
         self.actor: Any = self._start(group.bundle_specs[bundle])
 
     @property
@@ -51,6 +53,7 @@ class StageHandle:
     def replace(self) -> None:
         """End the actor, whatever state it is in, and put the spare or a fresh one in its place."""
         self.kill()
+        self.wanted = time.monotonic()
         spare, self._spare = self._spare, None
         self.actor = spare if spare is not None else self._start(self._group.bundle_specs[self._bundle])
         self.predecessor = self.report or self.predecessor

@@ -61,6 +61,11 @@ class Assignments:
             if assignment is not None and assignment.replica != replica:
                 assignment.replica, assignment.since = replica, time.monotonic()
 
+    def replica_of(self, request_id: str) -> str:
+        """Where it is now; empty if nowhere."""
+        assignment = self._open.get(request_id)
+        return assignment.replica if assignment is not None else ""
+
     def set_running(self, replicas: Collection[str]) -> None:
         """Serve routes to these now. Requests on others are handed over, if there is anybody to take them."""
         with self._lock:

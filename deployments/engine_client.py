@@ -17,6 +17,7 @@ from deployments import status
 from deployments.assignments import ASSIGNMENTS
 from deployments.status import ReplicaStatus
 from deployments.token_link import Inbox, TokenReceiver
+from ops import logs
 
 WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
 BOARD_S = 1.0  # how long a look at the board may take
@@ -67,6 +68,8 @@ class ServeEngineClient:
         try:
             while not finished:
                 events = await inbox.next()
+                if replica := ASSIGNMENTS.replica_of(name):
+                    logs.bind(replica=replica)
                 finished = events[-1].finish_reason is not None
                 yield events
         finally:

@@ -67,12 +67,12 @@ class EngineReplica:
     """The Serve deployment `Engine`. Its first bundle is this process, the others are its stages."""
 
     def __init__(self, args: dict[str, Any]) -> None:
-        logs.configure()
         # The engine's thread must get hold of the interpreter when a step ends, not up to 5 ms (the default) later:
         # the first stage waits for what it passes on, and this process also carries every token to its client.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         context = serve.get_replica_context()
         self._app, self._replica = context.app_name, context.replica_id.unique_id
+        logs.configure(replica=self._replica)
         self._config = parse_app_config(args)
         self._metrics = Recorder(serve_metrics, "engine")
         self._loop: asyncio.AbstractEventLoop | None = None

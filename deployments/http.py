@@ -22,6 +22,7 @@ from deployments.openapi import add_docs
 from deployments.routes import openai, tokens
 from deployments.routes.drop_in import DropIn, drop_ins
 from deployments.version import package_version
+from ops import logs
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class RequestId:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if self._FIT.fullmatch(given) else secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.begin(request_id=request_id)
 
         async def send_with_id(message: Message) -> None:
             if self._echo and message["type"] == "http.response.start":

@@ -1,5 +1,6 @@
 """The command line of a run under faults."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def chaos(
     ] = "processes",
     engines: Annotated[int, typer.Option(help="pipelines")] = 2,
     gateways: Annotated[int, typer.Option(help="gateways")] = 2,
+    spare: Annotated[bool, typer.Option(help="keep a started process for every stage (pipeline.spare)")] = False,
     front: Annotated[str, typer.Option(help="where gateways and proxies run: head or workers")] = "head",
     haproxy: Annotated[bool, typer.Option(help="HAProxy instead of Serve's own proxy")] = False,
     recovery: Annotated[bool, typer.Option(help="whether the service may recover; the faults show without it")] = True,
@@ -36,6 +38,7 @@ def chaos(
 
     from deployments.chaos.run import Plan, run
     from deployments.chaos.service import Setting
+    from deployments.chaos.table import table
     from deployments.local import LocalError
     from ops.namespaces import NamespaceError
 
@@ -53,6 +56,7 @@ def chaos(
         namespaces=hosts == "namespaces",
         small_disks="disk-full" in kinds,
         haproxy=haproxy,
+        spares=spare,
         args={} if recovery else NO_RECOVERY,
     )
     plan = Plan(
@@ -75,7 +79,7 @@ def chaos(
         except (LocalError, NamespaceError, ValueError) as error:
             fail(str(error))
     console.print(report.render())
-    typer.echo(report.markdown())
+    typer.echo(table({"this run": [json.loads(report.as_json())]}))
     typer.echo(report.as_json())
     if out is not None:
         out.write_text(report.as_json() + "\n")

@@ -30,6 +30,7 @@ class Fault:
     undo: Callable[[], None] | None = None
     victims: Sequence[int] = ()  # pids that must be gone before all is well again
     stopped: int = 0  # pid that does nothing until `undo`, unless it is ended before
+    pipelines: frozenset[str] = frozenset()  # replicas that it hits
     cuts_clients: str = ""  # url whose connections it breaks, or "gateway": those of one gateway
 
 
@@ -38,7 +39,12 @@ Injector = Callable[[Service, random.Random], Fault]
 
 def pick(service: Service, kind: str, rng: random.Random) -> Process:
     """A random living process of this kind."""
-    found = sorted(of_kind(service.nodes.processes(), kind), key=lambda process: process.pid)
+    processes = service.nodes.processes()
+    found = sorted(of_kind(processes, kind), key=lambda process: process.pid)
+    if kind == "stage":  # no spare: nobody would notice
+        service.logs.follow()
+        at_work = {pid for e in of_kind(processes, "engine") for pid in service.logs.stages_of(e.pid).values()}
+        found = [stage for stage in found if stage.pid in at_work]
     if not found:
         raise NoVictim(f"no {kind} is running")
     return rng.choice(found)
@@ -55,9 +61,11 @@ def kill(kind: str, cuts_clients: str = "") -> Injector:
     def inject(service: Service, rng: random.Random) -> Fault:
         victim = pick(service, kind, rng)
         url = _url_of(service, victim) if cuts_clients == "url" else cuts_clients
+        hit = service.pipelines_with({victim.pid})
         at = time.time()
         _signal(victim, signal.SIGKILL)
-        return Fault(kind, f"pid {victim.pid} on {victim.node}", at, victims=[victim.pid], cuts_clients=url)
+        where = f"pid {victim.pid} on {victim.node}"
+        return Fault(kind, where, at, victims=[victim.pid], pipelines=hit, cuts_clients=url)
 
     return inject
 
@@ -72,10 +80,12 @@ def stop(kind: str) -> Injector:
 
     def inject(service: Service, rng: random.Random) -> Fault:
         victim = pick(service, kind, rng)
+        hit = service.pipelines_with({victim.pid})
         at = time.time()
         _signal(victim, signal.SIGSTOP)
         target = f"pid {victim.pid} on {victim.node}"
-        return Fault(f"{kind}-stop", target, at, lambda: _signal(victim, signal.SIGCONT), stopped=victim.pid)
+        go_on = lambda: _signal(victim, signal.SIGCONT)  # noqa: E731
+        return Fault(f"{kind}-stop", target, at, go_on, stopped=victim.pid, pipelines=hit)
 
     return inject
 
@@ -86,10 +96,11 @@ def kill_node(service: Service, rng: random.Random) -> Fault:
     fronts = {p.node for p in of_kind(service.nodes.processes(), "gateway")}
     victim = rng.choice([n for n in service.nodes.workers if n.name in carriers - fronts] or _none("node to spare"))
     pids = [p.pid for p in service.nodes.processes() if p.node == victim.name]
+    hit = service.pipelines_with(set(pids))
     at = time.time()
     victim.kill()
     victim.start()  # an empty machine takes its place
-    return Fault("node", victim.name, at, victims=pids)
+    return Fault("node", victim.name, at, victims=pids, pipelines=hit)
 
 
 def _none(what: str) -> list[Node]:
@@ -108,15 +119,16 @@ def kill_head(service: Service, rng: random.Random) -> Fault:
     return Fault("head", head.name, at, victims=pids, cuts_clients=url)
 
 
-def _two_stages(service: Service, rng: random.Random) -> tuple[Node, Node]:
-    """The nodes of the two stages of a random pipeline."""
+def _two_stages(service: Service, rng: random.Random) -> tuple[Node, Node, frozenset[str]]:
+    """The nodes of the two stages of a random pipeline, and the pipelines that have their stages on both."""
     service.logs.follow()
     alive = {p.pid: p for p in of_kind(service.nodes.processes(), "stage")}
     for engine in rng.sample(engines := of_kind(service.nodes.processes(), "engine"), len(engines)):
         pids = service.logs.stages_of(engine.pid)
         nodes = [service.nodes.node_of(alive[pid]) for pid in pids.values() if pid in alive]
         if len(nodes) == 2 and nodes[0] is not nodes[1]:
-            return nodes[0], nodes[1]
+            on = [{p.pid for p in alive.values() if p.node == node.name} for node in nodes]
+            return nodes[0], nodes[1], service.pipelines_with(on[0]) & service.pipelines_with(on[1])
     raise NoVictim("no pipeline has its stages on two nodes")
 
 
@@ -127,13 +139,13 @@ def impair(kind: str, link: Link) -> Injector:
         network = service.nodes.network
         if network is None:
             raise NoVictim("only hosts with namespaces have a network to spoil: --hosts namespaces")
-        one, two = _two_stages(service, rng)
+        one, two, hit = _two_stages(service, rng)
         assert one.space is not None
         assert two.space is not None
         a, b = one.space.port, two.space.port
         at = time.time()
         network.set_link(a, b, link)
-        return Fault(kind, f"{one.name} - {two.name}", at, lambda: network.heal(a, b))
+        return Fault(kind, f"{one.name} - {two.name}", at, lambda: network.heal(a, b), pipelines=hit)
 
     return inject
 

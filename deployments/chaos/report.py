@@ -1,9 +1,6 @@
 """What a run under faults has shown, as numbers."""
 
 import json
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,9 +18,10 @@ class FaultRecord:
     detect_s: float | None  # until the first of our processes said so
     noticed: str  # what it said
     recover_s: float | None  # until everything was there again, ready, and every stream had gone on
-    streams_hit: int | None = None  # streams that the fault touched, as the logs count them
-    longest_pause_s: float = 0.0  # of any stream
-    others_longest_gap_s: float | None = None  # of the streams that were not hit
+    streams_hit: int = 0  # streams on the pipelines that it hit, or that had to move
+    longest_pause_s: float | None = None  # of the streams that were hit
+    others_longest_gap_s: float | None = None  # of all others
+    stage_start_s: float | None = None  # the longest that a stage took to start and load meanwhile
     longest_first_wait_s: float = 0.0  # to the first token, of requests that began meanwhile
 
 
@@ -33,6 +31,7 @@ class Report:
 
     setting: dict[str, Any]
     seed: int
+    started: float = 0.0  # unix seconds
     seconds: float = 0.0
     requests: int = 0
     failed: int = 0  # an error instead of the rest of the answer, or never let in
@@ -41,6 +40,7 @@ class Report:
     hung: int = 0  # streams that had to be given up
     excused: int = 0  # connections that went through the very process that was killed
     retried: int = 0  # requests that were refused at first, and served when tried again
+    calm_longest_gap_s: float | None = None  # of any stream, while nothing was broken
     left_out: int = 0  # cases that give two texts even without faults
     faults: list[FaultRecord] = field(default_factory=list)
     leftovers: dict[str, Any] = field(default_factory=dict)
@@ -83,35 +83,6 @@ class Report:
         )  # fmt: skip
         return Group(faults, totals, *self.details, "[green]passed[/green]" if self.passed else "[red]FAILED[/red]")
 
-    def markdown(self) -> str:
-        """One row per kind of fault, as in ops/runbook.md."""
-        by_kind: dict[str, list[FaultRecord]] = defaultdict(list)
-        for fault in self.faults:
-            by_kind[fault.kind].append(fault)
-        rows = [
-            "| fault | times | detected: median, longest | recovered | longest pause | others' longest gap |",
-            "|---|---|---|---|---|---|",
-        ]
-        for kind, records in by_kind.items():
-            rows.append(
-                f"| {kind} | {len(records)} | {spread([r.detect_s for r in records])} "
-                f"| {spread([r.recover_s for r in records])} | {spread([r.longest_pause_s for r in records])} "
-                f"| {spread([r.others_longest_gap_s for r in records])} |"
-            )
-        return "\n".join(rows)
-
 
 def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Median and maximum of what was measured."""
-    known = [value for value in values if value is not None]
-    missing = f" ({len(values) - len(known)} unknown)" if len(known) < len(values) else ""
-    return f"{statistics.median(known):.1f}, {max(known):.1f} s{missing}" if known else "unknown"
-
-
-def kinds(records: Sequence[FaultRecord]) -> str:
-    """How often each fault was made, in words."""
-    return ", ".join(f"{count} x {kind}" for kind, count in Counter(r.kind for r in records).items())

@@ -15,14 +15,12 @@ from deployments.chaos.report import FaultRecord, Report
 from deployments.chaos.service import MODEL, Service, Setting, open_network
 from deployments.chaos.traffic import (
     Case,
-    Outcome,
     Traffic,
-    longest_first_waits,
-    longest_pauses,
     make_cases,
     undisturbed,
     unstable,
 )  # fmt: skip
+from deployments.chaos.verdict import Window, sum_up
 from deployments.chaos.witness import (
     OURS,
     Line,
@@ -37,9 +35,7 @@ from model.families import SHAPES
 
 HEAL_TIMEOUT_S = 180.0
 LAST_STREAMS_S = 120.0  # for the streams that are open at the end; then they hang
-EXCUSED_S = 10.0  # a connection through a killed process breaks within this
 LOOK_S = 0.2
-SHOWN = 12  # details of what went wrong
 
 Say = Callable[[str, bool], None]  # what happens; whether it only says how far things are
 
@@ -103,9 +99,8 @@ class Torment:
         self._rng = random.Random(plan.seed)
         self._made: list[Fault] = []
         self._round: list[str] = []  # kinds still to be made in this round
-        self._windows: list[tuple[float, float]] = []  # from fault to recovery, unix seconds
+        self._windows: list[Window] = []
         self._ended = threading.Event()
-        self._started = 0.0
 
     async def run(self) -> None:
         plan, service = self._plan, self._service
@@ -115,12 +110,13 @@ class Torment:
             service.urls, make_cases(plan.cases, MODEL, vocab, plan.tokens, plan.seed), plan.streams
         )
         ports = listening_ports(service.nodes.processes())
-        self._started = time.time()
+        self._report.started = time.time()
         traffic = await self._under_load(cases)
-        self._report.seconds = time.time() - self._started
+        self._report.seconds = time.time() - self._report.started
         if not self._report.unhealed and not self._report.hung:
             await self._forgive_unstable(traffic)
-        self._sum_up(traffic)
+        service.logs.follow()
+        sum_up(self._report, traffic.outcomes, self._made, self._windows, service.logs)
         self._look_for_leftovers(ports)
 
     async def _forgive_unstable(self, traffic: Traffic) -> None:
@@ -174,7 +170,7 @@ class Torment:
             FaultRecord(
                 fault.kind,
                 fault.target,
-                fault.at - self._started,
+                fault.at - self._report.started,
                 notice.time - fault.at if notice else None,
                 notice.message[:200] if notice else "",
                 recovered - fault.at if recovered else None,
@@ -225,42 +221,6 @@ class Torment:
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
-    def _sum_up(self, traffic: Traffic) -> None:
-        report = self._report
-        self._service.logs.follow()
-        seen = self._service.logs.finished_requests()
-        for outcome in traffic.outcomes:
-            if outcome.ending == "truncated" and self._is_excused(outcome, seen):
-                report.excused += 1
-                continue
-            report.requests += 1
-            report.retried += outcome.refusals > 0
-            if outcome.ending == "right":
-                continue
-            name = "failed" if outcome.ending == "refused" else outcome.ending
-            setattr(report, name, getattr(report, name) + 1)
-            if len(report.details) < SHOWN:
-                at = outcome.ended - self._started
-                report.details.append(
-                    f"{outcome.ending} at {at:.1f} s after {len(outcome.arrivals)} chunks: {outcome.detail}"
-                )
-        for record, (start, end) in zip(report.faults, self._windows, strict=True):
-            self._measure(record, traffic, start, end)
-
-    def _measure(self, record: FaultRecord, traffic: Traffic, start: float, end: float) -> None:
-        pauses = longest_pauses(traffic.outcomes, start, end)
-        record.streams_hit = self._service.logs.streams_hit(start, end)
-        record.longest_pause_s = pauses[0] if pauses else 0.0
-        if record.streams_hit is not None:
-            record.others_longest_gap_s = next(iter(pauses[record.streams_hit :]), None)
-        record.longest_first_wait_s = longest_first_waits(traffic.outcomes, start, end)
-
-    def _is_excused(self, outcome: Outcome, seen: set[str]) -> bool:
-        """Its connection went through what was killed: by its address, or no living gateway has heard its end."""
-        near = [f for f in self._made if f.cuts_clients and f.at <= outcome.ended <= f.at + EXCUSED_S]
-        unheard = outcome.request_id not in seen
-        return any(unheard if f.cuts_clients == "gateway" else outcome.url == f.cuts_clients for f in near)
-
     def _look_for_leftovers(self, ports_before: int) -> None:
         """With no request open, and everything healed: what is there that was not there before?"""
         service, left = self._service, self._report.leftovers
@@ -268,7 +228,7 @@ class Torment:
         left["kv blocks in use"] = kv_blocks_in_use(service.nodes)
         counts = census(service.nodes.processes())
         left["engines too many"] = counts["engine"] - service.engines
-        left["stages too many"] = counts["stage"] - 2 * service.engines
+        left["stages too many"] = counts["stage"] - service.stages
         left["gateways too many"] = counts["gateway"] - service.setting.gateways
         groups = placement_groups(service.nodes)
         left["placement groups too many"] = "unknown" if groups is None else groups - service.engines

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from deployments.chaos.nodes import Nodes
-from deployments.chaos.witness import Logs, ask_ready, await_true, census
+from deployments.chaos.witness import Logs, ask_ready, await_true, census, of_kind
 from deployments.check import check_file
 from deployments.local import LocalError, free_port
 from ops.namespaces import Network
@@ -31,6 +31,7 @@ class Setting:
     namespaces: bool = False  # a network namespace for every node
     small_disks: bool = False  # a file system for every node
     haproxy: bool = False  # HAProxy instead of Serve's own proxy
+    spares: bool = False  # a started process waits for the place of every stage
     args: dict[str, Any] = field(default_factory=dict)  # section -> key -> value, over the defaults below
 
     @property
@@ -43,7 +44,7 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
     """A whole Serve configuration."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": SHAPE, "name": MODEL, "dtype": "float32", "load_format": "dummy", "max_model_len": 1024},
-        "pipeline": {"stages": STAGES, "device": "cpu", "threads": 1},
+        "pipeline": {"stages": STAGES, "device": "cpu", "threads": 1, "spare": setting.spares},
         "cache": {"memory_gb": 0.05},
         "scheduler": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
         "gateway": {"replicas": setting.gateways},
@@ -130,10 +131,15 @@ class Service:
                 return int(deployment["autoscaling_config"]["min_replicas"])
         return self.setting.engines
 
+    @property
+    def stages(self) -> int:
+        """How many processes of stages there should be, spares included."""
+        return STAGES * self.engines * (2 if self.setting.spares else 1)
+
     def is_whole(self) -> bool:
         """All processes that should be there are, no others, and every replica that is heard of is ready."""
         counts = census(self.nodes.processes())
-        wanted = {"engine": self.engines, "stage": STAGES * self.engines, "gateway": self.setting.gateways}
+        wanted = {"engine": self.engines, "stage": self.stages, "gateway": self.setting.gateways}
         if any(counts[kind] != count for kind, count in wanted.items()) or not counts["controller"]:
             return False
         for url in self.urls:
@@ -141,6 +147,13 @@ class Service:
             if not said.ready or said.serving < self.engines or "loading" in said.states or "failed" in said.states:
                 return False
         return True
+
+    def pipelines_with(self, pids: set[int]) -> frozenset[str]:
+        """Replicas whose engine or one of whose stages is among these processes."""
+        self.logs.follow()
+        engines = of_kind(self.nodes.processes(), "engine")
+        carriers = (e.pid for e in engines if pids & {e.pid, *self.logs.stages_of(e.pid).values()})
+        return frozenset(replica for pid in carriers if (replica := self.logs.replica_of(pid)))
 
     def shutdown(self) -> None:
         self.nodes.serve("shutdown", "-y")

@@ -28,9 +28,9 @@ KINDS = {
     "raylet": "raylet/raylet",
 }
 OURS = ("stage", "engine", "gateway")
-RECOMPUTED = re.compile(r"(\d+) sequences are recomputed")
 MOVED = re.compile(r"lost its engine|moves on after")
-PLACED = re.compile(r"stage (\d+) \(pid (\d+) on .*\): layers")
+PLACED = re.compile(r"stage (\d+) \(pid (\d+) on .*\): layers .* started and loaded in ([0-9.]+) s")
+FINISHED = "request finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +86,43 @@ class Logs:
         """The first time that one of our processes says that something is wrong."""
         return next((line for line in self.since(start) if line.level in ("WARNING", "ERROR", "CRITICAL")), None)
 
-    def streams_hit(self, start: float, until: float) -> int | None:
-        """How many streams the logs say were hit in this time, or None if they say nothing."""
-        said = self.since(start, until)
-        recomputed: dict[int, int] = {}  # by engine: it may say so again when its first attempt fails
-        for line in said:
-            if found := RECOMPUTED.search(line.message):
-                recomputed[line.pid] = max(recomputed.get(line.pid, 0), int(found.group(1)))
-        moved = sum(bool(MOVED.search(line.message)) for line in said)
-        return sum(recomputed.values()) + moved if recomputed or moved else None
-
     def finished_requests(self) -> set[str]:
         """Ids of the requests whose gateway lived to see their end."""
-        return {str(line.fields["request_id"]) for line in self.lines if "request_id" in line.fields}
+        return {str(line.fields["request_id"]) for line in self.lines if line.message == FINISHED}
+
+    def stays(self) -> dict[str, list["Stay"]]:
+        """On which replicas each request was, by its id, in order."""
+        found: dict[str, list[Stay]] = {}
+        for line in self.lines:
+            moved = bool(MOVED.search(line.message))
+            if "request_id" in line.fields and (moved or line.message == FINISHED):
+                stay = Stay(str(line.fields.get("replica", "")), line.time, moved)
+                found.setdefault(str(line.fields["request_id"]), []).append(stay)
+        return found
 
     def stages_of(self, engine_pid: int) -> dict[int, int]:
         """Stage number -> pid, as the engine last said."""
         found = (PLACED.search(line.message) for line in self.lines if line.pid == engine_pid)
         return {int(match.group(1)): int(match.group(2)) for match in found if match}
+
+    def replica_of(self, engine_pid: int) -> str:
+        """Its id in Serve; empty if it has said nothing yet."""
+        said = (line.fields.get("replica") for line in self.lines if line.pid == engine_pid)
+        return str(next((replica for replica in said if replica), ""))
+
+    def stage_start(self, start: float, until: float) -> float | None:
+        """The longest that a stage took to start and load, of those that came up in this time."""
+        found = (PLACED.search(line.message) for line in self.since(start, until))
+        return max((float(match.group(3)) for match in found if match), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A request's time on one replica, which began where the stay before ended."""
+
+    replica: str
+    until: float  # unix seconds
+    moved: bool  # it went on elsewhere, or the request was finished
 
 
 def parse_line(text: bytes, pid: int) -> Line | None:

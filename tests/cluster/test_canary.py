@@ -144,6 +144,7 @@ def test_no_token_crosses(make_engine: MakeEngine, stages: int, device: str) -> 
     assert engine.scheduler.stats().preemptions > 0, "the cache should have been too small"
 
 
+@pytest.mark.slow
 def test_no_token_crosses_between_stage_processes(ray_cluster: None, tmp_path: Path) -> None:
     """The same with real stage actors, which work while the scheduler goes on."""
     (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))

@@ -82,6 +82,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+    decoders.cache_clear()  # gigabytes
 
 
 def test_there_are_twenty_prompts_of_1_to_1500_tokens() -> None:
@@ -96,7 +97,7 @@ def test_sixteen_short_prompts_at_once() -> None:
     check(SHORT, stages=1)
 
 
-@pytest.mark.parametrize("stages", [3, 5])
+@pytest.mark.parametrize("stages", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_more_stages(stages: int) -> None:
     check([0, 2, 8, 13], stages=stages)
 

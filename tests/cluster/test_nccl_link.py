@@ -19,11 +19,14 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster import link, stage_loop
+from cluster import rendezvous as meeting
+from cluster import stage_loop
 from cluster.errors import LinkBroken
+from cluster.gloo_link import GlooLink
 from cluster.launch import launch_engine
-from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Rendezvous, fits_nccl, join, make_link
+from cluster.link import DOWNSTREAM, UPSTREAM
 from cluster.nccl_link import NcclLink
+from cluster.rendezvous import Rendezvous, fits_nccl, join, make_link
 from cluster.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested, interface_of
 from model.batch import Batch, StepOutput
@@ -42,7 +45,7 @@ NEEDS_TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 def pair(identities: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What both ends get, on devices of these identities; NCCL is asked for, not used."""
     asked = threading.local()
-    monkeypatch.setattr(link, "identity", lambda device: identities[asked.rank])
+    monkeypatch.setattr(meeting, "identity", lambda device: identities[asked.rank])
     monkeypatch.setattr("cluster.nccl_link.connect", lambda store, rank, *_: f"nccl-{rank}")
     rendezvous = Rendezvous(HOST, 5.0)
 
@@ -69,7 +72,7 @@ def test_a_shared_gpu_and_a_cpu_get_gloo(identities: tuple[str, str], monkeypatc
 
 
 def test_a_cpu_has_no_identity() -> None:
-    assert link.identity(CPU) == ""
+    assert meeting.identity(CPU) == ""
     assert not fits_nccl("", "")
 
 

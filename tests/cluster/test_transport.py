@@ -14,7 +14,9 @@ import torch
 import zmq
 
 from cluster.errors import LinkBroken
-from cluster.link import DOWNSTREAM, UPSTREAM, GlooLink, Rendezvous, join
+from cluster.gloo_link import GlooLink
+from cluster.link import DOWNSTREAM, UPSTREAM
+from cluster.rendezvous import Rendezvous, join
 from cluster.transport import (
     ControlAddress,
     ControlClient,

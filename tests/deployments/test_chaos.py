@@ -22,10 +22,12 @@ from deployments.chaos.command import NO_RECOVERY, wrong_options
 from deployments.chaos.faults import INJECTORS, Fault
 from deployments.chaos.nodes import PATIENCE, Nodes
 from deployments.chaos.report import FaultRecord, Report
-from deployments.chaos.run import Plan, Torment, run
-from deployments.chaos.service import Service, Setting, service_config
+from deployments.chaos.run import Plan, run
+from deployments.chaos.service import Setting, service_config
+from deployments.chaos.table import recorded, table
 from deployments.chaos.traffic import Case, Outcome, Traffic, longest_pauses, make_cases, undisturbed
-from deployments.chaos.witness import Logs, parse_line
+from deployments.chaos.verdict import calm_gap, is_excused, measure
+from deployments.chaos.witness import Logs, Stay, parse_line
 from deployments.config import markdown_table, parse_app_config
 from ops.metrics import METRICS
 from ops.namespaces import Link, NamespaceError, Network, check_possible
@@ -166,15 +168,14 @@ def test_a_report_passes_only_if_all_is_well() -> None:
 
 
 def test_a_stream_is_excused_by_what_carried_it_alone() -> None:
-    torment = Torment(cast(Service, None), Plan(kinds=[]), Report({}, 0), lambda text, passing: None)
-    torment._made = [
+    faults = [
         Fault("gateway", "pid 1", 100.0, cuts_clients="gateway"),
         Fault("proxy", "pid 2", 106.0, cuts_clients="http://a"),
         Fault("stage", "pid 3", 130.0),
     ]
 
     def excused(ended: float, url: str, seen: set[str]) -> bool:
-        return torment._is_excused(Outcome("id", url, 0, ended, "truncated", "", [], 0), seen)
+        return is_excused(Outcome("id", url, 0, ended, "truncated", "", [], 0), faults, seen)
 
     assert excused(101, "http://b", set())  # no gateway that lives has heard of its end
     assert not excused(101, "http://b", {"id"})
@@ -201,36 +202,72 @@ def test_log_lines_are_told_from_others() -> None:
     assert parse_line(b'{"time": "now"}', 7) is None
 
 
-def test_logs_say_where_stages_are_and_what_was_hit(tmp_path: Path) -> None:
-    """In the words of cluster/ray_pipeline.py, cluster/engine.py and deployments/resume.py."""
+def test_silences_are_those_of_the_streams_that_were_hit_or_of_all_others() -> None:
+    def outcome(name: str, *arrivals: float) -> Outcome:
+        return Outcome(name, "", 0, 0, "right", "", list(arrivals), 0)
 
-    def line(second: int, message: str) -> str:
+    outcomes = [
+        outcome("on a", 98, 99, 103, 104),
+        outcome("on b", 98, 99, 99.5, 100.5, 101, 102, 103),
+        outcome("from b to a", 98, 99, 99.2),  # it was on b when that was hit no more
+        outcome("later", 104, 110, 110.5),
+    ]
+    stays = {
+        "on a": [Stay("a", 101, True), Stay("b", 104, False)],
+        "on b": [Stay("b", 103, False)],
+        "from b to a": [Stay("b", 99, True), Stay("a", 99.2, False)],
+        "later": [Stay("a", 111, False)],
+    }
+    record = FaultRecord("stage", "pid 1", 0.0, 0.1, "died", 3.0)
+    measure(record, Fault("stage", "pid 1", 100.0, pipelines=frozenset({"a"})), (100.0, 103.0), outcomes, stays)
+    assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (1, 4, 1)
+    measure(record, Fault("controller", "pid 1", 100.0), (102.0, 103.0), outcomes, stays)
+    assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (0, None, 4)
+    assert calm_gap(outcomes, [(100.0, 103.0)]) == 6
+
+
+def test_logs_say_where_stages_are_and_where_streams_were(tmp_path: Path) -> None:
+    """In the words of cluster/ray_pipeline.py, deployments/resume.py and deployments/gateway.py."""
+
+    def line(second: int, message: str, **fields: str) -> str:
         entry = {
             "time": f"2026-11-24T09:00:{second:02}.000Z",
             "level": "ERROR",
             "logger": "cluster",
             "message": message,
+            **fields,
         }
         return json.dumps(entry) + "\n"
+
+    def placed(stage: int, pid: int, seconds: float) -> str:
+        return (
+            f"stage {stage} (pid {pid} on 10.0.0.{stage}): layers 0-1, 0.5 M parameters, room for 9 KV blocks; "
+            f"started and loaded in {seconds} s"
+        )
 
     logs = tmp_path / "session_2026" / "logs"
     logs.mkdir(parents=True)
     (logs / "worker-1-2-77.err").write_text(
-        line(1, "stage 0 (pid 11 on 10.0.0.1): layers 0-1, 0.5 M parameters, room for 9 KV blocks")
-        + line(2, "stage 1 (pid 12 on 10.0.0.2): layers 2-3, 0.5 M parameters, room for 9 KV blocks")
-        + line(5, "stage 1 (pid 12 on 10.0.0.2) died: killed; 7 sequences are recomputed")
-        + line(6, "stage 1 (pid 13 on 10.0.0.2) died: killed; 7 sequences are recomputed")
+        line(1, placed(0, 11, 2.5), replica="a")
+        + line(2, placed(1, 12, 3.5), replica="a")
+        + line(5, "stage 1 (pid 12 on 10.0.0.2) was killed or lost; 7 sequences are recomputed", replica="a")
         + "half a li"
     )
-    (logs / "worker-3-4-88.err").write_text(line(5, "a stream lost its engine (gone) after 3 tokens; resuming it"))
+    (logs / "worker-3-4-88.err").write_text(
+        line(5, "a stream lost its engine (gone) after 3 tokens; resuming it", request_id="x", replica="a")
+        + line(6, "engine b rebuilds its pipeline; its stream moves on after 5 tokens", request_id="x", replica="b")
+        + line(7, "request finished", request_id="x", replica="c")
+    )
     found = Logs(cast(Nodes, SimpleNamespace(all=[SimpleNamespace(directory=tmp_path)])))
     found.follow()
     found.follow()
     assert found.stages_of(77) == {0: 11, 1: 12}
-    assert len(found.lines) == 5
+    assert found.replica_of(77) == "a"
+    assert len(found.lines) == 6
     start = found.lines[0].time
-    assert found.streams_hit(start, start + 10) == 8
-    assert found.streams_hit(start, start + 1) is None
+    assert found.finished_requests() == {"x"}
+    assert found.stays() == {"x": [Stay("a", start + 4, True), Stay("b", start + 5, True), Stay("c", start + 6, False)]}
+    assert (found.stage_start(start, start + 1), found.stage_start(start + 2, start + 9)) == (3.5, None)
     notice = found.first_notice(start + 3)
     assert notice is not None
     assert notice.time == start + 4
@@ -249,6 +286,27 @@ def test_the_service_is_configured_as_any_other() -> None:
     assert (config.gateway.resume_attempts, config.gateway.replicas, config.pipeline.stages) == (0, 2, 2)
 
 
+def test_the_parts_of_a_run_are_added_up() -> None:
+    def part(failed: int, *pauses: float | None) -> dict[str, Any]:
+        faults = [
+            FaultRecord("stage", "pid 1", 0.0, 0.1, "died", 2.0, longest_pause_s=pause, others_longest_gap_s=0.5)
+            for pause in pauses
+        ]
+        report = Report({"hold_s": 15.0, "engines": 2, "streams": 64}, 0, requests=600, failed=failed, faults=faults)
+        return cast(dict[str, Any], json.loads(report.as_json()))
+
+    (row,) = table({"chaos-kills": [part(0, 1.0, 3.0), part(1, 1.5, None)]}).splitlines()[2:]
+    words = ["stage, kill -9", "4", "64, 1,200", "1, 0, 0", "0.1, 0.1 s", "2.0, 2.0 s", "1.5, 3.0 s", "0.5, 0.5 s"]
+    assert row == f"| {' | '.join(words)} | `chaos-kills` |"
+
+
+@pytest.mark.parametrize("file", ["README.md", "ops/runbook.md"])
+def test_the_tables_are_those_of_the_results(file: str) -> None:
+    text = (Path(__file__).parents[2] / file).read_text()
+    shown = text.partition("<!-- chaos -->\n")[2].partition("\n<!-- end -->")[0]
+    assert shown == table(recorded()), "put in what `python -m deployments.chaos.table` prints"
+
+
 def test_the_runbook_names_what_there_is() -> None:
     text = (Path(__file__).parents[2] / "ops" / "runbook.md").read_text()
     known = {metric.name for metric in METRICS}
@@ -260,8 +318,6 @@ def test_the_runbook_names_what_there_is() -> None:
             assert re.search(rf"`{name}` \| {value} \|", text), name
     for key in re.findall(r"`((?:gateway|pipeline|admission)\.[a-z_]+)`", text):
         assert f"| `{key}` |" in markdown_table(), key
-    for name in re.findall(r"`chaos-([a-z-]+)` \|", text):
-        assert list((Path(__file__).parents[2] / "ops" / "results").glob(f"chaos-{name}-2*.json")), name
 
 
 # -- namespaces -------------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def test_openai_completions_with_a_seed_and_logprobs(service: Service) -> None:
     assert [m.id for m in service.openai.models.list()] == [NAME]
 
 
+@pytest.mark.slow
 def test_constrained_answers_even_if_a_stage_dies(service: Service) -> None:
     """Two answers in one stream; the stages compute them again and they stay what they were."""
     schema = {"type": "array", "items": {"enum": ["camel", "llama", "dromedary"]}, "minItems": 25, "maxItems": 25}
@@ -342,6 +343,7 @@ def test_transport_abuse_through_serves_own_proxy(service: Service) -> None:
     assert server.megabytes() - before < 100
 
 
+@pytest.mark.slow
 def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:
     """1 -> 2 -> 1 replicas while requests run; each gets all of its tokens."""
     bodies = [
@@ -385,6 +387,7 @@ def test_scaling_up_and_down_under_load_loses_nothing(service: Service) -> None:
     assert service.http.get("/ready").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> None:
     """kill -9 of the engine process, which takes its stages with it: Serve makes another, and the stream goes on."""
     body = {
@@ -417,7 +420,7 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
 def test_an_update_hands_its_streams_to_the_new_replica(service: Service) -> None:
     """`serve deploy` of a changed configuration with one replica: the new one is ready before the old one goes."""
     body = {
-        "model": NAME, "prompt": "Long ago", "max_tokens": 600, "temperature": 0.8, "seed": 6, "ignore_eos": True,
+        "model": NAME, "prompt": "Long ago", "max_tokens": 400, "temperature": 0.8, "seed": 6, "ignore_eos": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     url = f"{service.url}/v1/completions"

@@ -41,6 +41,7 @@ def test_a_text_of_one_token_predicts_nothing() -> None:
         perplexity(decoders(1)[0], [1], window=100)
 
 
+@pytest.mark.slow
 def test_eight_bits_cost_what_three_bits_of_mantissa_cost() -> None:
     """The reference kernels, on few tokens. A wrong scale or a lost row would cost a multiple.
 

@@ -389,6 +389,7 @@ def gguf_file(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_default_model_equals_transformers_tensor_by_tensor():
     """Among other things: the rows of wq and wk lie in a GGUF file as Meta has them."""
     path = resolve_path(MODEL)

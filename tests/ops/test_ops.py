@@ -233,6 +233,35 @@ def test_log_lines_are_json_with_known_fields_only() -> None:
     assert "\n" not in text
 
 
+def test_lines_carry_what_is_known_of_their_request() -> None:
+    formatter = logs.JsonFormatter(replica="own")
+
+    def line(**fields: Any) -> dict[str, Any]:
+        record = logging.makeLogRecord({"msg": "m", **fields})
+        return {name: value for name, value in json.loads(formatter.format(record)).items() if name in logs.FIELDS}
+
+    async def serve(request_id: str) -> list[dict[str, Any]]:
+        logs.begin(request_id=request_id)
+        seen = [line()]
+
+        async def part() -> None:
+            await asyncio.sleep(0)
+            logs.bind(replica=f"of {request_id}", secret="s")
+
+        await asyncio.create_task(part())
+        return [*seen, line(), line(request_id="given")]
+
+    async def both() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(serve("a"), serve("b"))
+
+    for request_id, lines in zip("ab", asyncio.run(both()), strict=True):
+        assert lines[0] == {"request_id": request_id, "replica": "own"}
+        assert lines[1] == {"request_id": request_id, "replica": f"of {request_id}"}
+        assert lines[2]["request_id"] == "given"
+    logs.bind(request_id="outside of all requests")
+    assert line() == {"replica": "own"}
+
+
 # -- load -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,70 @@
+"""How two neighbouring stages find each other, and which kind of `Link` they then use."""
+
+import socket
+from datetime import timedelta
+
+import torch
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from cluster import nccl_link
+from cluster.gloo_link import GlooLink
+from cluster.link import Link, broken_if_it_fails
+
+
+class Rendezvous:
+    """The sender's store, through which the pair finds each other; bound to the node's cluster address."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        self.host = host
+        # A socket of our own: the store's would listen on all addresses of the node.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)
+        self.store = TCPStore(
+            host,
+            listener.getsockname()[1],
+            world_size=2,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),  # the store's from now on
+        )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.host, int(self.store.port)
+
+
+def join(address: tuple[str, int], timeout_s: float) -> TCPStore:
+    """The receiver's view of its sender's store. Raises `LinkBroken` if nobody is there."""
+    host, port = address
+    with broken_if_it_fails(f"finding the stage before at {host}:{port}"):
+        return TCPStore(host, port, world_size=2, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def make_link(store: TCPStore, rank: int, host: str, key: str, timeout_s: float, device: torch.device) -> Link:
+    """Over NCCL between two GPUs; through host memory on CPUs, and between stages that share a GPU, as NCCL refuses to.
+
+    Both ends say which device they have, so both choose the same. Raises `LinkBroken`.
+    """
+    with broken_if_it_fails("meeting the neighbour"):
+        theirs = exchanged(PrefixStore(f"{key}-devices", store), rank, identity(device))
+    if fits_nccl(identity(device), theirs):
+        return nccl_link.connect(store, rank, host, key, timeout_s, device)
+    return GlooLink(store, rank, host, key, timeout_s)
+
+
+def identity(device: torch.device) -> str:
+    """The same for two processes if they share a device that NCCL can use; empty if it is none."""
+    if device.type != "cuda" or not torch.distributed.is_nccl_available():
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def fits_nccl(mine: str, theirs: str) -> bool:
+    return bool(mine and theirs) and mine != theirs
+
+
+def exchanged(store: PrefixStore, rank: int, word: str) -> str:
+    """What the other one of a pair gives for `word`; waits for it as long as the store does."""
+    store.set(f"word-{rank}", word)
+    return store.get(f"word-{1 - rank}").decode()
