@@ -72,7 +72,7 @@ def kill(kind: str, cuts_clients: str = "") -> Injector:
 
 def _url_of(service: Service, victim: Process) -> str:
     address = next(node.address for node in service.nodes.all if node.name == victim.node)
-    return next((url for url in service.urls if f"//{address}:" in url), service.urls[0])
+    return next((url for url in service.doors if f"//{address}:" in url), service.doors[0])
 
 
 def stop(kind: str) -> Injector:

@@ -107,7 +107,7 @@ class Torment:
         self._say("learning what is right", False)
         vocab = SHAPES["test-1m"].vocab_size
         cases, self._report.left_out = await undisturbed(
-            service.urls, make_cases(plan.cases, MODEL, vocab, plan.tokens, plan.seed), plan.streams
+            service.doors, make_cases(plan.cases, MODEL, vocab, plan.tokens, plan.seed), plan.streams
         )
         ports = listening_ports(service.nodes.processes())
         self._report.started = time.time()
@@ -122,12 +122,12 @@ class Torment:
     async def _forgive_unstable(self, traffic: Traffic) -> None:
         """What is wrong without faults too says nothing about them."""
         wrong = [outcome for outcome in traffic.outcomes if outcome.ending == "wrong" and outcome.text]
-        found = await unstable(self._service.urls, traffic.cases, wrong)
+        found = await unstable(self._service.doors, traffic.cases, wrong)
         self._report.left_out += len(found)
         traffic.outcomes = [o for o in traffic.outcomes if not (o.ending == "wrong" and o.case in found)]
 
     async def _under_load(self, cases: Sequence[Case]) -> Traffic:
-        traffic = Traffic(self._service.urls, cases, self._plan.streams)
+        traffic = Traffic(self._service.doors, cases, self._plan.streams)
         load = asyncio.create_task(traffic.run_until_stopped())
         try:
             await asyncio.to_thread(self._torment, traffic)

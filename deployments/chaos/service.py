@@ -87,11 +87,16 @@ class Service:
         self.config = service_config(setting, "0.0.0.0" if setting.namespaces else "127.0.0.1", self._port)
 
     @property
+    def doors(self) -> list[str]:
+        """Where clients try, in turn, as through a load balancer: a node without replicas has no proxy, or one that
+        drains, which lets its streams end."""
+        nodes = self.nodes.workers if self.setting.every_proxy else [self.nodes.head]
+        return [f"http://{node.address}:{self._port}" for node in nodes]
+
+    @property
     def urls(self) -> list[str]:
-        """Where clients may go."""
-        if not self.setting.every_proxy:
-            return [f"http://{self.nodes.head.address}:{self._port}"]
-        return [f"http://{node.address}:{self._port}" for node in self.nodes.workers[: self.setting.gateways]]
+        """Those of the nodes with gateways, which always have a proxy."""
+        return self.doors[: self.setting.gateways]
 
     def start(self) -> None:
         """Nodes first, then `serve deploy`. Raises `LocalError` if the application does not get ready."""
