@@ -5,6 +5,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients/.ready
 XLLAMACPP := 2026.10.11549
+CHAOS = $(BIN)/python -m deployments.chaos --requests 1000 --streams 64
+DAY = $(shell date +%F)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve clients test test-long chaos chaos-network check format bench lock clean
@@ -47,11 +49,13 @@ test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 12 minutes on 2
 test-long: $(READY) $(CLIENTS)  ## all tests
 	@$(BIN)/python -m pytest -q
 
-chaos: $(READY)  ## break the deployed service under load: kill and stop stages, engines and nodes, 1,000 requests
-	@$(BIN)/python -m deployments.chaos --faults stage,engine,node,stage-stop,engine-stop --requests 1000 --streams 64
+chaos: $(READY)  ## break the deployed service under load: kill and stop stages, engines and nodes, 1,000 requests each
+	@$(CHAOS) --faults stage,engine,node --out ops/results/chaos-kills-$(DAY).json
+	@$(CHAOS) --faults stage-stop,engine-stop --out ops/results/chaos-hang-$(DAY).json
 
 chaos-network: $(READY)  ## the same with its network: partitions, lost and late packets (root only)
-	@$(BIN)/python -m deployments.chaos --hosts namespaces --faults partition,slow-link --requests 1000 --streams 64
+	@$(CHAOS) --hosts namespaces --faults partition --out ops/results/chaos-partition-$(DAY).json
+	@$(CHAOS) --hosts namespaces --faults slow-link --out ops/results/chaos-slow-link-$(DAY).json
 
 check: $(READY)  ## format, lint, types, known holes in pinned packages
 	@$(BIN)/ruff format --check .

@@ -71,14 +71,15 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def recorded(directory: Path = RESULTS) -> dict[str, list[Run]]:
-    """What is kept of the runs: `chaos-NAME-DATE.json`, or `chaos-NAME-1-DATE.json` and so on for one in parts."""
-    groups: dict[str, list[Run]] = defaultdict(list)
+    """The last runs of each name: `chaos-NAME-DATE.json`, or `chaos-NAME-1-DATE.json` and so on for one in parts."""
+    days: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for file in sorted(directory.glob("chaos-*.json")):
         found = re.fullmatch(r"(chaos-[a-z-]+?)(?:-\d)?-(\d{4}-\d\d-\d\d)\.json", file.name)
         if found and "without" not in file.name:
-            groups[found.group(1)].append(json.loads(file.read_text()))
+            days[found.group(1)][found.group(2)].append(json.loads(file.read_text()))
+    last = {name: by_day[max(by_day)] for name, by_day in days.items()}
     order = list(WORDS)
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[1][0]["faults"][0]["kind"])))
+    return dict(sorted(last.items(), key=lambda item: order.index(item[1][0]["faults"][0]["kind"])))
 
 
 if __name__ == "__main__":
