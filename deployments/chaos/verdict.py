@@ -55,7 +55,9 @@ def measure(record: FaultRecord, fault: Fault, window: Window, outcomes: Sequenc
     hit: list[Outcome] = []
     others: list[Outcome] = []
     for outcome in outcomes:
-        (hit if is_hit(fault, window, stays.get(outcome.request_id, ())) else others).append(outcome)
+        its = stays.get(outcome.request_id, ())
+        if not its or its[-1].until > fault.at:  # else only its last chunks were still on their way
+            (hit if is_hit(fault, window, its) else others).append(outcome)
     pauses = longest_pauses(hit, *window)
     record.streams_hit = len(pauses)
     record.longest_pause_s = next(iter(pauses), None)

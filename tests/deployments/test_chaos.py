@@ -211,19 +211,21 @@ def test_silences_are_those_of_the_streams_that_were_hit_or_of_all_others() -> N
         outcome("on b", 98, 99, 99.5, 100.5, 101, 102, 103),
         outcome("from b to a", 98, 99, 99.2),  # it was on b when that was hit no more
         outcome("later", 104, 110, 110.5),
+        outcome("over", 90, 102.5),
     ]
     stays = {
         "on a": [Stay("a", 101, True), Stay("b", 104, False)],
         "on b": [Stay("b", 103, False)],
         "from b to a": [Stay("b", 99, True), Stay("a", 99.2, False)],
         "later": [Stay("a", 111, False)],
+        "over": [Stay("b", 99.9, False)],
     }
     record = FaultRecord("stage", "pid 1", 0.0, 0.1, "died", 3.0)
     measure(record, Fault("stage", "pid 1", 100.0, pipelines=frozenset({"a"})), (100.0, 103.0), outcomes, stays)
     assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (1, 4, 1)
-    measure(record, Fault("controller", "pid 1", 100.0), (102.0, 103.0), outcomes, stays)
+    measure(record, Fault("controller", "pid 1", 100.0), (102.0, 103.0), outcomes[:-1], stays)
     assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (0, None, 4)
-    assert calm_gap(outcomes, [(100.0, 103.0)]) == 6
+    assert calm_gap(outcomes[:-1], [(100.0, 103.0)]) == 6
 
 
 def test_logs_say_where_stages_are_and_where_streams_were(tmp_path: Path) -> None:
