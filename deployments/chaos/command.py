@@ -56,6 +56,7 @@ def chaos(
         namespaces=hosts == "namespaces",
         small_disks="disk-full" in kinds,
         haproxy=haproxy,
+        scaled="scale" in kinds,
         spares=spare,
         args={} if recovery else NO_RECOVERY,
     )

@@ -31,6 +31,7 @@ class Setting:
     namespaces: bool = False  # a network namespace for every node
     small_disks: bool = False  # a file system for every node
     haproxy: bool = False  # HAProxy instead of Serve's own proxy
+    scaled: bool = False  # the number of pipelines is set from outside, by `serve deploy`
     spares: bool = False  # a started process waits for the place of every stage
     args: dict[str, Any] = field(default_factory=dict)  # section -> key -> value, over the defaults below
 
@@ -56,6 +57,8 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
         sections[section] = {**sections.get(section, {}), **values}
     front = {FRONT: 0.6 if setting.gateways_on_workers else 0.1}  # one on a node, for the node's proxy to be there too
     stage = {"CPU": 0.4, BACK: 0.7 if setting.spread else 0.4}
+    number = {"min_replicas": setting.engines, "max_replicas": setting.engines}
+    scaled = {"autoscaling_config": number} if setting.scaled else {}  # from the start: a new key replaces all replicas
     bundles = [{"CPU": 0.2, BACK: 0.3 if setting.spread else 0.2}, *([stage] * STAGES)]
     return {
         "proxy_location": "EveryNode" if setting.every_proxy else "HeadOnly",
@@ -69,7 +72,7 @@ def service_config(setting: Setting, host: str, port: int) -> dict[str, Any]:
                 "args": sections,
                 "deployments": [
                     {"name": "Gateway", "ray_actor_options": {"num_cpus": 0.1, "resources": front}},
-                    {"name": "Engine", "placement_group_bundles": bundles},
+                    {"name": "Engine", "placement_group_bundles": bundles, **scaled},
                 ],
             }
         ],
