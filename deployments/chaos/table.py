@@ -50,7 +50,8 @@ def table(runs: Mapping[str, Sequence[Run]]) -> str:
 def _row(kind: str, name: str, group: Sequence[Run], faults: Sequence[Mapping[str, Any]]) -> str:
     setting = group[0]["setting"]
     words = WORDS[kind].format(hold=setting["hold_s"])
-    if setting["engines"] == 1 and kind != "scale":
+    alone = setting["engines"] == 1 and kind != "scale"
+    if alone:
         words += "; the only pipeline" + (", with spares" if setting.get("spares") else "")
     counts = [sum(run[key] for run in group) for key in ("failed", "truncated", "wrong", "hung", "excused", "requests")]
     failed, truncated, wrong, hung, excused, requests = counts
@@ -60,6 +61,8 @@ def _row(kind: str, name: str, group: Sequence[Run], faults: Sequence[Mapping[st
         spread([fault[key] for fault in faults])
         for key in ("detect_s", "recover_s", "longest_pause_s", "others_longest_gap_s")
     ]
+    if alone:
+        times[-1] = "-"  # there are no others
     cells = [words, str(len(faults)), f"{setting['streams']}, {requests:,}", bad, *times, f"`{name}`"]
     return f"| {' | '.join(cells)} |"
 
