@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from model.kernels import Cache, Quantized
-from model.kernels.early import begin, early
+from model.kernels.early import await_inputs, begin, early, fetch_ahead, let_next_start
 
-PROGRAMS = 512  # enough to keep the multiprocessors of an H100 or H200 (132) busy with memory reads
-MAX_SPLITS = 32
+FETCHED_AHEAD = 512  # programs at most: of more, many start when memory is busy already
 
 
 class Tiling(NamedTuple):
@@ -25,13 +24,29 @@ class Tiling(NamedTuple):
     stages: int  # turns whose keys and values are on their way at once
 
 
-def tiling_for(sequences: int, kv_heads: int, groups: int, scaled: bool) -> Tiling:
-    """Fixed by the shapes alone, so that a captured graph holds for any lengths; measured on an H200."""
-    programs = sequences * kv_heads
-    splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, programs)))
+def tiling_for(sequences: int, kv_heads: int, groups: int, element_bytes: int) -> Tiling:
+    """Fixed by the shapes and the type of keys and values alone, so that a captured graph holds for any lengths.
+
+    Measured on an H100 and an H200, whose 132 multiprocessors all shall have something to read.
+    """
+    programs, scaled = sequences * kv_heads, element_bytes == 1
+    if groups == 1:
+        splits = _splits(programs, 512, 32)
+        if scaled:
+            return Tiling(splits, 32, 1, 3 if programs > 4096 else 2)
+        return Tiling(splits, 64, 4 if splits > 1 else 2, 2)
+    splits = _splits(programs, 256, 16)
     if scaled:
-        return Tiling(splits, 64, 2, 5) if groups > 1 else Tiling(splits, 32, 1, 3 if programs > 4096 else 2)
-    return Tiling(splits, 64, 2, 3 if programs >= 1024 and groups > 1 else 2)
+        return Tiling(splits, 128, 4, 5) if programs < 512 else Tiling(splits, 64, 2, 5)
+    tile = 256 // element_bytes  # tokens; a tile of keys and one of values fit in shared memory twice
+    if splits > 1:
+        return Tiling(splits, tile, 4, 2)
+    return Tiling(1, tile, 8, 4) if programs < 1024 else Tiling(1, 64, 2, 3)
+
+
+def _splits(programs: int, enough: int, most: int) -> int:
+    """A power of 2, `most` at most, that makes `enough` programs of so many."""
+    return min(most, int(triton.next_power_of_2(triton.cdiv(enough, programs))))
 
 
 def decode_attention(
@@ -50,20 +65,54 @@ def decode_attention(
     lse = torch.empty(n, h, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, partial, lse
     scale = d**-0.5 * 1.4426950408889634
+    ahead = early()["early"] and d * keys.itemsize % 16 == 0 and n * kv_heads * splits <= FETCHED_AHEAD
+    shape = d, width, block_size
     if groups == 1 and scaled:
         _decode_split_alone[(h, n, splits)](
-            *tensors, scale, block_tables.stride(0), h, d, width, block_size, tiling.tile, splits, tiling.stages,
+            *tensors, scale, block_tables.stride(0), h, *shape, tiling.tile, splits, tiling.stages, ahead,
             num_warps=tiling.warps, **early(),
         )  # fmt: skip
     else:
         _decode_split[(kv_heads, n, splits)](
             *tensors, scale, block_tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
-            d, width, block_size, scaled, tiling.tile, splits,
-            num_warps=tiling.warps, num_stages=tiling.stages, **early(),
+            *shape, scaled, tiling.tile, splits, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
         )  # fmt: skip
     if splits > 1:
         _combine_splits[(n, h)](partial, lse, out, h, d, width, splits, num_warps=2, **early())
     return out
+
+
+@triton.jit
+def _rows(tables, table_stride, seq, kv, position, inside, kv_heads: tl.constexpr, d: tl.constexpr, size: tl.constexpr):
+    """Where the key and the value of each position begin in their caches, and its scale in 8 bits; blocks of `size`."""
+    block = tl.load(tables + seq * table_stride + position // size, mask=inside, other=0).to(tl.int64)
+    offset = position % size
+    return ((block * size + offset) * kv_heads + kv) * d, (block * kv_heads + kv) * size + offset
+
+
+@triton.jit
+def _begin_part(
+    k_cache, v_cache, tables, lens, table_stride, seq, kv, split, kv_heads: tl.constexpr, d: tl.constexpr,
+    block_size: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """As `begin`; returns the positions [start, stop) of one of `splits` parts of a context.
+
+    Lengths and tables are read before the inputs are awaited: what writes them never lets the next kernel start early.
+    The first keys and values are then asked for at once: all but the newest have been there since the step before.
+    """
+    let_next_start(early)
+    length = tl.load(lens + seq).to(tl.int32)
+    per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    if ahead and start < stop:
+        position = tl.minimum(start + tl.arange(0, tile), stop - 1)
+        row, _ = _rows(tables, table_stride, seq, kv, position, position < stop, kv_heads, d, block_size)
+        size: tl.constexpr = d * k_cache.dtype.element_ty.primitive_bitwidth // 8
+        fetch_ahead(k_cache + row, size)
+        fetch_ahead(v_cache + row, size)
+    await_inputs(early)
+    return start, stop
 
 
 @triton.jit
@@ -84,17 +133,16 @@ def _decode_split(
     q, k_cache, v_cache, k_scales, v_scales, tables, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
     width: tl.constexpr, block_size: tl.constexpr, scaled: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
-    early: tl.constexpr,
+    ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One of `splits` parts of a context, for all queries that share a KV head."""
-    begin(early)
     kv = tl.program_id(0)  # fastest: a token's heads lie side by side, and sequences come longest first
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    length = tl.load(lens + seq).to(tl.int32)
-    per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
-    start = split * per
-    stop = tl.minimum(start + per, length)
+    start, stop = _begin_part(
+        k_cache, v_cache, tables, lens, table_stride, seq, kv, split, kv_heads, d, block_size, tile, splits, ahead,
+        early,
+    )  # fmt: skip
     g = tl.arange(0, rows)
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
@@ -109,14 +157,12 @@ def _decode_split(
     for first in range(start, stop, tile):
         position = first + t
         inside = position < stop
-        block = tl.load(tables + seq * table_stride + position // block_size, mask=inside, other=0).to(tl.int64)
-        row = ((block * block_size + position % block_size) * kv_heads + kv) * d
+        row, to_scale = _rows(tables, table_stride, seq, kv, position, inside, kv_heads, d, block_size)
         mask = inside[:, None] & (i < d)[None, :]
         keys = tl.load(k_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
         values = tl.load(v_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
         scores = tl.dot(query, tl.trans(keys.to(kind)), input_precision="ieee") * scale
         if scaled:
-            to_scale = (block * kv_heads + kv) * block_size + position % block_size
             scores *= tl.load(k_scales + to_scale, mask=inside, other=0.0)[None, :]
         scores = tl.where(inside[None, :], scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 1))
@@ -148,20 +194,18 @@ def _decode_split(
 def _decode_split_alone(
     q, k_cache, v_cache, k_scales, v_scales, tables, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, d: tl.constexpr, width: tl.constexpr, block_size: tl.constexpr, tile: tl.constexpr,
-     splits: tl.constexpr, stages: tl.constexpr, early: tl.constexpr,
+    splits: tl.constexpr, stages: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The same in 8 bits where every query has a KV head of its own.
 
     No matrix unit: it would multiply 15 empty rows more, and lay out the keys and values for that takes longest.
     """
-    begin(early)
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    length = tl.load(lens + seq).to(tl.int32)
-    per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
-    start = split * per
-    stop = tl.minimum(start + per, length)
+    start, stop = _begin_part(
+        k_cache, v_cache, tables, lens, table_stride, seq, head, split, h, d, block_size, tile, splits, ahead, early
+    )
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
     at = (seq * h + head) * d + i
@@ -172,13 +216,11 @@ def _decode_split_alone(
     for first in tl.range(start, stop, tile, num_stages=stages):
         position = first + t
         inside = position < stop
-        block = tl.load(tables + seq * table_stride + position // block_size, mask=inside, other=0).to(tl.int64)
-        row = ((block * block_size + position % block_size) * h + head) * d
+        row, to_scale = _rows(tables, table_stride, seq, head, position, inside, h, d, block_size)
         mask = inside[:, None] & (i < d)[None, :]
         keys = tl.load(k_cache + row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v_cache + row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
         scores = tl.sum(keys * query[None, :], 1)
-        to_scale = (block * h + head) * block_size + position % block_size
         scores *= tl.load(k_scales + to_scale, mask=inside, other=0.0)
         scores = tl.where(inside, scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 0))

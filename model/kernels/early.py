@@ -39,3 +39,15 @@ def await_inputs(early: tl.constexpr):
     """The second half of `begin`."""
     if early:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_ahead(address, size: tl.constexpr):
+    """Ask for `size` bytes from each of these addresses into the L2, both multiples of 16; waits for nothing.
+
+    For what no kernel of this step writes: it may come before `await_inputs`, while memory would idle. Needs `early`.
+    """
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+        [address.to(tl.int64), tl.zeros(address.shape, tl.int32) + size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

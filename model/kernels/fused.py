@@ -77,7 +77,8 @@ class FusedKernels:
         context_lens: torch.Tensor,
     ) -> torch.Tensor:
         kv_heads = cache_shape(k_cache)[2]
-        tiling = tiling_for(len(q), kv_heads, q.shape[1] // kv_heads, isinstance(k_cache, Quantized))
+        element_bytes = 1 if isinstance(k_cache, Quantized) else k_cache.itemsize
+        tiling = tiling_for(len(q), kv_heads, q.shape[1] // kv_heads, element_bytes)
         return decode_attention(q, k_cache, v_cache, block_tables, context_lens, tiling)
 
     def prefill_attention(

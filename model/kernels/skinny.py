@@ -26,7 +26,7 @@ def bfloat16_tiling(rows: int, n: int, k: int) -> Tiling | None:
     if rows > 64 or k % 64:
         return None
     if rows == 1:
-        return Tiling(8, 1024, 4, 3) if n <= 8192 else Tiling(16, 512, 4, 3) if n < 24_000 else Tiling(32, 256, 4, 5)
+        return Tiling(8, 1024, 4, 3) if n <= 8192 else Tiling(16, 256, 4, 5) if n < 24_000 else Tiling(32, 256, 4, 5)
     if rows <= 16:
         return Tiling(32, 512, 4, 4) if n <= 8192 else Tiling(32, 256, 4, 4) if n < 24_000 else Tiling(64, 256, 4, 3)
     if rows <= 32:

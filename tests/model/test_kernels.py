@@ -126,7 +126,7 @@ def slots_of(table: torch.Tensor, length: int) -> torch.Tensor:
     return (table.cpu()[position // BLOCK] * BLOCK + position % BLOCK).to(GPU)
 
 
-LENGTHS = [[1], [16], [17], [1, 15, 16, 17, 63, 64, 65, 0, 1000], [2048], [300] * 40, [100_000]]
+LENGTHS = [[1], [16], [17], [1, 15, 16, 17, 63, 64, 65, 0, 1000], [2048], [300] * 40, [33] * 130, [100_000]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
