@@ -1,4 +1,4 @@
-"""The scaling run: `python ops/scaling.py cuda` (or cpu) measures the table; result and plot are in ops/results.
+"""The scaling run: `python ops/scaling.py cuda` (or one-gpu, cpu) measures the table; result and plot: ops/results.
 
 Run it again to go on after an interruption. `python ops/scaling.py cuda fp8x1,fp8x2` measures those rows only, for a
 place where no command may take long.
@@ -25,5 +25,5 @@ def main(device: str, rows: str = "") -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python ops/scaling.py cuda|cpu [rows]")
+        sys.exit("usage: python ops/scaling.py cuda|one-gpu|cpu [rows]")
     sys.exit(main(*sys.argv[1:]))

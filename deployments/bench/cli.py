@@ -359,7 +359,9 @@ def constraints(
 @bench.command(epilog="Example: caravan bench scaling scaling.json --plot scaling.png")
 def scaling(
     file: Annotated[Path, typer.Argument(help="the result; rows that it holds already are not measured again")],
-    device: Annotated[str, typer.Option(help="cuda: Llama 2 70B; cpu: a small model; default: what is here")] = "",
+    device: Annotated[
+        str, typer.Option(help="cuda: Llama 2 70B; cpu: a small model; one-gpu: it shares one; default: cuda or cpu")
+    ] = "",
     rows: Annotated[str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1; default: all")] = "",
     row_timeout: Annotated[float, typer.Option(help="seconds that one row may take")] = 1200.0,
     plot: Plot = None,

@@ -6,6 +6,7 @@ and the file says so. The work grows with the stages, so that each has the same 
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -37,44 +38,65 @@ BATCH_SIZES = "1,64"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured on a kind of device."""
+    """What is measured on a kind of machine."""
 
     device: Device
     shape: str
+    max_model_len: int
     rows: tuple[tuple[str, int], ...]  # (precision, stages)
     requests_per_stage: int
     longest: int  # prompts and outputs of the list are cut to this
     seqs_per_stage: int  # in steady decode
     context: int  # tokens of each of them
     streams_per_pipeline: int  # over HTTP
+    max_num_seqs: tuple[int, int]  # at least, and per stage
     cache: Json
     scheduler: Json
     resources: Json
 
 
-PLANS: dict[Device, Plan] = {
+PLANS: dict[str, Plan] = {
     "cuda": Plan(
         device="cuda",
         shape="llama-2-70b",
+        max_model_len=4096,
         rows=(*(("fp8", n) for n in (1, 2, 4, 8)), *(("bfloat16", n) for n in (2, 4, 8))),
         requests_per_stage=600,
         longest=workload.LONGEST,
         seqs_per_stage=128,
         context=450,
         streams_per_pipeline=256,
+        max_num_seqs=(512, 256),
         cache={"memory_fraction": 0.92, "prefix_caching": False},
         scheduler={"max_num_batched_tokens": 2048},
         resources={},
     ),
+    "one-gpu": Plan(  # all stages take turns on it: shows that the run works, not how pipelines scale
+        device="cuda",
+        shape="test-50m",
+        max_model_len=2048,
+        rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
+        requests_per_stage=64,
+        longest=256,
+        seqs_per_stage=16,
+        context=200,
+        streams_per_pipeline=32,
+        max_num_seqs=(64, 32),
+        cache={"memory_gb": 1.0, "prefix_caching": False},
+        scheduler={"max_num_batched_tokens": 1024},
+        resources={"stage_gpus": 0.125},
+    ),
     "cpu": Plan(
         device="cpu",
         shape="test-50m",
+        max_model_len=1024,
         rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
         requests_per_stage=8,
         longest=64,
         seqs_per_stage=4,
         context=100,
         streams_per_pipeline=8,
+        max_num_seqs=(64, 0),
         cache={"memory_gb": 0.2, "prefix_caching": False},
         scheduler={"max_num_batched_tokens": 512},
         resources={"gateway_cpus": 0.1, "engine_cpus": 0.1, "stage_cpus": 0.1},
@@ -90,12 +112,13 @@ def row_names(plan: Plan) -> list[str]:
 def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, port: int = 8000) -> Json:
     """The Serve configuration of a row."""
     cuda = plan.device == "cuda"
-    scheduler = {**plan.scheduler, "max_num_seqs": max(512, 256 * stages) if cuda else 64}
+    least, per_stage = plan.max_num_seqs
+    scheduler = {**plan.scheduler, "max_num_seqs": max(least, per_stage * stages)}
     model = {"path": f"shape:{plan.shape}", "name": plan.shape, "load_format": "dummy", "dtype": "bfloat16"}
     if precision == "fp8":
         model["quantization"] = "fp8"
     args = {
-        "model": {**model, "max_model_len": 4096 if cuda else 1024},
+        "model": {**model, "max_model_len": plan.max_model_len},
         "pipeline": {"stages": stages, "device": plan.device},
         "cache": plan.cache,
         "scheduler": scheduler,
@@ -113,9 +136,10 @@ def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, po
 
 def too_few(plan: Plan, stages: int, gpus: int) -> Json | None:
     """The row of a pipeline that the machine has too few GPUs for, else None."""
-    if plan.device == "cpu" or gpus >= stages:
+    needed = math.ceil(stages * plan.resources.get("stage_gpus", 1))
+    if plan.device == "cpu" or gpus >= needed:
         return None
-    return {"skipped": f"needs {stages} GPUs, this machine has {gpus}"}
+    return {"skipped": f"needs {needed} GPUs, this machine has {gpus}"}
 
 
 # -- one pipeline, the engine alone -----------------------------------------------------------------------------------

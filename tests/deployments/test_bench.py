@@ -231,6 +231,8 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     assert json.loads(file.read_text())["speedup"] == {"fp8": {"1": 1.0, "2": 1.87}}
     alone = bench_scaling.bench_scaling(plan, 1, ["http-2"], tmp_path / "one.json", 1.0)
     assert alone["rows"]["http-2"]["skipped"] == "needs 2 GPUs, this machine has 1"
+    shared = bench_scaling.PLANS["one-gpu"]
+    assert [bench_scaling.too_few(shared, 8, gpus) is None for gpus in (1, 0)] == [True, False]
     again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
     assert measured == [1, 2, 4], "what was measured stays, what was skipped is tried again"
     assert again["speedup"]["fp8"][4] == pytest.approx(4**0.9, abs=0.01)
@@ -240,9 +242,9 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     assert any(line.split("|")[4].strip() == "1.87" and "1.2 to 1.2 %" in line for line in lines if "fp8x2" in line)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_row_of_a_plan_has_a_valid_configuration(device: str, tmp_path: Path) -> None:
-    plan = bench_scaling.PLANS[device]  # type: ignore[index]
+@pytest.mark.parametrize("name", bench_scaling.PLANS)
+def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path) -> None:
+    plan = bench_scaling.PLANS[name]
     for precision, stages in plan.rows:
         file = tmp_path / f"{precision}{stages}.yaml"
         file.write_text(yaml.safe_dump(bench_scaling.serve_config(plan, precision, stages, pipelines=2)))
