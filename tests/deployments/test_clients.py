@@ -30,6 +30,7 @@ from cluster.sequence import Request, TokenEvent
 from deployments.config import parse_app_config
 from deployments.errors import ApiError
 from deployments.http import create_gateway
+from deployments.tenants import add_key
 from tests import golden
 from tests.deployments.local_engine import LocalEngine, default_model, running
 from tests.deployments.served import served
@@ -211,6 +212,34 @@ def test_bedrock_client(service: Service) -> None:
     arn = "arn:aws:bedrock:us-east-1::foundation-model/nowhere"
     with pytest.raises(client.exceptions.ResourceNotFoundException, match="nowhere"):
         client.invoke_model(modelId=arn, body=json.dumps(body))
+
+
+def test_bedrock_client_with_a_key(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amazon's client sends our key as the bearer token that it finds in the environment, over TLS alone."""
+    file = tmp_path / "keys.yaml"
+    key = add_key(file, "search")
+    recorded = Recorded()
+    guarded = parse_app_config({**ARGS, "auth": {"keys_file": str(file)}})
+    app = create_gateway(guarded, service.overloaded, recorded)
+    ask = {"modelId": HOSTED, "body": json.dumps({"prompt": PROMPT, "max_gen_len": 20, "temperature": 0})}
+    with served(app, (service.certificate, service.certificate.with_name("key.pem"))) as url:
+        where: Any = {"endpoint_url": url, "region_name": "us-east-1", "verify": str(service.certificate)}
+
+        def invoke(bearer: str) -> Any:
+            monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", bearer)
+            client = boto3.client("bedrock-runtime", **where)
+            return json.loads(client.invoke_model(**ask)["body"].read())
+
+        assert invoke(key)["generation"] == ANSWER
+        assert recorded.counts["tenant_requests_total", "search", "stop"] == 1
+        with pytest.raises(ClientError, match="Incorrect API key") as caught:
+            invoke("another")
+        assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 401  # type: ignore[typeddict-item]
+        monkeypatch.delenv("AWS_BEARER_TOKEN_BEDROCK")
+        signed = boto3.client("bedrock-runtime", **where, aws_access_key_id="x", aws_secret_access_key="x")
+        with pytest.raises(ClientError, match="didn't provide an API key"):
+            signed.invoke_model(**ask)
+    app.state.gateway.close()
 
 
 def test_sagemaker_client(service: Service) -> None:

@@ -13,8 +13,10 @@ from cluster.errors import EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments import fingerprint as fingerprints
 from deployments import resume
+from deployments import text as texts
 from deployments.config import parse_app_config
 from deployments.gateway import derived_seed
+from model.tokenizer import Tokenizer
 from tests.deployments.local_service import ARGS, Service, with_service
 
 HOT: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 4}
@@ -24,9 +26,9 @@ def test_n_answers_each_by_its_own_seed() -> None:
     async def test(service: Service) -> None:
         answers = await service.complete(n=3, **HOT)
         assert [a["index"] for a in answers] == [0, 1, 2]
-        texts = [a["text"] for a in answers]
-        assert len(set(texts)) > 1
-        for i, text in enumerate(texts):  # each of them is what a request of its own would have got
+        found = [a["text"] for a in answers]
+        assert len(set(found)) > 1
+        for i, text in enumerate(found):  # each of them is what a request of its own would have got
             (alone,) = await service.complete(**HOT | {"seed": derived_seed(11, i)})
             assert alone["text"] == text
         assert derived_seed(11, 0) == 11
@@ -201,7 +203,7 @@ def test_a_request_that_fails_alone_gets_one_error(monkeypatch: pytest.MonkeyPat
     """In the detokeniser, the stop matcher and the writer of answers: others go on."""
 
     async def test(service: Service) -> None:
-        from deployments import formats, text
+        from deployments import formats
 
         (healthy,) = await service.complete(temperature=0, max_tokens=3)
 
@@ -209,8 +211,8 @@ def test_a_request_that_fails_alone_gets_one_error(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("injected")
 
         for owner, name, victim in (
-            (text.StopMatcher, "_overlap", {"stop": ["zzz"]}),
-            (text, "_token_logprob", {"logprobs": 1}),
+            (texts.StopMatcher, "_overlap", {"stop": ["zzz"]}),
+            (texts, "_token_logprob", {"logprobs": 1}),
             (formats.CompletionFormat, "_top", {"logprobs": 1}),
         ):
             for stream in (False, True):
@@ -226,6 +228,41 @@ def test_a_request_that_fails_alone_gets_one_error(monkeypatch: pytest.MonkeyPat
                 if not stream:
                     assert answer.status_code == 500
                     assert answer.headers["x-should-retry"] == "false"
+
+    with_service(test)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_in_the_detokeniser(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """At a chat's third token. A completion beside it goes on, and the engine keeps nothing of the chat."""
+
+    class Faulty(texts.Detokenizer):
+        def __init__(self, tokenizer: Tokenizer, *, at_start: bool = False) -> None:
+            super().__init__(tokenizer, at_start=at_start)
+            self._left = 3 if at_start else 1000  # only chats begin a text
+
+        def push(self, token_id: int) -> str:
+            self._left -= 1
+            if not self._left:
+                raise RuntimeError("injected")
+            return super().push(token_id)
+
+    async def test(service: Service) -> None:
+        (healthy,) = await service.complete(temperature=0, max_tokens=40)
+        monkeypatch.setattr(texts, "Detokenizer", Faulty)
+        messages = [{"role": "user", "content": "Tell me a story"}]
+        chat = {"model": "smol", "messages": messages, "max_tokens": 200, "stream": stream, "ignore_eos": True}
+        answer, (company,) = await asyncio.gather(
+            service.http.post("/v1/chat/completions", json=chat), service.complete(temperature=0, max_tokens=40)
+        )
+        assert company["text"] == healthy["text"]
+        assert answer.text.count('"error"') == 1, answer.text
+        assert "injected" not in answer.text
+        assert answer.text.count('"content":') == (3 if stream else 0), "the role, and the tokens before the fault"
+        assert "[DONE]" not in answer.text
+        assert answer.status_code == (200 if stream else 500)
+        assert service.engine.kv_blocks_used == 0
+        assert service.metrics.counts["requests_total", "chat", "error"] == 1
 
     with_service(test)
 
