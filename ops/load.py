@@ -62,10 +62,12 @@ class Summary:
         return table
 
 
-async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Stream:
+async def stream(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> Stream:
     """One request; whatever goes wrong is in its `error`, for a load test wants the count, not a traceback."""
     result = Stream()
-    await stream_into(result, client, url, body)
+    await stream_into(result, client, url, body, headers)
     return result
 
 
@@ -119,7 +121,11 @@ def _take(result: Stream, chunk: dict[str, Any]) -> None:
 
 
 async def run(
-    url: str, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float = 0.0
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    concurrency: int,
+    rate: float = 0.0,
+    headers: dict[str, str] | None = None,
 ) -> tuple[Summary, list[Stream]]:
     """All bodies, `concurrency` at a time (closed loop). Each should ask for usage in the stream.
 
@@ -139,7 +145,7 @@ async def run(
                 body = queue.pop()
                 if arrivals:
                     await asyncio.sleep(max(0.0, started + arrivals.pop() - time.perf_counter()))
-                results.append(await stream(client, url, body))
+                results.append(await stream(client, url, body, headers))
 
         await asyncio.gather(*(worker() for _ in range(concurrency)))
     return summarise(results, time.perf_counter() - started), results

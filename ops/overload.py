@@ -28,20 +28,29 @@ class Offered:
 
 
 async def offer(
-    url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, every_second: Callable[[float], None]
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    capacity: float,
+    factor: float,
+    seconds: float,
+    every_second: Callable[[float], None],
 ) -> list[Offered]:
-    """Requests that arrive by themselves (Poisson), `rate` a second, whatever became of those before."""
+    """Requests that arrive by themselves (Poisson), whatever became of those before.
+
+    Their rate is `factor` times the `capacity` in requests/s, or times what is being accepted if that is more.
+    """
     rng = random.Random(0)
     offered: list[Offered] = []
+    statuses: Counter[int] = Counter()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     started = time.perf_counter()
     async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
         tasks.create_task(_sample(started, seconds, every_second))
         at = 0.0
-        while (at := at + rng.expovariate(rate)) < seconds:
+        while (at := at + rng.expovariate(factor * max(capacity, statuses[200] / max(at, 1.0)))) < seconds:
             await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
             one = Offered(time.perf_counter() - started)
-            tasks.create_task(_ask(client, url, bodies[len(offered) % len(bodies)], one))
+            tasks.create_task(_ask(client, url, bodies[len(offered) % len(bodies)], one, statuses))
             offered.append(one)
     return offered
 
@@ -52,11 +61,12 @@ async def _sample(started: float, seconds: float, every_second: Callable[[float]
         await asyncio.sleep(1.0)
 
 
-async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], one: Offered) -> None:
+async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], one: Offered, statuses: Counter[int]) -> None:
     began = time.perf_counter()
     try:
         async with client.stream("POST", url, json={**body, "stream": True}) as response:
             one.status = response.status_code
+            statuses[one.status] += 1
             one.retry_after = float(response.headers.get("retry-after", 0))
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):

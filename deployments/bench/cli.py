@@ -295,17 +295,32 @@ def load(
     report(load_table(result), result, output)
 
 
-@bench.command(epilog="Example: caravan bench fairness --seconds 300")
+@bench.command(
+    epilog="Example: caravan bench fairness --seconds 300\n\n"
+    "Or over HTTP: caravan bench fairness --deploy ray_config.yaml --shares 0.2 --seconds 60"
+)
 def fairness(
     shares: Annotated[str, typer.Option(help="what the small tenant wants of the engine")] = "0.1,0.3,0.45,0.6",
-    seconds: Annotated[float, typer.Option(help="simulated seconds, the first 60 to warm up")] = 300.0,
+    seconds: Annotated[float, typer.Option(help="for each share; of simulated ones the first 60 warm up")] = 300.0,
+    deploy: Annotated[
+        Path | None, typer.Option(help="instead: deploy this here, and ask over HTTP with two keys")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Two tenants before one engine, one with ten times the demand: the real scheduler against a simulated clock."""
     from deployments.bench.fairness import bench_fairness, fairness_table
+    from deployments.bench.fairness_http import bench_fairness_http, fairness_http_table
+    from deployments.local import LocalError
 
-    results = bench_fairness([float(share) for share in shares.split(",")], seconds)
-    report(fairness_table(results), {"seconds": seconds, "shares": results}, output)
+    wanted = numbers(shares, "--shares")
+    if deploy is None:
+        results = bench_fairness(wanted, seconds)
+        return report(fairness_table(results), {"seconds": seconds, "shares": results}, output)
+    try:
+        result = bench_fairness_http(deploy, wanted, seconds)
+    except LocalError as error:
+        fail(str(error))
+    report(fairness_http_table(result), {"config": str(deploy), **result}, output)
 
 
 @bench.command(epilog="Example: caravan bench recovery deployments/configs/llama2-70b-dummy.yaml --stage 1")
