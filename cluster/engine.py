@@ -20,6 +20,7 @@ from model.batch import Batch, StageTiming, StepOutput
 
 log = logging.getLogger(__name__)
 
+MASKS_LATE_S = 0.25  # how long the oldest batch in flight waits for masks
 IDLE_WAIT_S = 1.0  # how often an idle engine looks up
 STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
 DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 2.5, 60.0
@@ -168,6 +169,7 @@ class Engine:
                 try:
                     self._take_inbox()
                     self._fill()
+                    self._send_masks()
                     self._refresh_stats()
                     self._take_result()
                 except StageDied as death:
@@ -207,6 +209,21 @@ class Engine:
             self._in_flight.append(InFlight(batch, now, now - started, waits))
             self.pipeline.submit(batch, self._patience.limit(batch.num_tokens))
 
+    def _send_masks(self) -> None:
+        """To batches that were sent without; the oldest one is not kept waiting for a mask that does not come."""
+        while (masks := self.scheduler.next_masks()) is not None:
+            self.pipeline.send_masks(masks)
+        if (deadline := self._masks_deadline()) is not None and time.monotonic() > deadline:
+            log.warning("step %d goes on without masks that are late", self._in_flight[0].batch.step_id)
+            self.scheduler.give_up_masks(self._in_flight[0].batch.step_id)
+            self._send_masks()
+
+    def _masks_deadline(self) -> float | None:
+        """Until when the masks of the oldest batch in flight must be known; None if it lacks none."""
+        if not self._in_flight or not self.scheduler.missing_masks(self._in_flight[0].batch.step_id):
+            return None
+        return max(self.last_progress, self._in_flight[0].submitted) + MASKS_LATE_S
+
     def _take_result(self) -> None:
         message = self.pipeline.receive(self._wait_s())
         if isinstance(message, StepOutput):
@@ -221,7 +238,8 @@ class Engine:
         deadline = self._deadline()
         if deadline is None:
             return IDLE_WAIT_S
-        return max(0.0, min(deadline, self._next_question()) - time.monotonic()) + 0.001
+        until = min(deadline, self._next_question(), self._masks_deadline() or deadline)
+        return max(0.0, until - time.monotonic()) + 0.001
 
     def _next_question(self) -> float:
         return max(self.last_progress, self._asked) + self._patience.floor_s

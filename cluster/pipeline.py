@@ -9,8 +9,10 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from cluster.errors import StageDied
-from model.batch import Batch, StageTiming, StepOutput
+from model.batch import Batch, LateMasks, StageTiming, StepOutput
 
 if TYPE_CHECKING:  # torch is only needed by whoever builds the stages
     from model.stage import Stage
@@ -26,6 +28,10 @@ class Pipeline(Protocol):
 
     def submit(self, batch: Batch, timeout_s: float) -> None:
         """Hand a batch to all stages, which may take `timeout_s` for it; does not wait. Raises `StageDied`."""
+        ...
+
+    def send_masks(self, masks: LateMasks) -> None:
+        """Hand the last stage what a submitted batch was sent without. Raises `StageDied`."""
         ...
 
     def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
@@ -63,6 +69,7 @@ class LocalPipeline:
     def __init__(self, stages: "list[Stage]") -> None:
         self._stages = stages
         self._batches: deque[Batch] = deque()
+        self._masks: dict[int, LateMasks] = {}  # by step id
         self._timings: deque[StageTiming] = deque()
         self._woken = threading.Event()
 
@@ -73,10 +80,13 @@ class LocalPipeline:
     def submit(self, batch: Batch, timeout_s: float) -> None:
         self._batches.append(batch)
 
+    def send_masks(self, masks: LateMasks) -> None:
+        self._masks[masks.step_id] = masks
+
     def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
         if self._timings:
             return self._timings.popleft()
-        if self._batches:
+        if self._batches and (not self._batches[0].awaits_masks or self._batches[0].step_id in self._masks):
             return self._run(self._batches.popleft())
         self._woken.wait(timeout)
         self._woken.clear()
@@ -85,6 +95,8 @@ class LocalPipeline:
     def _run(self, batch: Batch) -> StepOutput:
         from model.stage import to_output
 
+        if (masks := self._masks.pop(batch.step_id, None)) is not None:
+            batch = msgspec.structs.replace(batch, draws=masks.fill(batch.draws))
         result: Any = None
         for index, stage in enumerate(self._stages):
             started = time.monotonic()
@@ -107,6 +119,7 @@ class LocalPipeline:
     def recover(self, epoch: int, fresh: bool = False) -> int:
         """Nothing survives a failure in this process that would have to be rebuilt."""
         self._batches.clear()
+        self._masks.clear()
         return 0
 
     def close(self) -> None:

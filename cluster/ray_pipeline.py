@@ -19,7 +19,7 @@ from cluster.stage_actor import LoadReport, StageSpec
 from cluster.stage_handle import ASK_S, StageHandle, activity_of
 from cluster.stage_loop import Activity
 from cluster.transport import ControlServer, Ready, StepOrder, interface_address
-from model.batch import Batch, SampledTokens, StageTiming, StepOutput
+from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput
 from model.config import StageLayers
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,13 @@ class RayPipeline:
             self._control.send(StepOrder(batch, timeout_s))
         except zmq.ZMQError as error:
             raise StageDied(f"a stage is not reachable: {error}") from error
+
+    def send_masks(self, masks: LateMasks) -> None:
+        self._raise_if_dead()
+        try:
+            self._control.send_masks(masks)
+        except zmq.ZMQError as error:
+            raise StageDied(f"the last stage is not reachable: {error}") from error
 
     def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
         self._raise_if_dead()

@@ -9,17 +9,20 @@ Tenants share fairly: what waits is taken in the order of waiting_queue.py, and 
 gets it from the tenant that holds more, up to an equal share.
 """
 
+import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.awaited_masks import AwaitedMasks, Unmasked
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.waiting_queue import WaitingQueue
-from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
+from model.batch import SAMPLED, Batch, LateMasks, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
+MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
 
 
@@ -61,6 +64,7 @@ class Scheduler:
         self._running: OrderedDict[str, Sequence] = OrderedDict()  # least recently scheduled first
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
+        self._awaited = AwaitedMasks(self._is_running)
         self._priorities: Counter[int] = Counter()  # of running sequences
         self._slots = list(range(max_num_seqs))  # free ones
         # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
@@ -169,7 +173,7 @@ class Scheduler:
         for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
             seq = sequences[row]
             seq.num_pending_tokens -= 1
-            if self._running.get(seq.request_id) is not seq:
+            if not self._is_running(seq):
                 continue
             seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
             if seq.failure is None:
@@ -187,7 +191,7 @@ class Scheduler:
         """They are kept until the whole prompt's are there, and leave with the first token."""
         for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
             seq = sequences[row.row]
-            if seq.prompt_logprobs is None or self._running.get(seq.request_id) is not seq:
+            if seq.prompt_logprobs is None or not self._is_running(seq):
                 continue
             if found is None:
                 seq.failure = "its prompt's logprobs could not be computed"
@@ -207,11 +211,27 @@ class Scheduler:
         """Everything in flight is lost and so is the KV cache: start over at the next epoch, losing no request."""
         self._in_flight.clear()
         self._cohorts.clear()
+        self._awaited.clear()
         for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
             self._preempt(seq)
         self.blocks.forget()
         self.epoch += 1
         self._next_step = 0
+
+    def next_masks(self) -> LateMasks | None:
+        """What the oldest batch that was sent without its masks lacks, once all of it is known; each only once."""
+        return self._awaited.take(self.epoch)
+
+    def missing_masks(self, step_id: int) -> int:
+        """How many masks this batch in flight still lacks."""
+        return len(self._awaited.missing(step_id))
+
+    def give_up_masks(self, step_id: int) -> None:
+        """This batch has waited long enough: whose mask it lacks starts again, and no batch waits for it any more."""
+        for seq in self._awaited.missing(step_id):
+            assert seq.matcher is not None
+            seq.matcher.seconds = math.inf
+            self._preempt(seq)
 
     # -- choosing ---------------------------------------------------------------------------------------------------
 
@@ -220,6 +240,7 @@ class Scheduler:
         if len(self._cohorts) > self.depth:
             return
         decoding = [s for s in self._running.values() if s.is_decoding]
+        mask_seconds = MASK_SECONDS
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
         victims: list[Sequence] | None = None
         chosen: set[int] = set()
@@ -227,6 +248,8 @@ class Scheduler:
             if len(scheduled) == share:
                 break
             if not seq.may_decode or not seq.block_table:  # no blocks: it was preempted just now
+                continue
+            if (missing := _missing_mask_seconds(seq)) > mask_seconds:
                 continue
             if seq.num_computed_tokens == len(seq.block_table) * self.blocks.block_size:  # its blocks are full
                 if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
@@ -236,6 +259,7 @@ class Scheduler:
                     if not self._make_room(seq, victims, chosen):
                         continue
                 self._grow(seq)
+            mask_seconds -= missing
             self._waiting.account(seq).charge(seq, 1)
             scheduled.append((seq, 1))
             chosen.add(id(seq))
@@ -247,7 +271,7 @@ class Scheduler:
         budget = min(self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
         while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
             # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
-            count = min(seq.num_uncomputed_tokens - (not seq.may_sample), budget)
+            count = min(seq.num_uncomputed_tokens - (seq.mask is None), budget)
             if count > 0:
                 self._waiting.account(seq).charge(seq, count)
                 scheduled.append((seq, count))
@@ -367,6 +391,10 @@ class Scheduler:
         self._waiting.push(seq.again())
         self._preemptions += 1
 
+    def _is_running(self, seq: Sequence) -> bool:
+        """Whether it runs still: a sequence that was preempted goes on as another one."""
+        return self._running.get(seq.request_id) is seq
+
     def _release(self, seq: Sequence) -> None:
         """Take back what a running sequence holds.
 
@@ -389,6 +417,7 @@ class Scheduler:
         sample_rows: list[int] = []
         draws: list[SampleRow] = []
         prompt_rows: list[PromptRow] = []
+        unmasked: list[Unmasked] = []
         tokens_from = -1
         for row, (seq, count) in enumerate(scheduled):
             start = seq.num_computed_tokens
@@ -400,9 +429,12 @@ class Scheduler:
             if count == seq.num_uncomputed_tokens:
                 if not seq.request.sampling.is_greedy:
                     draws.append(_sample_row(len(sample_rows), seq))
+                    if draws[-1].awaits_mask:
+                        unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
                 sample_rows.append(row)
             if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
                 prompt_rows.append(_prompt_row(row, seq, start + count))
+        self._awaited.expect(self._next_step, unmasked)
         width = max(len(seq.block_table) for seq, _ in scheduled)
         slots = np.array([seq.slot for seq, _ in scheduled], np.int32)
         return Batch(
@@ -418,6 +450,11 @@ class Scheduler:
             draws=draws,
             prompt_rows=prompt_rows,
         )
+
+
+def _missing_mask_seconds(seq: Sequence) -> float:
+    """What it takes to make the mask of its next token, if that is not known yet."""
+    return seq.matcher.seconds if seq.matcher is not None and seq.mask is None else 0.0
 
 
 def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
@@ -437,7 +474,7 @@ def _place(item: tuple[Sequence, int]) -> int:
 
 
 def _sample_row(row: int, seq: Sequence) -> SampleRow:
-    p = seq.request.sampling
+    p, mask = seq.request.sampling, seq.mask  # read once: another thread makes it
     penalties = (
         Penalties(p.repetition_penalty, p.presence_penalty, p.frequency_penalty, seq.output_counts)
         if p.needs_counts
@@ -454,5 +491,6 @@ def _sample_row(row: int, seq: Sequence) -> SampleRow:
         logit_bias=p.logit_bias or None,
         penalties=penalties,
         banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
-        mask=seq.matcher.mask if seq.matcher is not None else b"",
+        mask=mask or b"",
+        awaits_mask=mask is None,
     )

@@ -49,6 +49,7 @@ class Matcher(Protocol):
     ready: bool  # whether `mask` is that of the next token
     mask: bytes  # see SampleRow
     failure: str | None  # why there is no mask any more
+    seconds: float  # that making a mask takes, of one thread
 
     def advance(self, token_id: int) -> None:
         """The sequence has one token more. Does not wait."""
@@ -145,20 +146,21 @@ class Sequence:
     def may_decode(self) -> bool:
         """Whether a batch may take its next token now.
 
-        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts or a
-        constraint follows must be known.
+        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts must be
+        known. Its mask may be missing: whether the batch can start without it is the scheduler's affair.
         """
         if self.num_uncomputed_tokens != 1:
             return False
         if self.num_output_tokens + self.num_pending_tokens >= self.request.sampling.max_tokens:
             return False
-        waits = self.request.sampling.needs_counts or self.matcher is not None
-        return self.num_pending_tokens <= (0 if waits else 1) and self.may_sample
+        return self.num_pending_tokens <= (0 if self.request.sampling.needs_counts else 1)
 
     @property
-    def may_sample(self) -> bool:
-        """Whether it is known what its next token may be, as far as that matters."""
-        return self.matcher is None or self.matcher.ready
+    def mask(self) -> bytes | None:
+        """For its next token, see SampleRow; None if it is not known yet."""
+        if self.matcher is None:
+            return b""
+        return self.matcher.mask if self.matcher.ready and not self.num_pending_tokens else None
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""

@@ -9,9 +9,9 @@ import torch
 
 from cluster.link import Link
 from cluster.transport import ControlClient, StepOrder, StopRequested
-from model.batch import SAMPLED, Batch, SampledTokens, StageTiming
+from model.batch import SAMPLED, Batch, LateMasks, SampledTokens, StageTiming
 from model.sampling import Sampled
-from model.stage import Stage, to_output
+from model.stage import Stage, Unsampled, to_output
 from model.timing import Span, Stopwatch
 
 POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
@@ -47,6 +47,8 @@ class StageLoop:
         self._stopwatch = Stopwatch(stage.decoder.device)
         self._inbox: deque[StepOrder] = deque()
         self._outbox: deque[Launched] = deque()
+        self._computed: Unsampled | None = None  # the last stage: a step whose tokens are to be drawn
+        self._masks: dict[int, LateMasks] = {}  # by step id, for batches that were sent without
         self._expected = 0  # step id of the next batch
         # The first stage of several is told what the last one sampled:
         self._is_fed = stage.layers.is_first and not stage.layers.is_last
@@ -68,7 +70,9 @@ class StageLoop:
             while True:
                 self._take_orders()
                 if self._may_launch():
-                    self._outbox.append(self._launch(self._inbox.popleft()))
+                    self._launch(self._inbox.popleft())
+                if self._computed is not None and self._may_sample(self._computed.batch):
+                    self._sample(self._computed)
                 while self._outbox and self._outbox[0].span.is_over():
                     self._check_links()
                     self._report(self._outbox.popleft())
@@ -91,6 +95,9 @@ class StageLoop:
             if isinstance(order, SampledTokens):
                 self._feed(order)
                 continue
+            if isinstance(order, LateMasks):
+                self._masks[order.step_id] = order
+                continue
             batch = order.batch
             if (batch.epoch, batch.step_id) != (self._epoch, self._expected):
                 expected = f"{self._expected} of epoch {self._epoch}"
@@ -102,7 +109,12 @@ class StageLoop:
         if self._outbox and not self._may_launch():
             time.sleep(POLL_S)
 
+    def _may_sample(self, batch: Batch) -> bool:
+        return not batch.awaits_masks or batch.step_id in self._masks
+
     def _may_launch(self) -> bool:
+        if self._computed is not None:
+            return False
         if not self._inbox or (self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until):
             return False
         # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for,
@@ -118,19 +130,30 @@ class StageLoop:
         self._stage.feed(batch, torch.tensor(tokens.token_ids, device=self._stage.decoder.device))
         self._tokens_until = tokens.step_id
 
-    def _launch(self, order: StepOrder) -> Launched:
+    def _launch(self, order: StepOrder) -> None:
         batch, timeout_s = order.batch, order.timeout_s + LINK_MARGIN_S
         hidden = self._receive(batch, timeout_s)
         self._activity = "computing"
         self._stopwatch.start()
-        result = self._stage.run(batch, hidden)
-        if isinstance(result, Sampled):
-            launched = Launched(batch, result.to_host(), self._stopwatch.stop(), 0.0)
+        result = self._stage.compute(batch, hidden)
+        if isinstance(result, Unsampled):
+            self._computed = result
+        elif isinstance(result, Sampled):
+            self._finish(batch, result)
         else:
             span = self._stopwatch.stop()
-            launched = Launched(batch, None, span, self._send(result, timeout_s))
+            self._outbox.append(Launched(batch, None, span, self._send(result, timeout_s)))
         self._activity = "idle"
-        return launched
+
+    def _sample(self, computed: Unsampled) -> None:
+        """Masks that come later than what they are for was computed count as computing in the timings."""
+        self._activity = "computing"
+        self._computed = None
+        self._finish(computed.batch, self._stage.sample(computed, self._masks.pop(computed.batch.step_id, None)))
+        self._activity = "idle"
+
+    def _finish(self, batch: Batch, sampled: Sampled) -> None:
+        self._outbox.append(Launched(batch, sampled.to_host(), self._stopwatch.stop(), 0.0))
 
     def _receive(self, batch: Batch, timeout_s: float) -> torch.Tensor | None:
         if self._upstream is None:

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from model.batch import Batch, SampledTokens, StageTiming, StepOutput, decode_array, encode_array
+from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput, decode_array, encode_array
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -35,7 +35,7 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
 
 FromStage = Ready | StepOutput | StageTiming
-ToStage = StepOrder | SampledTokens
+ToStage = StepOrder | SampledTokens | LateMasks
 STOP = b""  # to a stage: leave the loop
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
@@ -110,6 +110,10 @@ class ControlServer:
     def send_tokens(self, tokens: SampledTokens) -> None:
         """To the first stage. Raises `zmq.ZMQError` if it is not connected."""
         self._router.send_multipart([_identity(0), _encoder.encode(tokens)])
+
+    def send_masks(self, masks: LateMasks) -> None:
+        """To the last stage. Raises `zmq.ZMQError` if it is not connected."""
+        self._router.send_multipart([_identity(len(self._keys) - 1), _encoder.encode(masks)])
 
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""

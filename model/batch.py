@@ -44,6 +44,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True):
     penalties: Penalties | None = None
     banned: tuple[int, ...] = ()  # token ids that may not be drawn now
     mask: bytes = b""  # bit i, lowest first: token i may be drawn; b"": all may, otherwise none beyond its end
+    awaits_mask: bool = False  # it is not known yet, and comes in a `LateMasks`
 
 
 class PromptRow(msgspec.Struct, frozen=True, array_like=True):
@@ -77,6 +78,10 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     def num_seqs(self) -> int:
         return len(self.query_lens)
 
+    @property
+    def awaits_masks(self) -> bool:
+        return any(draw.awaits_mask for draw in self.draws)
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logs of raw probabilities: the chosen token's, and (token id, logprob) of the best ones."""
@@ -101,6 +106,21 @@ class SampledTokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
 
     step_id: int
     token_ids: list[int]
+
+
+class LateMasks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
+    """To the last stage: the masks that a batch was sent without, for they follow from tokens sampled meanwhile."""
+
+    epoch: int
+    step_id: int
+    masks: dict[int, bytes]  # by SampleRow.row, for each that awaits one
+
+    def fill(self, draws: list[SampleRow]) -> list[SampleRow]:
+        """The draws of this batch with their masks."""
+        return [
+            msgspec.structs.replace(draw, mask=self.masks[draw.row], awaits_mask=False) if draw.awaits_mask else draw
+            for draw in draws
+        ]
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):

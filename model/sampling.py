@@ -10,8 +10,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from model.batch import Penalties, SampleRow, TokenLogprobs
 
@@ -139,13 +141,17 @@ def _apply_masks(logits: torch.Tensor, draws: list[SampleRow], errors: dict[int,
 
 def _mask(logits: torch.Tensor, draws: list[SampleRow]) -> None:
     device, vocab = logits.device, logits.shape[-1]
-    masks = torch.frombuffer(bytearray(b"".join(d.mask for d in draws)), dtype=torch.uint8).view(len(draws), -1)
-    bits = (masks.to(device).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
-    refused = torch.ones(len(draws), vocab, dtype=torch.bool, device=device)
-    known = min(vocab, bits.shape[1] * 8)
-    refused[:, :known] = bits.flatten(1)[:, :known] == 0
-    rows = torch.tensor([d.row for d in draws]).to(device, non_blocking=True)
-    logits[rows] = logits[rows].masked_fill(refused, -torch.inf)
+    masks = torch.frombuffer(bytearray(b"".join(d.mask for d in draws)), dtype=torch.uint8).to(device)
+    added = _of_bytes(device).index_select(0, masks.int()).view(len(draws), -1)[:, :vocab]
+    added = F.pad(added, (0, vocab - added.shape[1]), value=-torch.inf)
+    logits.index_add_(0, torch.tensor([d.row for d in draws]).to(device, non_blocking=True), added)
+
+
+@cache
+def _of_bytes(device: torch.device) -> torch.Tensor:
+    """[256, 8] What the bits of each byte of a mask add to logits: 0 or -inf. Adding does not branch."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return torch.where(bits == 1, 0.0, -torch.inf)
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from model.attention import AttentionMetadata, prepare
-from model.batch import SAMPLED, Batch, Int32Array, StepOutput
+from model.batch import SAMPLED, Batch, Int32Array, LateMasks, StepOutput
 from model.config import StageLayers
 from model.graphs import DecodeGraphs
 from model.kv_cache import KVCache
@@ -16,6 +16,15 @@ from model.llama import Decoder
 from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsampled:
+    """What the last stage computed in one step, before any token is drawn from it."""
+
+    batch: Batch
+    logits: torch.Tensor  # [number of samples, V]
+    prompt_logprobs: list[Logprobs | None]
 
 
 class Stage:
@@ -60,6 +69,12 @@ class Stage:
 
         Returns the hidden state for the next stage, or on the last stage the sampled tokens.
         """
+        result = self.compute(batch, hidden)
+        return self.sample(result) if isinstance(result, Unsampled) else result
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
+        """The same, except that on the last stage `sample` is still to come, unless all tokens are the likeliest."""
         if self._graphs is not None and batch.num_tokens == batch.num_seqs and not batch.prompt_rows:
             return self._run_graph(self._graphs, batch, hidden)
         metadata = prepare(batch, self.kv.block_size, self.decoder.device)
@@ -68,16 +83,18 @@ class Stage:
         if not self.layers.is_last:
             return x
         prompts = self._prompt_logprobs(batch, x)
-        return self._sample(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
+        return Unsampled(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
 
-    def _run_graph(self, graphs: DecodeGraphs, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:
+    def _run_graph(
+        self, graphs: DecodeGraphs, batch: Batch, hidden: torch.Tensor | None
+    ) -> torch.Tensor | Sampled | Unsampled:
         """What is returned are copies: the next step overwrites what the graph gives."""
         done = graphs.run(batch, hidden)
         if done.likeliest is None:
             return done.out.clone()
         if not batch.draws and len(batch.sample_rows) == batch.num_seqs:
             return Sampled(done.likeliest.clone(), {}, [])
-        return self._sample(batch, done.out[_on(self.decoder.device, batch.sample_rows)], [])
+        return Unsampled(batch, done.out[_on(self.decoder.device, batch.sample_rows)], [])
 
     def _eager(
         self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata
@@ -87,11 +104,14 @@ class Stage:
         assert x is not None, "only the first stage makes its own input"
         return self.decoder.forward(x, self.kv, metadata)
 
-    def _sample(self, batch: Batch, logits: torch.Tensor, prompts: list[Logprobs | None]) -> Sampled:
-        """Of logits [number of samples, V], which are changed."""
+    @torch.inference_mode()
+    def sample(self, computed: Unsampled, masks: LateMasks | None = None) -> Sampled:
+        """Draw the tokens of a step; `masks` are those that its batch was sent without."""
+        batch, prompts = computed.batch, computed.prompt_logprobs
         if not len(batch.sample_rows):
             return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {}, prompts)
-        sampled = replace(sample(logits, batch.draws), prompt_logprobs=prompts)
+        draws = batch.draws if masks is None else masks.fill(batch.draws)
+        sampled = replace(sample(computed.logits, draws), prompt_logprobs=prompts)
         if self.layers.is_first:
             self.feed(batch, sampled.token_ids)
         return sampled

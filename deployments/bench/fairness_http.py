@@ -18,6 +18,7 @@ from ops import load, top
 
 PROMPT_TOKENS, NEW_TOKENS, MAX_SEQS = 32, 32, 8
 TARGET_TTFT_S = 10.0
+METRICS_S = 5.0  # until what was counted can be read at the metrics endpoint
 DEMAND = 10  # what the greedy tenant wants, in what the small one wants
 Json = dict[str, Any]
 
@@ -49,6 +50,7 @@ class _Tenants:
         await self._ask("greedy", 4 * MAX_SEQS, MAX_SEQS)  # warm
         capacity = await self._ask("greedy", 12 * MAX_SEQS, MAX_SEQS + 2)
         rows = [await self._row(share, capacity, seconds) for share in shares]
+        await asyncio.sleep(METRICS_S)
         metered = {name: int(self._metered(name)) for name in self._received}
         return {
             "capacity_tokens_per_s": round(capacity.output_throughput, 1),
@@ -58,7 +60,7 @@ class _Tenants:
             "seconds": seconds,
             "shares": rows,
             "tokens_received": self._received,
-            "tokens_metered": metered,  # by tenant_generated_tokens_total; of cut streams it may know more
+            "tokens_metered": metered,  # by tenant_generated_tokens_total
             "machine_load": os.getloadavg()[0],
         }
 

@@ -1,6 +1,7 @@
 """Constrained answers are valid and stay the same, however they are computed; what fails in one stays its own."""
 
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster import scheduler
 from cluster.engine import Engine
 from cluster.errors import StageDied
 from cluster.sequence import Request
@@ -154,6 +156,25 @@ def test_an_answer_goes_on_the_same_after_a_stage_died(
     assert engine.scheduler.epoch == 2
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_batches_that_start_without_their_masks_give_the_same_tokens(
+    make_engine: MakeEngine, masks: Masks, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    """Beside those that start once the masks are there, as they do for constraints that take long."""
+    found, late = [], list[int]()
+    for ahead in (True, False):
+        monkeypatch.setattr(scheduler, "MASK_SECONDS", 0.03 if ahead else 1e-9)
+        engine, collector = start(make_engine, stages=stages)
+        send_masks = engine.pipeline.send_masks
+        monkeypatch.setattr(engine.pipeline, "send_masks", lambda m, send=send_masks: late.append(1) or send(m))
+        for i, schema in enumerate(SCHEMAS):
+            send(engine, masks, constrained(str(i), schema))
+        found.append(collector.wait([str(i) for i in range(len(SCHEMAS))]))
+        assert (len(late) > 10) == ahead
+        late.clear()
+    assert found[0] == found[1]
+
+
 def test_with_penalties_logprobs_and_biases(make_engine: MakeEngine, masks: Masks) -> None:
     engine, collector = start(make_engine)
     options = {"presence_penalty": 1.5, "repetition_penalty": 1.3, "logit_bias": {3 + ord("+"): -50.0}, "logprobs": 2}
@@ -214,8 +235,21 @@ def test_a_slow_mask_holds_up_nobody_else(make_engine: MakeEngine, masks: Masks)
     engine.add(request("free", [7] * 5, max_tokens=60))
     assert len(collector.wait(["free"])["free"]) == 60
     assert len(collector.tokens("slow")) == 1, "its second token waits for a mask"
+    assert engine.scheduler.stats().preemptions == 1, "the batch that had begun goes on without it"
+    assert matcher.seconds == math.inf
     gate.set()
     assert re.fullmatch(PHONE, text(collector.wait(["slow"])["slow"]))
+
+
+def test_a_constraint_whose_masks_take_long_is_left_out_until_they_are_there(
+    make_engine: MakeEngine, masks: Masks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MASK_SECONDS", 1e-9)
+    engine, collector = start(make_engine, stages=2)
+    monkeypatch.setattr(engine.pipeline, "send_masks", lambda late: pytest.fail("a batch waits for a slow mask"))
+    send(engine, masks, constrained("r", PHONE))
+    assert re.fullmatch(PHONE, text(collector.wait(["r"])["r"]))
+    assert engine.scheduler.stats().preemptions == 0
 
 
 def test_an_aborted_request_with_a_mask_under_way_leaves_nothing(make_engine: MakeEngine, masks: Masks) -> None:

@@ -10,8 +10,9 @@ import torch
 from cluster import stage_loop
 from cluster.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested
-from model.batch import Batch, StepOutput
+from model.batch import Batch, LateMasks, SampleRow, StepOutput
 from model.sampling import Sampled
+from model.stage import Unsampled
 
 
 class SlowSpan:
@@ -34,10 +35,10 @@ class Engine:
     """The control channel: gives all batches at once, ends the stage when all of them are answered."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        self.orders = [StepOrder(batch, 5.0) for batch in batches]
+        self.orders: list[StepOrder | LateMasks] = [StepOrder(batch, 5.0) for batch in batches]
         self.expected, self.answered = len(batches), list[int]()
 
-    def receive(self, wait: bool = True) -> StepOrder | None:
+    def receive(self, wait: bool = True) -> StepOrder | LateMasks | None:
         if len(self.answered) == self.expected:
             raise StopRequested
         assert self.orders or not wait, "the stage waits for orders with steps unreported"
@@ -48,9 +49,28 @@ class Engine:
             self.answered.append(message.step_id)
 
 
-def make_batch(step_id: int) -> Batch:
+class Masking(Engine):
+    """The same; the masks of a step are known once the step before it is answered, those of the first one at once."""
+
+    def receive(self, wait: bool = True) -> StepOrder | LateMasks | None:
+        order = super().receive(wait and bool(self.orders))
+        if order is None and wait:
+            return LateMasks(0, len(self.answered), {0: b"%d" % len(self.answered)})
+        return order
+
+
+def make_batch(step_id: int, draws: list[SampleRow] | None = None) -> Batch:
     one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    return Batch(0, step_id, one, one, zero, zero, zero, step_id - 1, zero, [])
+    return Batch(0, step_id, one, one, zero, zero, zero, step_id - 1, zero, draws or [])
+
+
+def last_stage(**methods: Any) -> Any:
+    return SimpleNamespace(
+        layers=SimpleNamespace(is_first=False, is_last=True),
+        decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+        hidden_shape=lambda batch: (1, 8),
+        **methods,
+    )
 
 
 def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,13 +85,30 @@ def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch:
         received.append(len(received))
         return into
 
-    stage: Any = SimpleNamespace(
-        layers=SimpleNamespace(is_first=False, is_last=True),
-        decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
-        hidden_shape=lambda batch: (1, 8),
-        run=lambda batch, hidden: Sampled(torch.tensor([3]), {}),
-    )
+    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3]), {}))
     upstream: Any = SimpleNamespace(receive=receive, on_device=False, check=lambda: None)
     control: Any = engine
     StageLoop(1, stage, control, 0, upstream, None).run()
+    assert engine.answered == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_masks_that_come_late_are_waited_for_with_the_step_computed(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    """And with the steps before it reported, for their tokens are what the masks follow from."""
+    watch = SimpleNamespace(start=lambda: None, stop=SlowSpan)
+    monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: watch)
+    engine = Masking([make_batch(n, [SampleRow(0, 0.5, 1.0, 0, 1.0, 0.0, awaits_mask=True)]) for n in range(4)])
+    drawn: list[tuple[int, bytes]] = []
+
+    def sample(computed: Unsampled, masks: LateMasks) -> Sampled:
+        drawn.append((computed.batch.step_id, masks.masks[0]))
+        return Sampled(torch.tensor([3]), {})
+
+    stage = last_stage(compute=lambda batch, hidden: Unsampled(batch, torch.zeros(1, 5), []), sample=sample)
+    upstream: Any = SimpleNamespace(receive=lambda into, s: into, on_device=on_device, check=lambda: None)
+    control: Any = engine
+    StageLoop(1, stage, control, 0, upstream, None).run()
+    assert drawn == [(n, b"%d" % n) for n in range(4)]
     assert engine.answered == [0, 1, 2, 3]

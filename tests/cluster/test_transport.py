@@ -29,6 +29,7 @@ from cluster.transport import (
 from model.batch import (
     SAMPLED,
     Batch,
+    LateMasks,
     Penalties,
     PromptRow,
     SampledTokens,
@@ -85,6 +86,9 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
         server.send_tokens(SampledTokens(5, [1, 2]))
         assert clients[0].receive() == SampledTokens(5, [1, 2])
         assert clients[1].receive(wait=False) is None
+        server.send_masks(LateMasks(2, 5, {0: b"\x07"}))
+        assert clients[1].receive() == LateMasks(2, 5, {0: b"\x07"})
+        assert clients[0].receive(wait=False) is None
         server.stop()
         for client in clients:
             with pytest.raises(StopRequested):

@@ -258,6 +258,9 @@ def test_metrics_have_their_labels(service: Service) -> None:
                  "kv_blocks_total", "requests_total", "last_token_age_seconds", "generated_tokens_total"):  # fmt: skip
         assert f"ray_caravan_{name}{{" in text, name
     assert re.search(r'ray_caravan_requests_total\{[^}]*outcome="cancelled"', text)
+    for name in ("tenant_requests_total", "tenant_prompt_tokens_total", "tenant_generated_tokens_total"):
+        values = re.findall(rf'ray_caravan_{name}\{{[^}}]*tenant="anonymous"[^}}]*\}} (\S+)', text)
+        assert sum(map(float, values)) > 0, name
 
 
 def listening(pid: int) -> list[tuple[str, int]]:
