@@ -16,7 +16,7 @@ from deployments.bench.deployed import Deployed, deployed
 from deployments.tenants import add_key
 from ops import load, top
 
-PROMPT_TOKENS, NEW_TOKENS, MAX_SEQS = 32, 32, 8
+PROMPT_TOKENS, NEW_TOKENS, MAX_SEQS = 100, 32, 8
 TARGET_TTFT_S = 10.0
 METRICS_S = 5.0  # until what was counted can be read at the metrics endpoint
 DEMAND = 10  # what the greedy tenant wants, in what the small one wants
