@@ -11,8 +11,8 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "ops" / "results"
 HEAD = (
     "| fault | times | streams, requests | failed, truncated, wrong | noticed: median, longest | recovered "
-    "| longest pause of streams hit | longest gap of all others | run |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| longest pause of streams hit | longest gap of all others | first token of new requests | run |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 WORDS = {
     "stage": "stage, kill -9",
@@ -59,10 +59,10 @@ def _row(kind: str, name: str, group: Sequence[Run], faults: Sequence[Mapping[st
     bad += f" ({excused} through what was killed)" if excused else ""
     times = [
         spread([fault[key] for fault in faults])
-        for key in ("detect_s", "recover_s", "longest_pause_s", "others_longest_gap_s")
+        for key in ("detect_s", "recover_s", "longest_pause_s", "others_longest_gap_s", "longest_first_wait_s")
     ]
     if alone:
-        times[-1] = "-"  # there are no others
+        times[-2] = "-"  # there are no others
     cells = [words, str(len(faults)), f"{setting['streams']}, {requests:,}", bad, *times, f"`{name}`"]
     return f"| {' | '.join(cells)} |"
 
