@@ -24,7 +24,8 @@ from deployments.local import LocalError, free_low_ports, free_port
 from ops.namespaces import Namespace, Network
 
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 20.0
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 3.0  # then SIGKILL: a head's raylet waits for its GCS, which was told to end at the same time
 WORKER_PORTS = 500  # a node's share of the ports for worker processes
 DISK_BYTES = 300_000_000  # a node's file system, where it is to be filled
 
