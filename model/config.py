@@ -7,7 +7,7 @@ from typing import Literal
 CODE_LLAMA_THETA = 1e6
 CODE_LLAMA_CONTEXT = 100_000  # where Code Llama still works, trained on 16,384 (arXiv 2308.12950, section 3.3)
 INT4_BLOCK = 128  # inputs of a row whose 4-bit weights are packed together; see `Int4Weight`
-PART_BYTES = {"qweight": 4, "scales": 2, "zeros": 1, "order": 4}  # per element of what a 4-bit weight consists of
+PART_BYTES = {"qweight": 4, "scales": 2, "zeros": 2, "order": 4}  # per element of what a 4-bit weight consists of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

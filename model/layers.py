@@ -4,6 +4,8 @@ Legend: T tokens, D head dim.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,7 +13,9 @@ from torch.nn.functional import linear
 
 from model.config import ModelConfig
 from model.kernels import Activations, Int4Weight, Kernels, Quantized, kernels_for
+from model.packing import unpacked
 
+TORCH_INT4_GROUPS = (32, 64, 128, 256)  # sizes that torch's product in 4 bits knows
 PACKED_FOR_ROWS = 8  # the batch that oneDNN lays weights out for; others work as well
 
 
@@ -111,7 +115,7 @@ class Int4Linear(StepByStep):
     """Weights in 4 bits, as the checkpoint has them; inputs and sums are not.
 
     words [out, ...], scales and zeros [out, G]: see `Int4Weight`. The product may be several that read the same input,
-    of `rows` outputs each; `orders` [products, in] says in which order each has its inputs.
+    of `rows` outputs each; `orders` [products, in] says in which order each has its inputs. x comes in `compute`.
     """
 
     def __init__(
@@ -121,23 +125,24 @@ class Int4Linear(StepByStep):
         zeros: torch.Tensor,
         rows: list[int],
         inputs: int,
+        compute: torch.dtype,
         orders: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        self._kernels = kernels_for(words.device)
         self._bias = bias
         self.num_parameters = len(words) * inputs + (bias.numel() if bias is not None else 0)
         if orders is None or bool((orders == orders[0]).all()):  # usually: the order is that of the inputs' sizes
             rows = [len(words)]
         parts = zip(*(torch.split(tensor, rows) for tensor in (words, scales, zeros)), strict=True)
-        self._weights = [Int4Weight(w, s.t().contiguous(), z.t().contiguous()) for w, s, z in parts]
+        weights = [Int4Weight(w, s.t().contiguous(), z.t().contiguous()) for w, s, z in parts]
+        self._products = [int4_product(weight, inputs, compute) for weight in weights]
         self._orders = [None] * len(rows) if orders is None else list(orders[: len(rows)])
 
     def __call__(self, x: Activations) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
         products = [
-            self._kernels.int4_linear(x if order is None else x.index_select(1, order), weight)
-            for weight, order in zip(self._weights, self._orders, strict=True)
+            product(x if order is None else x.index_select(1, order))
+            for product, order in zip(self._products, self._orders, strict=True)
         ]
         product = products[0] if len(products) == 1 else torch.cat(products, 1)
         return product if self._bias is None else product + self._bias
@@ -176,6 +181,18 @@ class PackedBfloat16Linear(StepByStep):
     def __call__(self, x: Activations) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return y
+
+
+def int4_product(weight: Int4Weight, inputs: int, compute: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The fastest product with `weight`, of x [T, inputs] in `compute`; see `Kernels.int4_linear`."""
+    groups, out = weight.scales.shape
+    size = inputs // groups
+    if weight.words.device.type == "cpu" and compute == torch.bfloat16 and size in TORCH_INT4_GROUPS and out % 16 == 0:
+        laid_out = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked(weight.words)[:, :inputs].int(), 1)
+        scales = weight.scales.float()  # torch computes (q - 8) * scale + shift
+        levels = torch.stack((scales, (8 - weight.zeros) * scales), -1).bfloat16()
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, laid_out, size, levels)
+    return partial(kernels_for(weight.words.device).int4_linear, weight=weight)
 
 
 def make_linear(

@@ -38,7 +38,7 @@ class Layer:
             shapes = [config.tensor_shape(f"layers.0.{stem}.weight") for stem in stems]
             words, scales, zeros, *rest = weights
             orders = rest[0].view(len(stems), -1) if rest else None
-            return Int4Linear(words, scales, zeros, [rows for rows, _ in shapes], shapes[0][1], orders, biases)
+            return Int4Linear(words, scales, zeros, [rows for rows, _ in shapes], shapes[0][1], compute, orders, biases)
 
         # Products that read the same input are one product: fewer, larger reads of the weights.
         self.attention_norm = take("attention_norm.weight").to(device, compute, copy=True)

@@ -49,7 +49,7 @@ class Int4Weight(NamedTuple):
 
     words: torch.Tensor  # [out, 16 * ceil(in / 128)] int32
     scales: torch.Tensor  # [G, out] floating point
-    zeros: torch.Tensor  # [G, out] uint8
+    zeros: torch.Tensor  # [G, out] int16
 
 
 Activations = torch.Tensor | Quantized

@@ -37,7 +37,7 @@ class DummyCheckpoint:
         if part == "qweight":
             return torch.randint(-(2**31), 2**31, shape, generator=generator, device=self.device, dtype=torch.int32)
         if part == "zeros":
-            return torch.full(shape, 8, dtype=torch.uint8, device=self.device)
+            return torch.full(shape, 8, dtype=torch.int16, device=self.device)
         values: torch.Tensor = torch.randn(shape, generator=generator, device=self.device)
         if part == "scales":  # q - 8 is spread over 4.6
             return (values.abs().clamp(0.5, 2.0) / (4.6 * math.sqrt(self.config.dim))).half()

@@ -34,8 +34,8 @@ LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}  # bytes, by safetensors' names
-INTEGERS = ("I32", "U8", "int32", "uint8")  # which only weights in 4 bits are made of
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I16": 2}  # bytes, by safetensors' names
+INTEGERS = ("I32", "I16", "int32")  # which only weights in 4 bits are made of
 SAFETENSORS_BITS = {  # all that a file may hold beside what we read
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
@@ -174,7 +174,7 @@ class SafetensorsFile:
 
         types = {
             "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-            "I32": torch.int32, "U8": torch.uint8,
+            "I32": torch.int32, "I16": torch.int16,
         }  # fmt: skip
         # A mapping of its own goes back to the system at once when the tensor does; the heap would keep holes.
         buffer = mmap.mmap(-1, self._nbytes(name))

@@ -81,8 +81,8 @@ class Int4Format:
         return packed(q[:, order] if order is not None and self.layout.act_order else q)
 
     def _zeros(self, qzeros: "torch.Tensor", where: str) -> "torch.Tensor":
-        """[out, G] uint8."""
-        zeros = self._outputs(qzeros + ONES if self.less_one else qzeros).t()
+        """[out, G] int16."""
+        zeros = self._outputs(qzeros + ONES if self.less_one else qzeros).t().short()
         if self.symmetric and bool((zeros != SYMMETRIC_ZERO).any()):
             raise CheckpointError(
                 f"{where} has zeros that are not {SYMMETRIC_ZERO}, but {self.file} says sym = true: the tensor is "

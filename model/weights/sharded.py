@@ -36,7 +36,7 @@ COMPANIONS = (  # what a gateway or `read_config` may want of a checkpoint besid
     "config.json",
 )
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-STORED_SIZES = {**ITEM_SIZES, "int32": 4, "uint8": 1}  # with what weights in 4 bits are made of
+STORED_SIZES = {**ITEM_SIZES, "int32": 4, "int16": 2}  # with what weights in 4 bits are made of
 
 
 @dataclass(frozen=True, slots=True)

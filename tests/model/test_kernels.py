@@ -242,7 +242,7 @@ def test_int4_linear(dtype: torch.dtype, rows: int, out: int, width: int, groups
     torch.manual_seed(0)
     q = torch.randint(0, 16, (out, width), dtype=torch.uint8, device=GPU)
     scales = torch.rand(groups, out, device=GPU).half() / width**0.5
-    weight = Int4Weight(packed(q), scales, torch.randint(0, 16, (groups, out), dtype=torch.uint8, device=GPU))
+    weight = Int4Weight(packed(q), scales, torch.randint(0, 16, (groups, out), dtype=torch.int16, device=GPU))
     x = torch.randn(rows, width, device=GPU, dtype=dtype)
     expected = REFERENCE.int4_linear(x.double(), weight)
     assert error(kernels_for(GPU).int4_linear(x, weight), expected) < TOLERANCE[dtype]
