@@ -16,7 +16,18 @@ from rich.table import Table
 from cluster.config import read_model
 from cluster.engine import Engine
 from cluster.launch import model_len, stage_layers
-from deployments.bench.run import Json, Run, Work, engine_in, own_ray, placed, serve_all, stage_shares, submit
+from deployments.bench.run import (
+    Json,
+    Run,
+    Work,
+    engine_in,
+    own_ray,
+    placed,
+    scheduler_ms,
+    serve_all,
+    stage_shares,
+    submit,
+)
 from deployments.config import AppConfig
 from model.config import ModelConfig
 from model.kv_cache import FLOAT8
@@ -188,6 +199,7 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
         "ms_per_step": round(1000 * seconds / len(reports), 3),
         "floor_ms_per_step": round(1000 * floor_s, 3),
         "share_of_floor": round(floor_s * len(reports) / seconds, 3),
+        "scheduler_ms": scheduler_ms(reports),
         "stages": stage_shares([t for t in run.timings if t.step_id in window], depth),
     }
 
@@ -278,6 +290,7 @@ def _add_steady(table: Table, steady: Json) -> None:
     floor = f"{steady['floor_ms_per_step']:.2f} ms"
     table.add_row(name, f"{steady['ms_per_step']:.2f} ms a step", floor, f"{steady['share_of_floor']:.1%}")
     table.add_row("", f"{steady['output_throughput']:,.0f} output tok/s")
+    table.add_row("scheduler, p50 / p99", "{p50:.2f} / {p99:.2f} ms a step".format(**steady["scheduler_ms"]))
     _add_stages(table, steady["stages"])
 
 

@@ -216,7 +216,7 @@ def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json
         "ttft_s": percentiles([p.first - p.added for p in done]),
         "inter_token_latency_s": percentiles([(p.last - p.first) / (p.tokens - 1) for p in done if p.tokens > 1]),
         "end_to_end_latency_s": percentiles([p.last - p.added for p in done]),
-        "scheduler_ms": {k: 1000 * v for k, v in percentiles([r.scheduler_seconds for r in run.reports]).items()},
+        "scheduler_ms": scheduler_ms(run.reports),
         "steps": len(run.reports),
         "tokens_per_step": round(sum(r.num_tokens for r in run.reports) / len(run.reports), 1),
         "preemptions": engine.scheduler.stats().preemptions - preemptions,
@@ -228,6 +228,11 @@ def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json
             for r, t in zip(run.reports, own, strict=False)
         ],
     }
+
+
+def scheduler_ms(reports: list[StepReport]) -> dict[str, float]:
+    """Percentiles of the host's time per step in choosing it and in taking in what came of it."""
+    return {name: 1000 * seconds for name, seconds in percentiles([r.scheduler_seconds for r in reports]).items()}
 
 
 def stage_shares(timings: list[StageTiming], stages: int) -> list[dict[str, float]]:

@@ -102,6 +102,7 @@ def test_a_steady_window_counts_its_own_steps_only() -> None:
     assert (found["num_seqs"], found["all_decode"], found["steps"]) == (256, True, 199)
     assert [s["bubble"] for s in found["stages"]] == pytest.approx([0.2, 0.2], abs=0.002)
     assert found["floor_ms_per_step"] == pytest.approx(16.2 + 2.2, rel=0.02)
+    assert found["scheduler_ms"]["p99"] == pytest.approx(1.0)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
