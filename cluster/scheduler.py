@@ -154,9 +154,11 @@ class Scheduler:
         for seq, count in scheduled:
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
-            self.blocks.mark_computed(seq)
             self._running.move_to_end(seq.request_id)
         self._in_flight[batch.step_id] = [seq for seq, _ in scheduled]
+        if self.blocks.prefix_caching:
+            for seq, _ in scheduled:
+                self.blocks.mark_computed(seq)
         self._next_step += 1
         return batch
 
@@ -242,6 +244,7 @@ class Scheduler:
         decoding = [s for s in self._running.values() if s.is_decoding]
         mask_seconds = MASK_SECONDS
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
+        block_size = self.blocks.block_size
         victims: list[Sequence] | None = None
         chosen: set[int] = set()
         for seq in decoding:
@@ -251,7 +254,7 @@ class Scheduler:
                 continue
             if (missing := _missing_mask_seconds(seq)) > mask_seconds:
                 continue
-            if seq.num_computed_tokens == len(seq.block_table) * self.blocks.block_size:  # its blocks are full
+            if seq.num_computed_tokens == len(seq.block_table) * block_size:  # its blocks are full
                 if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
                     if victims is None:  # sorted once: a cache that is full for one is full for many
                         idle = (s for s in self._running.values() if s.num_in_flight == 0)
@@ -427,7 +430,7 @@ class Scheduler:
                 token_ids.append(SAMPLED)
                 tokens_from = max(tokens_from, seq.sampled_by)
             if count == seq.num_uncomputed_tokens:
-                if not seq.request.sampling.is_greedy:
+                if not seq.is_greedy:
                     draws.append(_sample_row(len(sample_rows), seq))
                     if draws[-1].awaits_mask:
                         unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))

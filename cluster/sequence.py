@@ -68,7 +68,10 @@ class Sequence:
         "arrival",
         "block_table",
         "failure",
+        "is_greedy",
         "matcher",
+        "max_tokens",
+        "needs_counts",
         "num_cached_tokens",
         "num_charged_tokens",
         "num_computed_tokens",
@@ -79,6 +82,7 @@ class Sequence:
         "output_counts",
         "prompt_logprobs",
         "request",
+        "request_id",
         "sampled_by",
         "slot",
         "token_ids",
@@ -86,6 +90,10 @@ class Sequence:
 
     def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
         self.request = request
+        self.request_id = request.request_id
+        sampling = request.sampling  # what every step asks of it is looked up once
+        self.is_greedy, self.needs_counts = sampling.is_greedy, sampling.needs_counts
+        self.max_tokens = sampling.max_tokens
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
@@ -101,11 +109,11 @@ class Sequence:
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
         # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
-        wanted = request.sampling.prompt_logprobs is not None and not request.output_ids
+        wanted = sampling.prompt_logprobs is not None and not request.output_ids
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
         self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
         self.output_counts: dict[int, int] = {}  # token -> occurrences; kept only where penalties need it
-        if request.sampling.needs_counts:
+        if self.needs_counts:
             self.output_counts = dict.fromkeys(request.token_ids, 0)
             for token_id in request.output_ids:
                 self._count(token_id)
@@ -120,10 +128,6 @@ class Sequence:
         successor.num_charged_tokens = self.num_charged_tokens
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
         return successor
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -149,11 +153,12 @@ class Sequence:
         At most one token ahead of what is known, and only while another one is wanted; what a penalty counts must be
         known. Its mask may be missing: whether the batch can start without it is the scheduler's affair.
         """
-        if self.num_uncomputed_tokens != 1:
+        known, pending = len(self.token_ids), self.num_pending_tokens
+        if known + pending - self.num_computed_tokens != 1:
             return False
-        if self.num_output_tokens + self.num_pending_tokens >= self.request.sampling.max_tokens:
+        if known - self.num_prompt_tokens + pending >= self.max_tokens:
             return False
-        return self.num_pending_tokens <= (0 if self.request.sampling.needs_counts else 1)
+        return pending <= (0 if self.needs_counts else 1)
 
     @property
     def mask(self) -> bytes | None:
@@ -165,11 +170,11 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""
         self.token_ids.append(token_id)
-        if self.request.sampling.needs_counts:
+        if self.needs_counts:
             self._count(token_id)
         if token_id in self.request.sampling.stop_token_ids:
             return "stop"
-        return "length" if self.num_output_tokens >= self.request.sampling.max_tokens else None
+        return "length" if self.num_output_tokens >= self.max_tokens else None
 
     def _count(self, token_id: int) -> None:
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
