@@ -35,9 +35,9 @@ async def offer(
     seconds: float,
     every_second: Callable[[float], None],
 ) -> list[Offered]:
-    """Requests that arrive by themselves (Poisson), whatever became of those before.
+    """Requests that arrive by themselves (Poisson), in the end `factor` times as many as were accepted.
 
-    Their rate is `factor` times the `capacity` in requests/s, or times what is being accepted if that is more.
+    How many that will be follows from those not refused so far, and from the `capacity` in requests/s for the rest.
     """
     rng = random.Random(0)
     offered: list[Offered] = []
@@ -47,7 +47,11 @@ async def offer(
     async with httpx.AsyncClient(timeout=600, limits=limits) as client, asyncio.TaskGroup() as tasks:
         tasks.create_task(_sample(started, seconds, every_second))
         at = 0.0
-        while (at := at + rng.expovariate(factor * max(capacity, statuses[200] / max(at, 1.0)))) < seconds:
+        while True:
+            left, accepted = seconds - at, len(offered) - statuses[429]
+            rate = (factor * (accepted + capacity * left) - len(offered)) / max(0.2, left)
+            if (at := at + rng.expovariate(max(capacity, rate))) >= seconds:
+                break
             await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
             one = Offered(time.perf_counter() - started)
             tasks.create_task(_ask(client, url, bodies[len(offered) % len(bodies)], one, statuses))

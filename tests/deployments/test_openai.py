@@ -248,12 +248,12 @@ def test_a_fault_in_the_detokeniser(monkeypatch: pytest.MonkeyPatch, stream: boo
             return super().push(token_id)
 
     async def test(service: Service) -> None:
-        (healthy,) = await service.complete(temperature=0, max_tokens=40)
+        (healthy,) = await service.complete(temperature=0, max_tokens=8)
         monkeypatch.setattr(texts, "Detokenizer", Faulty)
         messages = [{"role": "user", "content": "Tell me a story"}]
         chat = {"model": "smol", "messages": messages, "max_tokens": 200, "stream": stream, "ignore_eos": True}
         answer, (company,) = await asyncio.gather(
-            service.http.post("/v1/chat/completions", json=chat), service.complete(temperature=0, max_tokens=40)
+            service.http.post("/v1/chat/completions", json=chat), service.complete(temperature=0, max_tokens=8)
         )
         assert company["text"] == healthy["text"]
         assert answer.text.count('"error"') == 1, answer.text
