@@ -101,6 +101,8 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # Else SIGTERM waits for the node to drain, which it cannot while its GCS ends too. Serve was shut down before.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_metrics_report_interval_ms": "1000",  # the default of 10 s makes a live view look dead
         "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
     }

@@ -92,15 +92,29 @@ def stop(kind: str) -> Injector:
 
 def kill_node(service: Service, rng: random.Random) -> Fault:
     """All processes of a worker node that carries a part of a pipeline; its machine is replaced at once."""
-    carriers = {p.node for kind in ("engine", "stage") for p in of_kind(service.nodes.processes(), kind)}
-    fronts = {p.node for p in of_kind(service.nodes.processes(), "gateway")}
-    victim = rng.choice([n for n in service.nodes.workers if n.name in carriers - fronts] or _none("node to spare"))
-    pids = [p.pid for p in service.nodes.processes() if p.node == victim.name]
-    hit = service.pipelines_with(set(pids))
+    victim, pids = _carrier(service, rng)
+    hit = service.pipelines_with(pids)
     at = time.time()
     victim.kill()
     victim.start()  # an empty machine takes its place
-    return Fault("node", victim.name, at, victims=pids, pipelines=hit)
+    return Fault("node", victim.name, at, victims=[*pids], pipelines=hit)
+
+
+def drain_node(service: Service, rng: random.Random) -> Fault:
+    """SIGTERM to such a node; its machine is replaced once it has ended."""
+    victim, pids = _carrier(service, rng)
+    hit = service.pipelines_with(pids)
+    at = time.time()
+    victim.drain()
+    return Fault("drain", victim.name, at, victims=[*pids], pipelines=hit)
+
+
+def _carrier(service: Service, rng: random.Random) -> tuple[Node, set[int]]:
+    """A random worker node that carries a part of a pipeline and no gateway, and its processes."""
+    carriers = {p.node for kind in ("engine", "stage") for p in of_kind(service.nodes.processes(), kind)}
+    fronts = {p.node for p in of_kind(service.nodes.processes(), "gateway")}
+    found = rng.choice([n for n in service.nodes.workers if n.name in carriers - fronts] or _none("node to spare"))
+    return found, {p.pid for p in service.nodes.processes() if p.node == found.name}
 
 
 def _none(what: str) -> list[Node]:
@@ -187,6 +201,7 @@ INJECTORS: dict[str, Injector] = {
     "stage": kill("stage"),
     "engine": kill("engine"),
     "node": kill_node,
+    "drain": drain_node,
     "stage-stop": stop("stage"),
     "engine-stop": stop("engine"),
     "partition": impair("partition", Link(loss=1.0)),

@@ -28,6 +28,7 @@ WORDS = {
     "proxy": "proxy, kill -9",
     "haproxy": "HAProxy, kill -9",
     "head": "head node killed, restarted after 2 s",
+    "drain": "node drained (SIGTERM)",
     "rollout": "rolling update",
     "scale": "1 pipeline more, or 1 less",
 }
