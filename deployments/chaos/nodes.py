@@ -37,6 +37,9 @@ PATIENCE = {
     "RAY_health_check_timeout_ms": "2500",
     "RAY_health_check_failure_threshold": "3",
     "RAY_agent_register_timeout_ms": "120000",  # on a busy machine a node's agent takes its time to start
+    # A replica takes no new calls while it tries to tell a caller that died the end of a call, one call after another.
+    "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "0",
+    "RAY_grpc_client_check_connection_status_interval_milliseconds": "100",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # how long nodes live on without a head; 60 s by default
 }
 # A proxy is replaced after three missed checks: 3 s. With Serve's defaults it takes 30 s.
