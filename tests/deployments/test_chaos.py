@@ -34,7 +34,7 @@ from ops.namespaces import Link, NamespaceError, Network, check_possible
 
 pytestmark = pytest.mark.timeout(400)
 
-SHORT = {"streams": 16, "requests": 60, "cases": 24, "tokens": (64, 160), "calm_s": 1.0}
+SHORT = {"streams": 16, "requests": 60, "cases": 16, "tokens": (64, 160), "calm_s": 1.0}
 
 
 def test_streams_survive_a_stage_and_an_engine() -> None:
@@ -107,7 +107,7 @@ def answer(*words: str, tokens: int = 4) -> list[str]:
 
 def ask(*scripts: list[str] | int) -> Outcome:
     server = Server(list(scripts))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         traffic = Traffic([f"http://127.0.0.1:{server.server_port}"], [CASE], 1)
@@ -142,7 +142,7 @@ def test_a_refusal_is_tried_again_and_counted() -> None:
 
 def test_a_service_that_fails_without_faults_cannot_be_tormented() -> None:
     server = Server([answer(" w1")[:1]])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     with pytest.raises(ValueError, match="failed without any fault"):
         asyncio.run(undisturbed([f"http://127.0.0.1:{server.server_port}"], [CASE], 1))
     server.shutdown()
