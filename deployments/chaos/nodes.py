@@ -178,7 +178,9 @@ class Nodes:
     def start_head(self, cpus: int, resources: Mapping[str, float]) -> None:
         port, dashboard, client = self._head_ports
         node = self._add("head", cpus, resources)
-        node.first = True  # a head has a machine of its own: what computes must not keep it from coming up in time
+        # A head alone has a machine of its own: what computes must not keep it from coming up in time. With gateways on
+        # it, whose imports are seconds of work, it would be the one that keeps all others waiting.
+        node.first = not resources
         node.command += [
             "--head", "--port", str(port), "--dashboard-host", node.address, "--dashboard-port", str(dashboard),
             "--ray-client-server-port", str(client), "--include-dashboard", "true",
