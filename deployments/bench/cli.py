@@ -411,16 +411,20 @@ def perplexity(
     tokens: Annotated[int, typer.Option(min=2, help="how many tokens of it")] = 20_000,
     window: Annotated[int, typer.Option(min=2, help="tokens of context at most")] = 1024,
     quantizations: Annotated[
-        str, typer.Option(help="as in model.quantization, or fp8-cache: cache.dtype fp8; ratios are to the first")
+        str,
+        typer.Option(
+            help="as in model.quantization, or fp8-cache: cache.dtype fp8; fp8-weights: they alone; fp8-w2 (-wqkv, "
+            "-wo, -w13): these alone; ratios are to the first"
+        ),
     ] = "none,fp8",
     output: Output = None,
 ) -> None:
     """Perplexity of a text in full precision and in 8 bits, on one device; a CPU does the 8 bits slowly in torch."""
-    from deployments.bench.perplexity import bench_perplexity, default_text, perplexity_table
+    from deployments.bench.perplexity import QUANTIZATIONS, bench_perplexity, default_text, perplexity_table
 
     wanted = quantizations.split(",")
-    if set(wanted) - {"none", "fp8", "fp8-cache"}:
-        fail(f"--quantizations {quantizations}: give some of none, fp8, fp8-cache")
+    if set(wanted) - set(QUANTIZATIONS):
+        fail(f"--quantizations {quantizations}: give some of {', '.join(QUANTIZATIONS)}")
     try:
         words = text.read_text("utf-8") if text else default_text()
         result = bench_perplexity(read_app_config(config), words, tokens, window, wanted)

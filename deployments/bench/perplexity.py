@@ -1,5 +1,6 @@
 """`caravan bench perplexity`: what 8 bits cost a model, as the perplexity of a text beside that of the full weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from deployments.config import AppConfig
 from model.config import split_layers
+from model.kernels.reference import ReferenceKernels
 from model.kv_cache import FLOAT8
 from model.llama import Decoder
 from model.perplexity import perplexity
@@ -17,6 +19,10 @@ from model.tokenizer import load_tokenizer
 from model.weights import open_checkpoint, resolve_path
 
 Json = dict[str, Any]
+PARTS = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w13": ("w1", "w3"), "w2": ("w2",)}
+ROUNDED = {f"fp8-{part}": stems for part, stems in PARTS.items()}
+ROUNDED["fp8-weights"] = tuple(stem for stems in PARTS.values() for stem in stems)
+QUANTIZATIONS = ("none", "fp8", "fp8-cache", *ROUNDED)
 
 
 def default_text() -> str:
@@ -28,7 +34,8 @@ def default_text() -> str:
 
 def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, quantizations: list[str]) -> Json:
     """Perplexity of the first `tokens` of `text` on the whole model on one device, for each of `quantizations`:
-    none, fp8 (weights and activations), fp8-cache (keys and values).
+    none, fp8 (weights and activations), fp8-cache (keys and values), fp8-weights (no activations), or the weights of
+    some matrices alone: fp8-wqkv, fp8-wo, fp8-w13, fp8-w2.
 
     Raises `ValueError` for a text that is too short, or a checkpoint that cannot be read.
     """
@@ -41,7 +48,7 @@ def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, qua
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         for quantization in quantizations:
             task = bar.add_task(quantization, total=tokens)
-            decoder = whole_model(config, path, quantization == "fp8", window)
+            decoder = whole_model(config, path, quantization, window)
             kv_dtype = FLOAT8 if quantization == "fp8-cache" else None
             found = perplexity(
                 decoder, token_ids[:tokens], window, lambda done, task=task: bar.advance(task, done), kv_dtype  # type: ignore[misc]
@@ -60,13 +67,22 @@ def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, qua
     }
 
 
-def whole_model(config: AppConfig, path: Path, fp8: bool, max_model_len: int) -> Decoder:
+def whole_model(config: AppConfig, path: Path, quantization: str, max_model_len: int) -> Decoder:
     """All layers on the configured device, whatever the number of stages."""
     checkpoint = open_checkpoint(path)
     (part,) = split_layers(checkpoint.config, 1)
-    tensors = checkpoint.tensors(part.tensor_names(checkpoint.config))
+    tensors = rounded(checkpoint.tensors(part.tensor_names(checkpoint.config)), ROUNDED.get(quantization, ()))
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.pipeline.device)
-    return Decoder(checkpoint.config, part, tensors, dtype, device, max_model_len, fp8=fp8)
+    return Decoder(checkpoint.config, part, tensors, dtype, device, max_model_len, fp8=quantization == "fp8")
+
+
+def rounded(tensors: Iterator[tuple[str, torch.Tensor]], stems: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, with the matrices of these names as 8 bits and a scale per row hold them."""
+    for name, tensor in tensors:
+        if name.endswith(".weight") and name.split(".")[-2] in stems:
+            values, scales = ReferenceKernels().quantize_rows(tensor.float())
+            tensor = values.float() * scales
+        yield name, tensor
 
 
 def perplexity_table(result: Json) -> Table:

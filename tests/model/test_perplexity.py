@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.bench.perplexity import bench_perplexity, default_text
+from deployments.bench.perplexity import ROUNDED, bench_perplexity, default_text, rounded
 from deployments.config import parse_app_config
 from model.perplexity import perplexity
 from model.tokenizer import load_tokenizer
@@ -53,6 +53,19 @@ def test_eight_bits_cost_what_three_bits_of_mantissa_cost() -> None:
     assert 0.99 < result["ratio"]["fp8"] < 1.05
     assert result["perplexity"]["none"] != result["perplexity"]["fp8-cache"], "keys and values are not in 8 bits"
     assert 0.99 < result["ratio"]["fp8-cache"] < 1.02
+
+
+def test_the_matrices_that_are_asked_for_are_rounded_and_no_others() -> None:
+    torch.manual_seed(0)
+    stems = "attention.wq", "attention.wo", "feed_forward.w1", "feed_forward.w2", "attention_norm"
+    tensors = [(f"layers.0.{stem}.weight", torch.randn(8, 64)) for stem in stems]
+    for name, wanted in (("fp8-weights", 4), ("fp8-wqkv", 1), ("fp8-w13", 1), ("fp8-w2", 1)):
+        changed = 0
+        for (_, before), (_, after) in zip(tensors, rounded(iter(tensors), ROUNDED[name]), strict=True):
+            error = float((after - before).norm() / before.norm())
+            assert error == 0 or 0.01 < error < 0.04, "three bits of mantissa round by 2.6% in the mean square"
+            changed += error > 0
+        assert changed == wanted, name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
