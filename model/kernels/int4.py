@@ -2,8 +2,8 @@
 
 Legend: T tokens, n columns of the result, k elements summed, G groups. For the order in words see `Int4Weight`.
 
-Four bits under the right exponent are a 16-bit float: 128 + q in bfloat16, 1024 + q in float16, exactly. The sums are
-over those; what is too much is taken off once for each group, and the scales come in there too.
+Four bits under the right exponent are a 16-bit float, 128 + q in bfloat16 and 1024 + q in float16, exactly, and what is
+left when the same of the zero is taken off is exact too: two weights for three instructions.
 """
 
 import math
@@ -17,43 +17,35 @@ from model.config import INT4_BLOCK
 from model.kernels import Int4Weight
 from model.kernels.early import await_inputs, early, let_next_start
 
-MAX_ROWS = 64  # with more, the copy in 16 bits pays
+MAX_ROWS = 128  # with more, the copy in 16 bits pays
 PLANE = 32  # neighbouring inputs that one shift unpacks
-WORDS = INT4_BLOCK // 8
+PLANES = INT4_BLOCK // PLANE
 
 
 class Int4Tiling(NamedTuple):
     """How a product is cut."""
 
+    rows: int  # per program
     columns: int  # of the result, per program
+    depth: int  # blocks of inputs per turn, each with its own warps
     warps: int
     stages: int  # turns whose weights are on their way at once
-    blocks: int = 1  # of 128 inputs, per turn
 
 
-def int4_tiling(rows: int, n: int) -> Int4Tiling | None:
+def int4_tiling(rows: int) -> Int4Tiling | None:
     """How to cut a product where the packed weights beat their copy in 16 bits."""
     if rows > MAX_ROWS:
         return None
-    if rows == 1:
-        return Int4Tiling(8, 2, 3, 4) if n > 8192 else Int4Tiling(4, 4, 4, 4)
-    return Int4Tiling(64, 4, 6) if n > 8192 else Int4Tiling(32, 4, 6)
+    return Int4Tiling(16 if rows <= 16 else 32, 32, 8, 8, 3)
 
 
 def skinny_int4_linear(x: torch.Tensor, weight: Int4Weight, tiling: Int4Tiling) -> torch.Tensor:
     """See `Kernels.int4_linear`; x in 16 bits."""
     (rows, k), n = x.shape, len(weight.words)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    if rows == 1:
-        _int4_vector[(triton.cdiv(n, tiling.columns),)](
-            x, *weight, out, n, k, *_groups(weight, k), tiling.columns, tiling.blocks, tiling.stages,
-            num_warps=tiling.warps, **early(),
-        )  # fmt: skip
-        return out
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    magic, offset = (0x43004300, 128) if x.dtype == torch.bfloat16 else (0x64006400, 1024)
-    _int4_linear[(triton.cdiv(n, tiling.columns), triton.cdiv(rows, block))](
-        x, *weight, out, rows, n, k, *_groups(weight, k), magic, offset, block, tiling.columns,
+    even = k % (tiling.depth * INT4_BLOCK) == 0
+    _int4_linear[(triton.cdiv(n, tiling.columns), triton.cdiv(rows, tiling.rows))](
+        x, *weight, out, rows, n, k, *_groups(weight, k), even, tiling.rows, tiling.columns, tiling.depth,
         num_warps=tiling.warps, num_stages=tiling.stages, **early(),
     )  # fmt: skip
     return out
@@ -73,104 +65,92 @@ def _groups(weight: Int4Weight, k: int) -> tuple[int, int, int]:
     """Number of groups, their size, and the planes in a row that surely belong to the same one."""
     groups = len(weight.scales)
     size = k // groups
-    return groups, size, INT4_BLOCK // PLANE if groups == 1 else math.gcd(size, INT4_BLOCK) // PLANE
+    return groups, size, PLANES if groups == 1 else math.gcd(size, INT4_BLOCK) // PLANE
 
 
 @triton.jit
 def _of_group(values, start, column, n, groups, size):
-    """The group of the inputs from `start` on; past the last input there are only zeros to multiply."""
-    group = tl.minimum(start // size, groups - 1)
-    return tl.load(values + group * n + column, mask=column < n, other=0).to(tl.float32)
+    """Scales or zeros of the inputs from `start` on; past the last input it does not matter which."""
+    return tl.load(values + tl.minimum(start // size, groups - 1) * n + column)
+
+
+@triton.jit
+def _less_zero(nibbles, zeros, half: tl.constexpr):
+    """q - zero for the two q at the ends of both halves of each word, as two floats; `zeros` are two floats already."""
+    asm: tl.constexpr = (
+        "{.reg .b32 q; lop3.b32 q, $1, 0x000F000F, 0x64006400, 0xEA; sub.f16x2 $0, q, $2;}"
+        if half
+        else "{.reg .b32 q; lop3.b32 q, $1, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, q, $2;}"
+    )
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [nibbles, zeros], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _int4_linear(
-    x, words, scales, zeros, out, rows, n, k, groups, size, run: tl.constexpr,
-    magic: tl.constexpr, offset: tl.constexpr, block: tl.constexpr, columns: tl.constexpr, early: tl.constexpr,
+    x, words, scales, zeros, out, rows, n, k, groups, size, run: tl.constexpr, even: tl.constexpr,
+    block: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    """`depth` blocks of inputs are summed each for itself, by other warps, and added at the end.
+
+    Scales come in after each `run` planes. With `run` 4, a block of one group, they are read one turn ahead.
+    """
     let_next_start(early)
     await_inputs(early)
+    half: tl.constexpr = x.dtype.element_ty == tl.float16
+    magic: tl.constexpr = 0x64006400 if half else 0x43004300
+    blocks = tl.cdiv(k, 128)
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     row = tl.program_id(1) * block + tl.arange(0, block)
+    d = tl.arange(0, depth)
     i = tl.arange(0, 32)
-    turns = tl.cdiv(k, 128)
-    to_x = x + row[:, None] * k + i[None, :]
-    to_w = words + column[:, None].to(tl.int64) * (turns * 16) + tl.arange(0, 16)[None, :]
-    acc = tl.zeros([block, columns], tl.float32)
-    for turn in range(turns):
-        w = tl.load(to_w + turn * 16, mask=(column < n)[:, None], other=0)
-        part = tl.zeros([block, columns], tl.float32)
-        seen = tl.zeros([block, 32], tl.float32)
+    near = tl.minimum(column, n - 1)[None, :]  # what is past the end is computed like the last, and not stored
+    to_x = x + row[None, :, None] * k + i[None, None, :]
+    to_w = words + near[:, :, None].to(tl.int64) * (blocks * 16) + tl.arange(0, 16)[None, None, :]
+    acc = tl.zeros([depth, block, columns], tl.float32)
+    scale = _of_group(scales, d[:, None] * 128, near, n, groups, size)
+    zero = _of_group(zeros, d[:, None] * 128, near, n, groups, size)
+    for turn in range(0, blocks, depth):
+        at = turn + d
+        w = tl.load(to_w + ((at if even else tl.minimum(at, blocks - 1)) * 16)[:, None, None])
+        if run == 4:
+            next_scale = _of_group(scales, (at + depth)[:, None] * 128, near, n, groups, size)
+            next_zero = _of_group(zeros, (at + depth)[:, None] * 128, near, n, groups, size)
+        part = tl.zeros([depth, block, columns], tl.float32)
         for j in tl.static_range(4):
-            start = turn * 128 + 32 * j
-            a = tl.load(to_x + start, mask=(row < rows)[:, None] & (i < k - start)[None, :], other=0.0)
-            pairs = ((w >> (4 * j)) & 0x000F000F) | magic
+            start = (at * 128 + 32 * j)[:, None]
+            inside = (row < rows)[None, :, None]
+            if not even:
+                inside = inside & (start + i[None, :] < k)[:, None, :]
+            a = tl.load(to_x + start[:, :, None], mask=inside, other=0.0)
+            if run < 4 and j % run == 0:
+                scale = _of_group(scales, start, near, n, groups, size)
+                zero = _of_group(zeros, start, near, n, groups, size)
+            pairs = _less_zero(w >> (4 * j), (zero.to(tl.int32) * 0x00010001 + magic)[:, :, None], half)
             first = pairs.to(tl.int16).to(a.dtype, bitcast=True)
             second = (pairs >> 16).to(tl.int16).to(a.dtype, bitcast=True)
-            part = tl.dot(a, tl.trans(tl.interleave(first, second)), part)
-            seen += a.to(tl.float32)
+            part = tl.dot(a, tl.permute(tl.interleave(first, second), (0, 2, 1)), part)
             if (j + 1) % run == 0:
-                zero = _of_group(zeros, start, column, n, groups, size) + offset
-                exact = part - zero[None, :] * tl.sum(seen, 1)[:, None]
-                acc += exact * _of_group(scales, start, column, n, groups, size)[None, :]
-                part = tl.zeros([block, columns], tl.float32)
-                seen = tl.zeros([block, 32], tl.float32)
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    tl.store(out + row[:, None] * n + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _int4_vector(
-    x, words, scales, zeros, out, n, k, groups, size, run: tl.constexpr,
-    columns: tl.constexpr, blocks: tl.constexpr, stages: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """One row: no matrix unit, which would multiply 15 empty rows more. Four bits become 128 + q in float32."""
-    let_next_start(early)
-    await_inputs(early)
-    column = tl.program_id(0) * columns + tl.arange(0, columns)
-    block = tl.arange(0, blocks)
-    i = tl.arange(0, 16)
-    turns = tl.cdiv(k, 128)
-    to_w = words + (column[:, None].to(tl.int64) * turns + block[None, :])[:, :, None] * 16 + i[None, None, :]
-    acc = tl.zeros([columns, blocks, 16], tl.float32)
-    for turn in tl.range(0, turns, blocks, num_stages=stages):
-        left = block < turns - turn
-        w = tl.load(to_w + turn * 16, mask=((column < n)[:, None] & left[None, :])[:, :, None], other=0)
-        part = tl.zeros([columns, blocks, 16], tl.float32)
-        seen = tl.zeros([blocks, 16], tl.float32)
-        for j in tl.static_range(4):
-            start = (turn + block) * 128 + 32 * j
-            for h in tl.static_range(2):
-                at = start[:, None] + 2 * i[None, :] + h
-                a = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
-                bits = w << 16 - 4 * j if h == 0 else w >> 4 * j
-                part += a[None, :, :] * ((bits & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
-                seen += a
-            if (j + 1) % run == 0:
-                group = tl.minimum(start // size, groups - 1)[None, :] * n + column[:, None]
-                inside = (column < n)[:, None] & left[None, :]
-                zero = tl.load(zeros + group, mask=inside, other=0).to(tl.float32)[:, :, None] + 128
-                scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)[:, :, None]
-                acc += (part - zero * seen[None, :, :]) * scale
-                part = tl.zeros([columns, blocks, 16], tl.float32)
-                seen = tl.zeros([blocks, 16], tl.float32)
-    result = tl.sum(tl.sum(acc, 2), 1)
-    tl.store(out + column, result.to(out.dtype.element_ty), mask=column < n)
+                acc += part * scale.to(tl.float32)[:, None, :]
+                part = tl.zeros([depth, block, columns], tl.float32)
+        if run == 4:
+            scale, zero = next_scale, next_zero
+    whole = (row < rows)[:, None] & (column < n)[None, :]
+    tl.store(out + row[:, None] * n + column[None, :], tl.sum(acc, 0).to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit
 def _dequantize_int4(words, scales, zeros, out, n, k, groups, size, columns: tl.constexpr):
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     turn = tl.program_id(1)
-    row = column[:, None].to(tl.int64)
+    near = tl.minimum(column, n - 1)
     i = tl.arange(0, 32)
-    to_w = words + row * (tl.cdiv(k, 128) * 16) + turn * 16 + tl.arange(0, 16)[None, :]
-    w = tl.load(to_w, mask=(column < n)[:, None], other=0)
+    w = tl.load(words + near[:, None].to(tl.int64) * (tl.cdiv(k, 128) * 16) + turn * 16 + tl.arange(0, 16)[None, :])
     for j in tl.static_range(4):
         start = turn * 128 + 32 * j
         pairs = (w >> (4 * j)) & 0x000F000F
-        q = tl.interleave(pairs & 15, pairs >> 16).to(tl.float32)
-        zero = _of_group(zeros, start, column, n, groups, size)[:, None]
-        exact = (q - zero) * _of_group(scales, start, column, n, groups, size)[:, None]
+        q = tl.interleave(pairs & 15, pairs >> 16)
+        exact = (q - _of_group(zeros, start, near, n, groups, size)[:, None]).to(tl.float32)
+        exact *= _of_group(scales, start, near, n, groups, size)[:, None].to(tl.float32)
         inside = (column < n)[:, None] & (i < k - start)[None, :]
-        tl.store(out + row * k + start + i[None, :], exact.to(out.dtype.element_ty), mask=inside)
+        to_out = out + column[:, None].to(tl.int64) * k + start + i[None, :]
+        tl.store(to_out, exact.to(out.dtype.element_ty), mask=inside)
