@@ -17,7 +17,7 @@ from model.config import INT4_BLOCK
 from model.kernels import Int4Weight
 from model.kernels.early import await_inputs, early, let_next_start
 
-MAX_ROWS = 128  # with more, the copy in 16 bits pays
+MAX_ROWS = 64  # with more, the copy in 16 bits pays
 PLANE = 32  # neighbouring inputs that one shift unpacks
 PLANES = INT4_BLOCK // PLANE
 
