@@ -205,7 +205,7 @@ class Orders:
         self.answered.append(message)
 
 
-def last_stage(group: Group, monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[StageLoop, Orders]:
+def last_stage(group: Group, monkeypatch: pytest.MonkeyPatch, compute: Any) -> tuple[StageLoop, Orders]:
     """A stage whose device is done with a step when its hidden state is there."""
 
     def span() -> Any:
@@ -217,7 +217,7 @@ def last_stage(group: Group, monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple
         layers=SimpleNamespace(is_first=False, is_last=True),
         decoder=SimpleNamespace(device=CPU, dtype=torch.float32),
         hidden_shape=lambda batch: (1, 8),
-        run=run,
+        compute=compute,
     )
     orders: Any = Orders()
     return StageLoop(1, stage, orders, 0, group.link, None), orders
