@@ -44,7 +44,7 @@ assert litellm.completion(messages=ask, seed=103, max_retries=2, **chat).choices
 
 aws = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "aws_region_name": "us-east-1"}
 bedrock = litellm.completion(
-    model=f"bedrock/invoke/{hosted}", messages=ask, max_tokens=8, aws_bedrock_runtime_endpoint=url, **aws
+    model=f"bedrock/invoke/{hosted}", messages=ask, max_tokens=8, temperature=0, aws_bedrock_runtime_endpoint=url, **aws
 )
 assert bedrock.usage.completion_tokens == 8
 print("ok")
