@@ -43,7 +43,7 @@ $(CLIENTS): tests/clients/requirements.lock $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
 
-test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 12 minutes on 2 cores)
+test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 9 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 test-long: $(READY) $(CLIENTS)  ## all tests
