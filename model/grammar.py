@@ -2,7 +2,7 @@
 
 Compiling may take long and belongs to a thread that may wait. Masks are made in threads of their own, while the batch
 that needs them is being computed; a sequence whose masks take long is left out of batches until they are ready, so that
-no other sequence waits for its grammar.
+no other sequence waits long for its grammar.
 """
 
 import logging
@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -163,7 +162,7 @@ class Masks:
         while True:
             try:
                 item = self._queue.get(timeout=LONGEST_SILENCE_S if self._queue.unfinished_tasks else None)
-            except Empty:
+            except queue.Empty:
                 self._release()
                 continue
             if item is None:

@@ -392,7 +392,7 @@ def scaling(
     check_plot(plot)
     gpus = torch.cuda.device_count()
     kind = device or ("cuda" if gpus else "cpu")
-    plan = next((plan for name, plan in PLANS.items() if name == kind), None)
+    plan = PLANS.get(kind)
     if plan is None:
         fail(f"--device {device}: must be one of {', '.join(PLANS)}")
     wanted = rows.split(",") if rows else row_names(plan)
