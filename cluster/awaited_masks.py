@@ -5,7 +5,6 @@ needs it is being computed, and reaches the last stage before it samples: so con
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.sequence import Sequence
@@ -22,10 +21,9 @@ class Unmasked:
 
 
 class AwaitedMasks:
-    """What batches in flight lack. `is_running` says whether a sequence still wants what is drawn for it."""
+    """What batches in flight lack. A sequence that runs no longer does not want what is drawn for it."""
 
-    def __init__(self, is_running: Callable[[Sequence], bool]) -> None:
-        self._is_running = is_running
+    def __init__(self) -> None:
         self._steps: OrderedDict[int, list[Unmasked]] = OrderedDict()  # oldest first
 
     def expect(self, step_id: int, rows: list[Unmasked]) -> None:
@@ -51,10 +49,10 @@ class AwaitedMasks:
         self._steps.clear()
 
     def _is_missing(self, one: Unmasked) -> bool:
-        if not self._is_running(one.seq) or one.seq.matcher is None:
+        if not one.seq.is_running or one.seq.matcher is None:
             return False
         return one.seq.num_tokens < one.position or not one.seq.matcher.ready
 
     def _mask(self, one: Unmasked) -> bytes:
         """Of a sequence that has left, none: what is drawn for it is dropped."""
-        return one.seq.matcher.mask if self._is_running(one.seq) and one.seq.matcher is not None else b""
+        return one.seq.matcher.mask if one.seq.is_running and one.seq.matcher is not None else b""

@@ -10,8 +10,9 @@ gets it from the tenant that holds more, up to an equal share.
 """
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -61,10 +62,10 @@ class Scheduler:
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
         self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens)
-        self._running: OrderedDict[str, Sequence] = OrderedDict()  # least recently scheduled first
+        self._running: dict[str, Sequence] = {}  # least recently scheduled first
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
-        self._awaited = AwaitedMasks(self._is_running)
+        self._awaited = AwaitedMasks()
         self._priorities: Counter[int] = Counter()  # of running sequences
         self._slots = list(range(max_num_seqs))  # free ones
         # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
@@ -124,10 +125,12 @@ class Scheduler:
     def check(self) -> None:
         """Assert that the books are right: see `BlockManager.check`."""
         self.blocks.check(list(self._running.values()))
+        for seq in [*self._running.values(), *self._waiting]:
+            seq.check()
         taken = [seq.slot for seq in self._running.values()]
         assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
         for account in self._waiting.accounts:
-            own = [seq for seq in self._running.values() if self._waiting.account(seq) is account]
+            own = [seq for seq in self._running.values() if seq.account is account]
             held = sum(len(seq.block_table) for seq in own)
             assert (account.num_running, account.num_blocks) == (len(own), held), f"{account.tenant}'s books are wrong"
 
@@ -135,32 +138,36 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next batch, or None if nothing can be computed before an `update`."""
-        scheduled: list[tuple[Sequence, int]] = []
         self.admitted = []
         self._make_way()
-        self._schedule_decodes(scheduled)
-        num_decodes = len(scheduled)
-        self._schedule_prefills(scheduled)
-        if not scheduled:
+        decodes = self._schedule_decodes()
+        chunks = self._schedule_prefills(self.max_num_batched_tokens - len(decodes))
+        if not decodes and not chunks:
             return None
-        scheduled.sort(key=_place)
-        batch = self._build(scheduled)
-        if num_decodes:
+        sequences, counts = _placed(decodes, chunks)
+        batch = self._build(sequences, counts)
+        if decodes:
             self._cohorts.add(batch.step_id)
-        for row in batch.sample_rows.tolist():
-            seq, _ = scheduled[row]
-            seq.num_pending_tokens += 1
-            seq.sampled_by = batch.step_id
-        for seq, count in scheduled:
-            seq.num_computed_tokens += count
-            seq.num_in_flight += 1
-            self._running.move_to_end(seq.request_id)
-        self._in_flight[batch.step_id] = [seq for seq, _ in scheduled]
-        if self.blocks.prefix_caching:
-            for seq, _ in scheduled:
-                self.blocks.mark_computed(seq)
+        self._in_flight[batch.step_id] = sequences
+        self._advance(sequences, counts)
         self._next_step += 1
         return batch
+
+    def _advance(self, sequences: list[Sequence], counts: list[int]) -> None:
+        """What the next batch computes counts as computed from now on."""
+        step_id, running, blocks = self._next_step, self._running, self.blocks
+        for seq, count in zip(sequences, counts, strict=True):
+            seq.num_computed_tokens += count
+            seq.num_in_flight += 1
+            if count == seq.num_uncomputed_tokens:  # what follows is sampled
+                seq.num_pending_tokens += 1
+                seq.num_uncomputed_tokens = 1
+                seq.sampled_by = step_id
+            else:
+                seq.num_uncomputed_tokens -= count
+            running[seq.request_id] = running.pop(seq.request_id)  # it is the last one now
+            if blocks.prefix_caching and seq.num_computed_tokens // blocks.block_size > seq.num_full_blocks:
+                blocks.mark_computed(seq)
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
@@ -175,7 +182,7 @@ class Scheduler:
         for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
             seq = sequences[row]
             seq.num_pending_tokens -= 1
-            if not self._is_running(seq):
+            if seq.slot < 0:
                 continue
             seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
             if seq.failure is None:
@@ -193,7 +200,7 @@ class Scheduler:
         """They are kept until the whole prompt's are there, and leave with the first token."""
         for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
             seq = sequences[row.row]
-            if seq.prompt_logprobs is None or not self._is_running(seq):
+            if seq.prompt_logprobs is None or not seq.is_running:
                 continue
             if found is None:
                 seq.failure = "its prompt's logprobs could not be computed"
@@ -201,7 +208,7 @@ class Scheduler:
                 seq.prompt_logprobs += found
 
     def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        cached = seq.num_cached_tokens if seq.num_output_tokens == len(seq.request.output_ids) else 0
+        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # it leaves with the first token
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
             self._release(seq)
@@ -237,48 +244,48 @@ class Scheduler:
 
     # -- choosing ---------------------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, scheduled: list[tuple[Sequence, int]]) -> None:
+    def _schedule_decodes(self) -> list[Sequence]:
         """Up to this batch's share of the decoding sequences, least recently scheduled first."""
         if len(self._cohorts) > self.depth:
-            return
-        decoding = [s for s in self._running.values() if s.is_decoding]
-        mask_seconds = MASK_SECONDS
+            return []
+        running = self._running.values()
+        decoding = [seq for seq in running if seq.num_uncomputed_tokens == 1 and seq.num_computed_tokens]
+        mask_seconds, block_size = MASK_SECONDS, self.blocks.block_size
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
-        block_size = self.blocks.block_size
         victims: list[Sequence] | None = None
-        chosen: set[int] = set()
+        chosen: list[Sequence] = []
         for seq in decoding:
-            if len(scheduled) == share:
+            if len(chosen) == share:
                 break
-            if not seq.may_decode or not seq.block_table:  # no blocks: it was preempted just now
+            if not seq.may_decode or seq.slot < 0:  # no slot: it was preempted just now
                 continue
-            if (missing := _missing_mask_seconds(seq)) > mask_seconds:
+            missing = 0.0 if seq.matcher is None else _missing_mask_seconds(seq)
+            if missing > mask_seconds:
                 continue
-            if seq.num_computed_tokens == len(seq.block_table) * block_size:  # its blocks are full
-                if not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
-                    if victims is None:  # sorted once: a cache that is full for one is full for many
-                        idle = (s for s in self._running.values() if s.num_in_flight == 0)
-                        victims = sorted(idle, key=self._expendable)
-                    if not self._make_room(seq, victims, chosen):
-                        continue
-                self._grow(seq)
+            if seq.num_computed_tokens % block_size == 0 and not self._grow(seq):  # only where a block may end
+                if victims is None:  # sorted once: a cache that is full for one is full for many
+                    victims = sorted((s for s in running if s.num_in_flight == 0), key=self._expendable)
+                if not self._make_room(seq, victims, chosen):
+                    continue
             mask_seconds -= missing
-            self._waiting.account(seq).charge(seq, 1)
-            scheduled.append((seq, 1))
-            chosen.add(id(seq))
+            seq.account.charge(seq, 1)
+            chosen.append(seq)
+        return chosen
 
-    def _schedule_prefills(self, scheduled: list[tuple[Sequence, int]]) -> None:
-        """Prompt chunks: what waits, spread over the cohorts, within what the budget leaves."""
-        prefilling = [s for s in self._running.values() if s.num_uncomputed_tokens > 1]
-        waiting = sum(s.num_uncomputed_tokens for s in prefilling) + self._waiting.num_tokens
-        budget = min(self.max_num_batched_tokens - len(scheduled), max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
+    def _schedule_prefills(self, room: int) -> list[tuple[Sequence, int]]:
+        """Prompt chunks of at most `room` tokens: what waits, spread over the cohorts."""
+        chunks: list[tuple[Sequence, int]] = []
+        prefilling = [seq for seq in self._running.values() if seq.num_uncomputed_tokens > 1]
+        waiting = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._waiting.num_tokens
+        budget = min(room, max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
         while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
             # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
             count = min(seq.num_uncomputed_tokens - (seq.mask is None), budget)
             if count > 0:
-                self._waiting.account(seq).charge(seq, count)
-                scheduled.append((seq, count))
+                seq.account.charge(seq, count)
+                chunks.append((seq, count))
                 budget -= count
+        return chunks
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
@@ -297,13 +304,14 @@ class Scheduler:
             return False
         self._waiting.remove(seq.request_id)
         self.blocks.allocate(seq, prefix, seq.num_tokens)
-        account = self._waiting.account(seq)
+        account = seq.account
         account.num_running += 1
         account.num_blocks += len(seq.block_table)
         self._priorities[seq.request.priority] += 1
         seq.slot = self._slots.pop()
         self._tables[seq.slot, : len(seq.block_table)] = seq.block_table
         seq.num_computed_tokens = len(prefix) * self.blocks.block_size
+        seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
         self._prefix_queried += seq.num_tokens
@@ -338,9 +346,7 @@ class Scheduler:
 
     def _may_displace(self, seq: Sequence) -> bool:
         """Whether anybody runs who could have to make way: a quick look that ends the matter with a single tenant."""
-        return max(self._priorities, default=0) > seq.request.priority or (
-            self._waiting.account(seq).num_running < len(self._running)
-        )
+        return max(self._priorities, default=0) > seq.request.priority or (seq.account.num_running < len(self._running))
 
     def _victim_for(self, seq: Sequence) -> Sequence | None:
         """Who is to make way for `seq`, or None if it has to wait.
@@ -351,26 +357,26 @@ class Scheduler:
         queue, worst = self._waiting, max(self._priorities)
         candidates = (s for s in self._running.values() if s.request.priority == worst)
         if worst <= seq.request.priority:
-            account, active = queue.account(seq), [a for a in queue.accounts if a.num_running or a.waiting]
+            account, active = seq.account, [a for a in queue.accounts if a.num_running or a.waiting]
             other = max(active, key=queue.share)
             share = queue.share(account, 1, self.blocks.blocks_for(seq.num_tokens))
             due = share <= 1 / sum(a.weight for a in active) and share < queue.share(other)
             if worst < seq.request.priority or not due or account.counter > other.counter + queue.slack:
                 return None
-            candidates = (s for s in candidates if queue.account(s) is other)
+            candidates = (s for s in candidates if s.account is other)
         return max(candidates, key=self._expendable, default=None)
 
     def _expendable(self, seq: Sequence) -> tuple[int, float, int]:
         """Who is preempted first: the least urgent, of the tenant that holds most, that arrived last."""
-        return seq.request.priority, self._waiting.share(self._waiting.account(seq)), seq.arrival
+        return seq.request.priority, self._waiting.share(seq.account), seq.arrival
 
-    def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: set[int]) -> bool:
-        """Preempt the youngest of `victims` that are not `chosen`, until `seq` can have one token more.
+    def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: list[Sequence]) -> bool:
+        """Preempt the youngest of `victims` that are not `chosen`, until `seq` has blocks for one token more.
 
         False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
         """
-        while not self.blocks.can_grow(seq, seq.num_computed_tokens + 1):
-            while victims and (id(victims[-1]) in chosen or not victims[-1].block_table):
+        while not self._grow(seq):
+            while victims and (victims[-1] in chosen or not victims[-1].is_running):
                 victims.pop()
             if not victims or (victims[-1] is seq and len(self._running) > len(victims)):
                 return False  # others will finish or become idle: wait rather than throw work away
@@ -380,13 +386,15 @@ class Scheduler:
                 return False
         return True
 
-    def _grow(self, seq: Sequence) -> None:
-        """Blocks for one token more."""
-        before = len(seq.block_table)
-        self.blocks.grow(seq, seq.num_computed_tokens + 1)
-        if len(seq.block_table) > before:
-            self._waiting.account(seq).num_blocks += len(seq.block_table) - before
-            self._tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
+    def _grow(self, seq: Sequence) -> bool:
+        """Blocks for one token more, if it needs any; False if there are none."""
+        before, num_tokens = len(seq.block_table), seq.num_computed_tokens + 1
+        if not self.blocks.can_grow(seq, num_tokens):
+            return False
+        self.blocks.grow(seq, num_tokens)
+        seq.account.num_blocks += len(seq.block_table) - before
+        self._tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
+        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
@@ -394,17 +402,13 @@ class Scheduler:
         self._waiting.push(seq.again())
         self._preemptions += 1
 
-    def _is_running(self, seq: Sequence) -> bool:
-        """Whether it runs still: a sequence that was preempted goes on as another one."""
-        return self._running.get(seq.request_id) is seq
-
     def _release(self, seq: Sequence) -> None:
         """Take back what a running sequence holds.
 
         A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
         """
         del self._running[seq.request_id]
-        account = self._waiting.account(seq)
+        account = seq.account
         account.num_running -= 1
         account.num_blocks -= len(seq.block_table)
         self._priorities[seq.request.priority] -= 1
@@ -415,20 +419,21 @@ class Scheduler:
 
     # -- the message ------------------------------------------------------------------------------------------------
 
-    def _build(self, scheduled: list[tuple[Sequence, int]]) -> Batch:
+    def _build(self, sequences: list[Sequence], counts: list[int]) -> Batch:
         token_ids: list[int] = []
         sample_rows: list[int] = []
         draws: list[SampleRow] = []
         prompt_rows: list[PromptRow] = []
         unmasked: list[Unmasked] = []
         tokens_from = -1
-        for row, (seq, count) in enumerate(scheduled):
+        for row, (seq, count) in enumerate(zip(sequences, counts, strict=True)):
             start = seq.num_computed_tokens
-            if start < len(seq.token_ids):
-                token_ids += seq.token_ids[start : start + count]
-            else:
+            if seq.num_pending_tokens:
                 token_ids.append(SAMPLED)
-                tokens_from = max(tokens_from, seq.sampled_by)
+                if seq.sampled_by > tokens_from:
+                    tokens_from = seq.sampled_by
+            else:
+                token_ids += seq.token_ids[start : start + count]
             if count == seq.num_uncomputed_tokens:
                 if not seq.is_greedy:
                     draws.append(_sample_row(len(sample_rows), seq))
@@ -438,14 +443,14 @@ class Scheduler:
             if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
                 prompt_rows.append(_prompt_row(row, seq, start + count))
         self._awaited.expect(self._next_step, unmasked)
-        width = max(len(seq.block_table) for seq, _ in scheduled)
-        slots = np.array([seq.slot for seq, _ in scheduled], np.int32)
+        width = max([len(seq.block_table) for seq in sequences])
+        slots = np.array([seq.slot for seq in sequences], np.int32)
         return Batch(
             epoch=self.epoch,
             step_id=self._next_step,
             token_ids=np.array(token_ids, np.int32),
-            query_lens=np.array([count for _, count in scheduled], np.int32),
-            num_computed_tokens=np.array([seq.num_computed_tokens for seq, _ in scheduled], np.int32),
+            query_lens=np.array(counts, np.int32),
+            num_computed_tokens=np.array([seq.num_computed_tokens for seq in sequences], np.int32),
             block_tables=self._tables[slots, :width].reshape(-1),
             slots=slots,
             tokens_from=tokens_from,
@@ -467,13 +472,16 @@ def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
     return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
 
 
-def _place(item: tuple[Sequence, int]) -> int:
-    """In the batch: single tokens first, as Batch promises, and of those the longest contexts, which take longest.
+def _placed(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], list[int]]:
+    """The batch's sequences and how many tokens of each: single ones first, as Batch promises.
 
-    A GPU starts blocks in this order: the last ones to start should not be the last ones to end.
+    Of those the longest contexts come first, which take longest: a GPU starts blocks in this order, and the last ones
+    to start should not be the last ones to end.
     """
-    seq, count = item
-    return -seq.num_computed_tokens if count == 1 else 1
+    singles = decodes + [seq for seq, count in chunks if count == 1]
+    singles.sort(key=attrgetter("num_computed_tokens"), reverse=True)
+    others = [(seq, count) for seq, count in chunks if count > 1]
+    return singles + [seq for seq, _ in others], [1] * len(singles) + [count for _, count in others]
 
 
 def _sample_row(row: int, seq: Sequence) -> SampleRow:

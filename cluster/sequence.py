@@ -1,11 +1,14 @@
 """A request as the client sent it, the engine's state for it, and what leaves the engine."""
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
 from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # an account holds sequences in its turn
+    from cluster.waiting_queue import Account
 
 FinishReason = Literal["stop", "length", "error"]
 NO_TOKEN = -1  # as the token of an event: a request that failed ends without one
@@ -60,52 +63,66 @@ class Sequence:
     """The engine's state of one request, counted rather than flagged.
 
     waiting: no blocks. running: has blocks. in flight: `num_in_flight` batches hold it, `num_pending_tokens` of which
-    sample a token that is not known yet. decoding: one token is left to compute. `num_computed_tokens` advances when a
-    batch is scheduled: stages work strictly in order, so whatever is scheduled later finds it computed.
+    sample a token that is not known yet. decoding: one token is left to compute, and others are computed.
+    `num_computed_tokens` advances when a batch is scheduled: stages work strictly in order, so whatever is scheduled
+    later finds it computed.
+
+    A step looks at every sequence that runs, after a pause in which the processor's caches have forgotten them all. So
+    what it asks is an attribute, one read of one object; `check` says how the counters hang together.
     """
 
     __slots__ = (
+        "account",
         "arrival",
         "block_table",
         "failure",
         "is_greedy",
         "matcher",
-        "max_tokens",
+        "max_computed_tokens",
+        "max_pending_tokens",
         "needs_counts",
         "num_cached_tokens",
-        "num_charged_tokens",
         "num_computed_tokens",
         "num_full_blocks",
         "num_in_flight",
+        "num_paid_tokens",
         "num_pending_tokens",
         "num_prompt_tokens",
+        "num_uncomputed_tokens",
         "output_counts",
         "prompt_logprobs",
         "request",
         "request_id",
         "sampled_by",
         "slot",
+        "stop_token_ids",
         "token_ids",
     )
+
+    account: "Account"  # its tenant's, given when it is queued
 
     def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
         self.request = request
         self.request_id = request.request_id
         sampling = request.sampling  # what every step asks of it is looked up once
         self.is_greedy, self.needs_counts = sampling.is_greedy, sampling.needs_counts
-        self.max_tokens = sampling.max_tokens
+        self.stop_token_ids = sampling.stop_token_ids
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
         self.num_prompt_tokens = len(request.token_ids)
+        self.max_computed_tokens = self.num_prompt_tokens + sampling.max_tokens - 1  # the last token needs no room
         self.num_computed_tokens = 0
+        self.num_uncomputed_tokens = len(self.token_ids)  # that no batch has been given yet, pending ones included
         self.num_in_flight = 0
         self.num_pending_tokens = 0
+        # At most one token ahead of what is known; what a penalty counts must be known.
+        self.max_pending_tokens = 1 if self.needs_counts else 2
         self.sampled_by = -1  # the step that samples its newest token
-        self.slot = -1  # see Batch.slots; given with the blocks
-        self.num_cached_tokens = 0  # taken from the prefix cache at first admission
-        # The tenant has paid for these; of a resumed request an earlier engine was paid for all it brings.
-        self.num_charged_tokens = len(self.token_ids) if request.output_ids else 0
+        self.slot = -1  # see Batch.slots; given and taken back with the blocks
+        self.num_cached_tokens = 0  # taken from the prefix cache at first admission, until the first token says so
+        # What the tenant paid for before; of a resumed request an earlier engine was paid for all it brings.
+        self.num_paid_tokens = len(self.token_ids) if request.output_ids else 0
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
         # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
@@ -125,7 +142,8 @@ class Sequence:
         """
         successor = Sequence(self.request, self.arrival, self.matcher)
         successor.token_ids, successor.output_counts = self.token_ids, self.output_counts
-        successor.num_charged_tokens = self.num_charged_tokens
+        successor.num_uncomputed_tokens = len(self.token_ids)
+        successor.num_paid_tokens = max(self.num_paid_tokens, self.num_computed_tokens)
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
         return successor
 
@@ -134,31 +152,20 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens that no batch has been given yet, those that are still being sampled included."""
-        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+    def is_running(self) -> bool:
+        return self.slot >= 0
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_decoding(self) -> bool:
-        return self.num_uncomputed_tokens <= 1 and self.num_computed_tokens > 0
-
-    @property
     def may_decode(self) -> bool:
-        """Whether a batch may take its next token now.
+        """Whether a batch may take its next token now, if it is decoding: only while another one is wanted.
 
-        At most one token ahead of what is known, and only while another one is wanted; what a penalty counts must be
-        known. Its mask may be missing: whether the batch can start without it is the scheduler's affair.
+        Its mask may be missing: whether the batch can start without it is the scheduler's affair.
         """
-        known, pending = len(self.token_ids), self.num_pending_tokens
-        if known + pending - self.num_computed_tokens != 1:
-            return False
-        if known - self.num_prompt_tokens + pending >= self.max_tokens:
-            return False
-        return pending <= (0 if self.needs_counts else 1)
+        return self.num_pending_tokens < self.max_pending_tokens and self.num_computed_tokens < self.max_computed_tokens
 
     @property
     def mask(self) -> bytes | None:
@@ -172,9 +179,14 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.needs_counts:
             self._count(token_id)
-        if token_id in self.request.sampling.stop_token_ids:
+        if token_id in self.stop_token_ids:
             return "stop"
-        return "length" if self.num_output_tokens >= self.max_tokens else None
+        return "length" if len(self.token_ids) > self.max_computed_tokens else None
+
+    def check(self) -> None:
+        """Assert that what is counted adds up."""
+        known = self.num_computed_tokens + self.num_uncomputed_tokens - self.num_pending_tokens
+        assert known == len(self.token_ids), f"{self.request_id} lost count of its tokens"
 
     def _count(self, token_id: int) -> None:
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1

@@ -28,11 +28,11 @@ class Account:
 
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         """Count the next `num_tokens` of `seq`. What is computed again (preempted, resumed) costs nothing."""
-        start, end = max(seq.num_computed_tokens, seq.num_charged_tokens), seq.num_computed_tokens + num_tokens
-        if end > start:
-            num_input = max(0, min(end, seq.num_prompt_tokens) - start)
-            self.counter += (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * (end - start - num_input)) / self.weight
-            seq.num_charged_tokens = end
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        if start < seq.num_paid_tokens:
+            start = min(seq.num_paid_tokens, end)
+        num_input = min(end, seq.num_prompt_tokens) - start if start < seq.num_prompt_tokens else 0
+        self.counter += (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * (end - start - num_input)) / self.weight
 
 
 def _rank(seq: Sequence) -> tuple[int, int]:
@@ -76,6 +76,7 @@ class WaitingQueue:
     def push(self, seq: Sequence) -> None:
         account = self.account(seq)
         account.weight = seq.request.weight
+        seq.account = account
         if not account.waiting:
             others = (a.counter for a in self._accounts.values() if a.waiting)
             account.counter = max(account.counter, min(others, default=self._last_counter))
@@ -89,7 +90,7 @@ class WaitingQueue:
 
     def first_of(self, candidates: Iterable[Sequence]) -> Sequence | None:
         """The most urgent, of the tenant that got least, or about as little and holds least."""
-        found = [(seq, self.account(seq)) for seq in candidates]
+        found = [(seq, seq.account) for seq in candidates]
         if len(found) < 2:
             return found[0][0] if found else None
         urgent = min(seq.request.priority for seq, _ in found)
@@ -102,7 +103,7 @@ class WaitingQueue:
         """Take a sequence out, wherever it stands; None if it does not wait."""
         seq = self._waiting.pop(request_id, None)
         if seq is not None:
-            account = self.account(seq)
+            account = seq.account
             del account.waiting[bisect_left(account.waiting, _rank(seq), key=_rank)]
             self._last_counter = account.counter
             self.num_tokens -= seq.num_tokens

@@ -93,6 +93,7 @@ def test_what_is_computed_again_is_not_charged_again() -> None:
     seq.num_computed_tokens = 10
     seq.append(7)
     account.charge(seq, 1)
+    seq.num_computed_tokens = 11
     paid = 10 * INPUT_WEIGHT + OUTPUT_WEIGHT
     assert account.counter == paid
     again = seq.again()
