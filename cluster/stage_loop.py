@@ -13,6 +13,7 @@ from model.batch import SAMPLED, Batch, LateMasks, SampledTokens, StageTiming
 from model.sampling import Sampled
 from model.stage import Stage, Unsampled, to_output
 from model.timing import Span, Stopwatch
+from model.transfer import to_device
 
 POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
 LINK_MARGIN_S = 1.0  # a stage waits so much longer for its neighbour than the engine does for the step
@@ -117,17 +118,20 @@ class StageLoop:
             return False
         if not self._inbox or (self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until):
             return False
-        # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for,
-        # unless it is the device that waits for it.
-        waits = self._upstream is not None and not self._upstream.on_device
-        return not (self._feeds and waits and self._outbox)
+        if not self._feeds or not self._outbox:
+            return True
+        # The first stage may need tokens of a step that is still in the outbox to send what this launch would wait for.
+        # If it is the device that waits, they may be reported meanwhile; but a launch may make the host wait for the
+        # device, by loading a kernel or looking for memory, so not even then behind what follows from such tokens.
+        assert self._upstream is not None
+        return self._upstream.on_device and self._outbox[0].batch.step_id > self._inbox[0].batch.tokens_from
 
     def _feed(self, tokens: SampledTokens) -> None:
         batch = self._awaiting_tokens.popleft()
         if batch.step_id != tokens.step_id or len(batch.sample_rows) != len(tokens.token_ids):
             raise RuntimeError(f"got the tokens of step {tokens.step_id}, expected those of step {batch.step_id}")
         assert SAMPLED not in tokens.token_ids
-        self._stage.feed(batch, torch.tensor(tokens.token_ids, device=self._stage.decoder.device))
+        self._stage.feed(batch, to_device(tokens.token_ids, torch.int64, self._stage.decoder.device))
         self._tokens_until = tokens.step_id
 
     def _launch(self, order: StepOrder) -> None:

@@ -6,13 +6,11 @@ Legend: T tokens, S sequences, Sd decoding sequences, H query heads, D head dim,
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from model.batch import Batch
 from model.kernels import Cache, Kernels, PrefillMetadata
-
-Integers = npt.NDArray[np.integer]
+from model.transfer import Integers, all_to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
     width = -(-int(context_lens[:decodes].max(initial=1)) // block_size)
     contexts = context_lens[decodes:]
     prefill_slots = [_slots(tables[decodes + i], int(n), block_size) for i, n in enumerate(contexts)]
-    on_device = to_device(
+    on_device = all_to_device(
         [
             positions,
             slots,
@@ -65,14 +63,6 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
     return AttentionMetadata(
         positions_, slot_mapping, sample_tokens, block_tables.view(decodes, width), context_lens_, prefill
     )
-
-
-def to_device(arrays: list[Integers], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors on `device`; to a GPU in one copy from pinned memory that nobody waits for."""
-    sizes = [array.size for array in arrays]
-    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, out=host.numpy(), casting="same_kind")
-    return list(torch.split(host.to(device, non_blocking=True), sizes))
 
 
 def _slots(table: Integers, length: int, block_size: int) -> Integers:

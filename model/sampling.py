@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model.batch import Penalties, SampleRow, TokenLogprobs
+from model.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ def _adjust(logits: torch.Tensor, draw: SampleRow) -> None:
     if draw.logit_bias:
         _add_bias(logits, draw.logit_bias)
     if draw.banned:
-        logits[torch.tensor(draw.banned, device=logits.device)] = -torch.inf
+        logits.index_fill_(0, to_device(draw.banned, torch.int64, logits.device), -torch.inf)
 
 
 def _apply_masks(logits: torch.Tensor, draws: list[SampleRow], errors: dict[int, str]) -> None:
@@ -141,10 +143,10 @@ def _apply_masks(logits: torch.Tensor, draws: list[SampleRow], errors: dict[int,
 
 def _mask(logits: torch.Tensor, draws: list[SampleRow]) -> None:
     device, vocab = logits.device, logits.shape[-1]
-    masks = torch.frombuffer(bytearray(b"".join(d.mask for d in draws)), dtype=torch.uint8).to(device)
-    added = _of_bytes(device).index_select(0, masks.int()).view(len(draws), -1)[:, :vocab]
+    masks = to_device(np.frombuffer(b"".join(d.mask for d in draws), np.uint8), torch.int32, device)
+    added = _of_bytes(device).index_select(0, masks).view(len(draws), -1)[:, :vocab]
     added = F.pad(added, (0, vocab - added.shape[1]), value=-torch.inf)
-    logits.index_add_(0, torch.tensor([d.row for d in draws]).to(device, non_blocking=True), added)
+    logits.index_add_(0, to_device([d.row for d in draws], torch.int64, device), added)
 
 
 @cache
@@ -156,16 +158,16 @@ def _of_bytes(device: torch.device) -> torch.Tensor:
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
     """Repetition (arXiv 1909.05858), presence and frequency penalties (OpenAI's definition) on logits [V]."""
-    seen = torch.tensor(list(penalties.counts), device=logits.device)
-    counts = torch.tensor(list(penalties.counts.values()), device=logits.device, dtype=logits.dtype)
+    seen = to_device(list(penalties.counts), torch.int64, logits.device)
+    counts = to_device(list(penalties.counts.values()), logits.dtype, logits.device)
     values = logits[seen]
     values = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
     logits[seen] = values - penalties.frequency * counts - penalties.presence * (counts > 0)
 
 
 def _add_bias(logits: torch.Tensor, bias: dict[int, float]) -> None:
-    ids = torch.tensor(list(bias), device=logits.device)
-    logits[ids] += torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
+    ids = to_device(list(bias), torch.int64, logits.device)
+    logits[ids] += to_device(list(bias.values()), logits.dtype, logits.device)
 
 
 Drawer = Callable[[torch.Tensor, list[SampleRow]], torch.Tensor]
@@ -176,7 +178,7 @@ def _draw(
 ) -> None:
     """Put what `drawer` draws for `chosen` into `tokens`; together, and each alone if together fails."""
     try:
-        rows = torch.tensor([draw.row for draw in chosen]).to(logits.device, non_blocking=True)
+        rows = to_device([draw.row for draw in chosen], torch.int64, logits.device)
         tokens[rows] = drawer(logits[rows], chosen)
     except torch.AcceleratorError:
         raise
@@ -209,7 +211,7 @@ def _draw_filtered(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
     """One value per row, [R, 1]."""
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True).unsqueeze(-1)
+    return to_device(values, like.dtype, like.device).unsqueeze(-1)
 
 
 def _invert(weights: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from model.graphs import DecodeGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
+from model.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Stage:
         return batch.num_tokens, self.decoder.config.dim
 
     def feed(self, batch: Batch, token_ids: torch.Tensor) -> None:
-        """First stage: these tokens [R] were sampled in `batch`. Must come before the batches that need them."""
+        """First stage: these tokens [R], on its device, were sampled in `batch`; before the batches that need them."""
         self._newest[_on(self.decoder.device, batch.slots[batch.sample_rows])] = token_ids
 
     @torch.inference_mode()
@@ -165,4 +166,4 @@ def to_output(batch: Batch, sampled: Sampled) -> StepOutput:
 
 def _on(device: torch.device, values: Int32Array) -> torch.Tensor:
     """[n] int64 on `device`."""
-    return torch.from_numpy(values.astype("int64")).to(device, non_blocking=True)
+    return to_device(values, torch.int64, device)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import SAMPLED, Batch
+from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow
 from model.config import ModelConfig, split_layers
 from model.kv_cache import FLOAT8
 from model.llama import Decoder
+from model.sampling import Sampled
 from model.stage import Stage
+from model.transfer import to_device
 from model.weights.dummy import DummyCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -70,6 +72,31 @@ def test_graphs_give_the_tokens_of_eager_steps(heads: tuple[int, int, int], kv_d
     prompts = PROMPTS[:4]  # a bucket of its own
     eager, captured = (make(config, "cuda", torch.bfloat16, graphs, kv_dtype) for graphs in (False, True))
     assert generate(captured, prompts, 20) == generate(eager, prompts, 20)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Neither eager steps nor captured ones, however their tokens are drawn: torch says so itself."""
+    stage = make(shape(8, 8, 64), "cuda", torch.bfloat16, graphs=True)
+    everything = {"logit_bias": {7: 1.0}, "penalties": Penalties(1.2, 0.1, 0.1, {3: 1, 5: 2}), "banned": (4,)}
+    draws = [
+        SampleRow(0, 0.5, 1.0, 0, 1.0, 0.0, logprobs=2, **everything),  # type: ignore[arg-type]
+        SampleRow(1, 0.5, 1.0, 5, 0.9, 0.1, mask=b"\x55" * 125),
+    ]
+    n, rows = 3, np.arange(3, dtype=np.int32)
+    lens, tables = np.full(n, 7, np.int32), np.arange(n * 8, dtype=np.int32)
+    prompts = [PromptRow(2, 5, 1)]
+    ids = np.arange(n * 7, dtype=np.int32)
+    prefill = Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, rows, -1, rows, draws, prompts)
+    one = np.ones(n, np.int32)
+    decode = Batch(0, 1, one * SAMPLED, one, lens, tables, rows, 0, rows, draws)
+    for mode in ("default", "error"):  # the first time kernels are compiled
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            results = [stage.run(batch, None) for batch in (prefill, decode)]
+            assert all(isinstance(result, Sampled) and not result.errors for result in results)
+            stage.feed(decode, to_device([1, 2, 3], torch.int64, torch.device("cuda")))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("kv_dtype", "bound"), [(None, 2e-2), (FLOAT8, 6e-2)])
