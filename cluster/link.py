@@ -21,7 +21,7 @@ class Link(Protocol):
     Every operation has a deadline; a neighbour that is dead or silent is a `LinkBroken`.
     """
 
-    on_device: bool  # tensors stay on the GPU, and `receive` returns before they are there
+    on_device: bool  # tensors stay on the GPU, `receive` returns before they are there, and any thread may `close`
 
     def send(self, hidden: torch.Tensor, timeout_s: float) -> None:
         """Send [T, C] while the caller goes on computing; waits only for the send before this one."""

@@ -32,6 +32,9 @@ ENVIRONMENT = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_BLOCKING_WAIT": "0",
+    # After an error it sleeps four times as long, for others to write reports: who lets go of the group waits for that.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",  # a group sends in one direction only
     "NCCL_NVLS_ENABLE": "0",  # multicast is for collectives; here a pair sends and receives
 }
 

@@ -24,7 +24,8 @@ from model.config import StageLayers
 
 log = logging.getLogger(__name__)
 
-LEAVE_S = 5.0  # how long stages get to leave their loops before they are killed
+HEAR_S = 0.5  # how long stages get to hear that they shall leave their loops before their links are cut
+LEAVE_S = 5.0  # how long they then get to leave before they are killed
 LINK_S = 15.0  # how long neighbours look for each other
 PLACE_S = 30.0  # how long a replacement may look for a place and start its process
 SETTLE_S = 0.3  # after a first death, so that what it caused is not taken for the cause
@@ -282,9 +283,14 @@ class RayPipeline:
                 return
             self._halted.set()
         self._control.stop()
-        runs = [stage.running for stage in self._stages if stage.running is not None]
-        if runs:
-            ray.wait(runs, num_returns=len(runs), timeout=LEAVE_S)
+        runs = {stage.running: stage for stage in self._stages if stage.running is not None}
+        late = list(runs)
+        if late:
+            _, late = ray.wait(late, num_returns=len(late), timeout=HEAR_S)
+        for run in late:
+            runs[run].actor.let_go.remote()
+        if late:
+            ray.wait(late, num_returns=len(late), timeout=LEAVE_S)
         self._control.close()
 
     def _end_all(self) -> None:

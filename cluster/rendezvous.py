@@ -1,5 +1,6 @@
 """How two neighbouring stages find each other, and which kind of `Link` they then use."""
 
+import os
 import socket
 from datetime import timedelta
 
@@ -54,10 +55,13 @@ def make_link(store: TCPStore, rank: int, host: str, key: str, timeout_s: float,
 
 
 def identity(device: torch.device) -> str:
-    """The same for two processes if they share a device that NCCL can use; empty if it is none."""
+    """The same for two processes if they share a device that NCCL can use; empty if it is none.
+
+    NCCL refuses one device twice within what it takes for one host. It may be told to take processes for several.
+    """
     if device.type != "cuda" or not torch.distributed.is_nccl_available():
         return ""
-    return str(torch.cuda.get_device_properties(device).uuid)
+    return f"{os.environ.get('NCCL_HOSTID', '')}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def fits_nccl(mine: str, theirs: str) -> bool:

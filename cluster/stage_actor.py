@@ -199,6 +199,12 @@ class StageActor:
             client.close()
             self._unlink()
 
+    def let_go(self) -> None:
+        """While `run` runs: free its host, which may wait for a device that waits for a neighbour who is gone."""
+        for link in (self._upstream, self._downstream):
+            if link is not None and link.on_device:
+                link.close()
+
     def _unlink(self) -> None:
         """Close the connections, so that the neighbours do not wait for a stage that has left its loop."""
         for link in (self._upstream, self._downstream):

@@ -1,5 +1,6 @@
 """Small models and engines that tests share."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -32,6 +33,11 @@ TINY = ModelConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+]
 
 
 def make_stages(
@@ -159,6 +165,11 @@ def make_engine() -> Iterator[MakeEngine]:
         engine.scheduler.check()
 
 
+def a_host_of_its_own() -> None:
+    """NCCL refuses two processes on one GPU of one host. Said to be on two, they meet over sockets."""
+    os.environ["NCCL_HOSTID"] = f"process-{os.getpid()}"
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One private Ray for the session: its own temp dir and ports, a token of its own, gone afterwards."""
@@ -175,6 +186,7 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=100_000_000,
         log_to_driver=False,
         configure_logging=False,
+        runtime_env={"worker_process_setup_hook": a_host_of_its_own} if torch.cuda.device_count() == 1 else None,
     )
     yield
     ray.shutdown()

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.block_manager import BlockManager
@@ -27,7 +26,7 @@ from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
 from deployments.bench.load import hf_config
 from model.config import ModelConfig
-from tests.conftest import Collector, MakeEngine, make_stages, request
+from tests.conftest import DEVICES, Collector, MakeEngine, make_stages, request
 
 CONFIG = ModelConfig(
     dim=96, n_layers=6, n_heads=6, n_kv_heads=2, head_dim=64, hidden_dim=128, vocab_size=300, norm_eps=1e-5,
@@ -124,12 +123,6 @@ def check(collector: Collector, expected: dict[str, list[int]]) -> None:
     assert len(on_edge) <= 1, f"more than rounding explains: {on_edge}"
     shorter = [name for name in CUT_OFF if len(collector.tokens(name)) < len(expected[name])]
     assert shorter, "no request was cut off in mid stream"
-
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
