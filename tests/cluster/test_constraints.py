@@ -5,6 +5,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -18,9 +19,10 @@ from model.batch import StageTiming, StepOutput
 from model.constraint import Constraint
 from model.grammar import Masks
 from model.tokenizer.dummy import DummyTokenizer
-from tests.conftest import TINY, Collector, MakeEngine, request
+from tests.conftest import DEVICES, TINY, Collector, MakeEngine, request
 
 EOS = 2
+CONFIG = replace(TINY, head_dim=16)  # the least that a GPU multiplies
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"]},
     {"type": "object", "properties": {"n": {"type": "integer", "minimum": -5, "maximum": 120}}, "required": ["n"]},
@@ -65,7 +67,7 @@ def text(tokens: list[int]) -> str:
 
 @pytest.fixture
 def masks() -> Iterator[Masks]:
-    made = Masks(lambda: Bytes(TINY.vocab_size), lambda: engine_of[0].pipeline.wake())
+    made = Masks(lambda: Bytes(CONFIG.vocab_size), lambda: engine_of[0].pipeline.wake())
     yield made
     made.close()
 
@@ -74,7 +76,7 @@ engine_of: list[Engine] = []
 
 
 def start(make_engine: MakeEngine, **options: Any) -> tuple[Engine, Collector]:
-    engine, collector = make_engine(**options)
+    engine, collector = make_engine(config=CONFIG, **options)
     engine_of[:] = [engine]
     return engine, collector
 
@@ -95,10 +97,13 @@ def send(engine: Engine, masks: Masks, made: Request) -> None:
     engine.add(made, masks.open(made.sampling.constraint, made.output_ids))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stages", [1, 2])
-def test_two_hundred_answers_under_ten_schemas_are_valid(make_engine: MakeEngine, masks: Masks, stages: int) -> None:
+def test_two_hundred_answers_under_ten_schemas_are_valid(
+    make_engine: MakeEngine, masks: Masks, stages: int, device: str
+) -> None:
     """Mixed with free text, which does not notice, and some of them preempted on the way."""
-    engine, collector = start(make_engine, stages=stages, num_blocks=160)
+    engine, collector = start(make_engine, stages=stages, num_blocks=160, device=device)
     free = {f"free-{i}": request(f"free-{i}", [5 + i] * 9, max_tokens=40, temperature=0.8, seed=i) for i in range(8)}
     for made in free.values():
         engine.add(made)
@@ -156,15 +161,16 @@ def test_an_answer_goes_on_the_same_after_a_stage_died(
     assert engine.scheduler.epoch == 2
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_batches_that_start_without_their_masks_give_the_same_tokens(
-    make_engine: MakeEngine, masks: Masks, monkeypatch: pytest.MonkeyPatch, stages: int
+    make_engine: MakeEngine, masks: Masks, monkeypatch: pytest.MonkeyPatch, stages: int, device: str
 ) -> None:
     """Beside those that start once the masks are there, as they do for constraints that take long."""
     found, late = [], list[int]()
     for ahead in (True, False):
         monkeypatch.setattr(scheduler, "MASK_SECONDS", 0.03 if ahead else 1e-9)
-        engine, collector = start(make_engine, stages=stages)
+        engine, collector = start(make_engine, stages=stages, device=device)
         send_masks = engine.pipeline.send_masks
         monkeypatch.setattr(engine.pipeline, "send_masks", lambda m, send=send_masks: late.append(1) or send(m))
         for i, schema in enumerate(SCHEMAS):
