@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.config import INT4_BLOCK, Int4Layout, ModelConfig
+from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
 
+FLOAT8_NEEDS_CUDA = "model.quantization: fp8 needs pipeline.device: cuda"
 FORMAT_NAMES = ", ".join(("none", *PROMPT_FORMATS))
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -37,6 +38,11 @@ class ModelArgs(Strict):
         default="none",
         description="fp8 (cuda only): layers' weights and activations in 8 bits, quantised at load; int4: weights made "
         "up in 4 bits (load_format: dummy; of a checkpoint it is seen)",
+    )
+    quantization_ignore: list[str] = Field(
+        default=[],
+        description="products that fp8 leaves in dtype: w2 (that of every layer; also wqkv, wo, w13), layers.29.w2, "
+        "layers.0.*",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
@@ -122,6 +128,7 @@ def read_model(model: ModelArgs) -> ModelConfig:
     config = read_config(resolve_path(model.path))
     if config.int4 is not None and model.quantization == "fp8":
         raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already: leave it out")
+    in_8_bits(model, config)
     if config.int4 is not None or model.quantization != "int4":
         return config
     if model.load_format != "dummy":
@@ -129,3 +136,15 @@ def read_model(model: ModelArgs) -> ModelConfig:
             "model.quantization: int4: nothing is quantised to 4 bits at load: give a checkpoint made by GPTQ or AWQ"
         )
     return replace(config, int4=Int4Layout(INT4_BLOCK))
+
+
+def in_8_bits(model: ModelArgs, config: ModelConfig) -> frozenset[str]:
+    """Names of the layers' products that are to be in 8 bits. Raises `ValueError` for exceptions from what is not."""
+    if model.quantization == "fp8":
+        return float8_products(config, model.quantization_ignore)
+    if model.quantization_ignore:
+        raise ValueError(
+            f"model.quantization_ignore: {', '.join(model.quantization_ignore)}: this is what fp8 leaves out, but "
+            f"model.quantization is {model.quantization}: set it to fp8, or remove the list"
+        )
+    return frozenset()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from cluster.config import EngineConfig, read_model
+from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, in_8_bits, read_model
 from cluster.gpu_guard import check_free
 from cluster.link import DOWNSTREAM, UPSTREAM, Link
 from cluster.rendezvous import Rendezvous, join, make_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
-from model.config import StageLayers
+from model.config import ModelConfig, StageLayers, product_of
 from model.heap import freed_blocks_returned
 from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
@@ -102,9 +102,10 @@ class StageActor:
         )
         names = spec.layers.tensor_names(checkpoint.config)
         dtype = getattr(torch, config.model.dtype)
-        fp8 = config.model.quantization == "fp8"
+        fp8 = in_8_bits(config.model, checkpoint.config)
         if fp8 and self._device.type != "cuda":
-            raise ValueError("model.quantization: fp8 needs pipeline.device: cuda")
+            raise ValueError(FLOAT8_NEEDS_CUDA)
+        self._log_weights(checkpoint.config, names, fp8)
         with freed_blocks_returned():
             self._decoder = Decoder(
                 checkpoint.config,
@@ -120,6 +121,14 @@ class StageActor:
         num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, num_blocks, visible)
+
+    def _log_weights(self, config: ModelConfig, names: list[str], fp8: frozenset[str]) -> None:
+        dtype = self._spec.config.model.dtype
+        gb = sum(config.tensor_bytes(name, getattr(torch, dtype).itemsize, fp8) for name in names) / 1e9
+        products = {product for name in names if (product := product_of(name))}
+        kept = f", but for {len(products - fp8)} of {len(products)} products in {dtype}" if products - fp8 else ""
+        how = f"layers in 8 bits{kept}" if fp8 else dtype
+        log.info("stage %d: %.2f GB of weights, %s", self._spec.index, gb, how)
 
     def _counter(self, checkpoint: Checkpoint, names: list[str]) -> Callable[[str], None]:
         """Called with the name of each tensor that is in place; keeps `progress` true and logs every tenth."""

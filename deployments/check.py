@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.config import read_model
+from cluster.config import FLOAT8_NEEDS_CUDA, read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
 from deployments.tenants import KeyRing
 from model.config import split_layers
@@ -77,6 +77,8 @@ def _check_keys(config: AppConfig) -> Iterable[str]:
 
 def _check_model(config: AppConfig) -> Iterable[str]:
     """What only the checkpoint can tell. It may be on other nodes only, so it must at least be named rightly here."""
+    if config.model.quantization == "fp8" and config.pipeline.device != "cuda":
+        yield FLOAT8_NEEDS_CUDA
     try:
         model = read_model(config.model)
         split = config.pipeline.split

@@ -124,6 +124,8 @@ def inspect(
         str, typer.Option(help="type of the weights when served: bfloat16, float16 or float32")
     ] = "bfloat16",
     prompt_format: Annotated[str, typer.Option(help="as in model.prompt_format")] = "auto",
+    fp8: Annotated[bool, typer.Option("--fp8", help="sizes with model.quantization: fp8")] = False,
+    quantization_ignore: Annotated[str, typer.Option(help="with --fp8: what it leaves out, e.g. w2,layers.0.*")] = "",
 ) -> None:
     """What a checkpoint is: family, shape, types, context, prompt format with an example, and its split into stages."""
     from rich.console import Console
@@ -132,10 +134,14 @@ def inspect(
     from model.weights import resolve_path
     from model.weights.sharded import ITEM_SIZES
 
+    ignored = quantization_ignore.split(",") if quantization_ignore else []
     if dtype not in ITEM_SIZES:
         fail(f"--dtype {dtype}: must be one of {', '.join(ITEM_SIZES)}")
+    if ignored and not fp8:
+        fail(f"--quantization-ignore {quantization_ignore}: says what --fp8 leaves out: give that too")
     try:
-        Console(soft_wrap=True).print(inspected(resolve_path(path), stages, dtype, prompt_format))
+        found = inspected(resolve_path(path), stages, dtype, prompt_format, fp8, ignored)
+        Console(soft_wrap=True).print(found)
     except ValueError as error:
         fail(str(error))
 

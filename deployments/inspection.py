@@ -1,6 +1,7 @@
 """What `caravan inspect` shows of a checkpoint: what it is, how it talks, and how it would be cut into stages."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -8,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model.chat import ChatTemplate, load_chat_template
-from model.config import Int4Layout, ModelConfig, split_layers
+from model.config import PRODUCTS, Int4Layout, ModelConfig, float8_products, split_layers
 from model.errors import CheckpointError
 from model.families import family_of
 from model.infill import can_infill
@@ -20,15 +21,22 @@ from model.weights.sharded import ITEM_SIZES
 EXAMPLE = [{"role": "user", "content": "Hello!"}]
 
 
-def inspect(path: Path, stages: int, dtype: str, prompt_format: str) -> RenderableType:
-    """Everything about the checkpoint at `path`. Raises `CheckpointError` or `PromptFormatError`."""
+def inspect(
+    path: Path, stages: int, dtype: str, prompt_format: str, fp8: bool = False, ignore: Sequence[str] = ()
+) -> RenderableType:
+    """Everything about the checkpoint at `path`, and its size served in `dtype`, or with `fp8` in 8 bits but for what
+    `ignore` names (see `float8_products`). Raises `ValueError`.
+    """
     config = read_config(path)
+    if fp8 and config.int4 is not None:
+        raise ValueError(f"{path}: its layers are in 4 bits already, there is no fp8 of them")
+    products = float8_products(config, ignore) if fp8 else frozenset()
     tokenizer = _tokenizer(path, config)
     template = load_chat_template(path, tokenizer, prompt_format) if tokenizer is not None else None
     return Group(
         _facts(path, config, tokenizer),
         *_prompt(tokenizer, template),
-        split_table(config, stages, dtype),
+        split_table(config, stages, dtype, products),
     )
 
 
@@ -113,13 +121,16 @@ def _prompt(tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[
     ]
 
 
-def split_table(config: ModelConfig, stages: int, dtype: str) -> Table:
-    """How the model is cut: layers, weights and room for KV of each stage."""
+def split_table(config: ModelConfig, stages: int, dtype: str, fp8: frozenset[str] = frozenset()) -> Table:
+    """How the model is cut: layers, weights and room for KV of each stage; `fp8`: products in 8 bits."""
     size = ITEM_SIZES[dtype]
-    table = Table("stage", "layers", "weights", "KV tokens per GB", title=f"{stages} stages in {dtype}")
+    title = f"{stages} stages in {dtype}"
+    if fp8:
+        title += f", {len(fp8)} of {config.n_layers * len(PRODUCTS)} products in fp8"
+    table = Table("stage", "layers", "weights", "KV tokens per GB", title=title)
     for i, stage in enumerate(split_layers(config, stages)):
         names = stage.tensor_names(config)
-        weights = sum(config.tensor_bytes(name, size) for name in names)
+        weights = sum(config.tensor_bytes(name, size, fp8) for name in names)
         kv = (stage.stop - stage.start) * 2 * config.n_kv_heads * config.head_dim * size
         ends = (" + embedding" if stage.is_first else "") + (" + head" if stage.is_last else "")
         layers = f"{stage.start}-{stage.stop - 1} ({stage.stop - stage.start}){ends}"

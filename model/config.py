@@ -1,13 +1,23 @@
 """The shape of a Llama model, and which part of it one stage holds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 CODE_LLAMA_THETA = 1e6
 CODE_LLAMA_CONTEXT = 100_000  # where Code Llama still works, trained on 16,384 (arXiv 2308.12950, section 3.3)
 INT4_BLOCK = 128  # inputs of a row whose 4-bit weights are packed together; see `Int4Weight`
 PART_BYTES = {"qweight": 4, "scales": 2, "zeros": 2, "order": 4}  # per element of what a 4-bit weight consists of
+FLOAT8_SCALE_BYTES = 4  # beside each row of a weight in 8 bits
+PRODUCTS = {  # of a layer: tensors that read the same input are one product, for larger reads of the weights
+    "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "wo": ("attention.wo",),
+    "w13": ("feed_forward.w1", "feed_forward.w3"),
+    "w2": ("feed_forward.w2",),
+}
+PRODUCT_OF = {f"{stem}.weight": product for product, stems in PRODUCTS.items() for stem in stems}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +127,11 @@ class ModelConfig:
         attention, mlp = self.attention_bias, self.mlp_bias
         return (
             "attention_norm.weight",
-            *self._linear("attention.wq", "attention.wk", "attention.wv", bias=attention),
-            *self._linear("attention.wo", bias=attention),
+            *self._linear(*PRODUCTS["wqkv"], bias=attention),
+            *self._linear(*PRODUCTS["wo"], bias=attention),
             "ffn_norm.weight",
-            *self._linear("feed_forward.w1", "feed_forward.w3", bias=mlp),
-            *self._linear("feed_forward.w2", bias=mlp),
+            *self._linear(*PRODUCTS["w13"], bias=mlp),
+            *self._linear(*PRODUCTS["w2"], bias=mlp),
         )
 
     @property
@@ -157,9 +167,15 @@ class ModelConfig:
             return {"qweight": (out, blocks * INT4_BLOCK // 8), "order": (inputs,)}.get(kind, (out, groups))
         return shape[:1] if kind == "bias" else shape
 
-    def tensor_bytes(self, name: str, item_size: int) -> int:
-        """Bytes of the tensor `name`, with `item_size` for each element that is not part of a 4-bit weight."""
-        return math.prod(self.tensor_shape(name)) * PART_BYTES.get(name.rpartition(".")[2], item_size)
+    def tensor_bytes(self, name: str, item_size: int, fp8: frozenset[str] = frozenset()) -> int:
+        """Bytes of the tensor `name`, with `item_size` for each element that is not part of a 4-bit weight.
+
+        `fp8`: the products whose weights are in 8 bits, with a scale for each row; see `float8_products`.
+        """
+        shape = self.tensor_shape(name)
+        if product_of(name) in fp8:
+            return math.prod(shape) + FLOAT8_SCALE_BYTES * shape[0]
+        return math.prod(shape) * PART_BYTES.get(name.rpartition(".")[2], item_size)
 
     def layer_bytes(self, item_size: int) -> int:
         """The same of one decoder layer."""
@@ -219,6 +235,32 @@ class StageLayers:
             shared = config.tie_word_embeddings and self.is_first
             count += config.dim + (0 if shared else config.embedding_parameters)
         return count
+
+
+def float8_products(config: ModelConfig, ignore: Sequence[str] = ()) -> frozenset[str]:
+    """The layers' products that FP8 computes in 8 bits, as `layers.0.wqkv`: all but those that `ignore` names.
+
+    Each of `ignore` is a pattern (as `fnmatch` takes it) of such names, or of their last parts: `w2` is that of every
+    layer. Raises `ValueError` for a pattern that names none.
+    """
+    names = [f"layers.{i}.{product}" for i in range(config.n_layers) for product in PRODUCTS]
+    kept: set[str] = set()
+    for pattern in ignore:
+        found = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)]
+        if not found:
+            raise ValueError(
+                f"model.quantization_ignore: {pattern!r} names nothing: there are {', '.join(PRODUCTS)} in each of "
+                f"{config.n_layers} layers, {names[0]} to {names[-1]}"
+            )
+        kept.update(found)
+    return frozenset(names) - kept
+
+
+def product_of(name: str) -> str:
+    """What the tensor `name` is a weight of, as `layers.3.wqkv` for `layers.3.attention.wq.weight`; "" for others."""
+    _, _, inside = name.partition(".")
+    layer, _, tensor = inside.partition(".")
+    return f"layers.{layer}.{PRODUCT_OF[tensor]}" if tensor in PRODUCT_OF else ""
 
 
 def split_layers(config: ModelConfig, stages: int, split: list[int] | None = None) -> list[StageLayers]:

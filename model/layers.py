@@ -95,19 +95,21 @@ class CudaLinear:
 
 
 class Float8Linear(StepByStep):
-    """Weights in float8, one scale per output row; inputs in float8 too, one scale per token."""
+    """Weights in float8, one scale per output row; inputs in float8 too, one scale per token; results in `compute`."""
 
     takes_8_bits = True
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, compute: torch.dtype = torch.bfloat16
+    ) -> None:
         self._kernels = kernels_for(weight.device)
         self._weight = self._kernels.quantize_rows(weight.contiguous())
-        self._bias = bias
+        self._bias, self._compute = bias, compute
         self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
 
     def __call__(self, x: Activations) -> torch.Tensor:
         quantized = x if isinstance(x, Quantized) else self._kernels.quantize_rows(x)
-        product = self._kernels.float8_linear(quantized, self._weight)
+        product = self._kernels.float8_linear(quantized, self._weight).to(self._compute)  # bfloat16 is all it gives
         return product if self._bias is None else product + self._bias
 
 
@@ -206,7 +208,7 @@ def make_linear(
     compute = compute_dtype(dtype, device)
     bias = bias.to(device, compute) if bias is not None else None
     if fp8:
-        return Float8Linear(weight.to(device, dtype), bias)
+        return Float8Linear(weight.to(device, dtype), bias, compute)
     if device.type == "cpu" and compute == torch.bfloat16:
         return PackedBfloat16Linear(weight, bias)
     if device.type == "cpu" and dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:

@@ -4,14 +4,14 @@ Legend: T tokens, C model dim, H query heads, K KV heads, D head dim, F feed-for
 Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch.nn.functional import embedding
 
 from model.attention import AttentionMetadata, paged_attention
-from model.config import ModelConfig, StageLayers
+from model.config import PRODUCTS, ModelConfig, StageLayers
 from model.kernels import Kernels, kernels_for
 from model.kv_cache import KVCache
 from model.layers import Int4Linear, Linear, compute_dtype, make_linear, rotary_table
@@ -21,32 +21,38 @@ Take = Callable[[str], torch.Tensor]  # the tensor of this name, which must be t
 
 
 class Layer:
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual."""
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual.
 
-    def __init__(self, config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device, fp8: bool) -> None:
+    `fp8`: which of its products are in 8 bits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device, fp8: Collection[str]
+    ) -> None:
         self.config = config
         compute = compute_dtype(dtype, device)
 
-        def load(*stems: str, bias: bool) -> Linear:
+        def load(product: str, bias: bool) -> Linear:
+            stems = PRODUCTS[product]
+
             def stacked(part: str, as_type: torch.dtype | None = None) -> torch.Tensor:
                 return _stacked([f"{stem}.{part}" for stem in stems], config, take, as_type, device)
 
             weights = [stacked(part, dtype if part == "weight" else None) for part in config.weight_parts]
             biases = stacked("bias", compute) if bias else None
             if config.int4 is None:
-                return make_linear(weights[0], dtype, device, fp8, biases)
+                return make_linear(weights[0], dtype, device, product in fp8, biases)
             shapes = [config.tensor_shape(f"layers.0.{stem}.weight") for stem in stems]
             words, scales, zeros, *rest = weights
             orders = rest[0].view(len(stems), -1) if rest else None
             return Int4Linear(words, scales, zeros, [rows for rows, _ in shapes], shapes[0][1], compute, orders, biases)
 
-        # Products that read the same input are one product: fewer, larger reads of the weights.
         self.attention_norm = take("attention_norm.weight").to(device, compute, copy=True)
-        self.wqkv = load("attention.wq", "attention.wk", "attention.wv", bias=config.attention_bias)
-        self.wo = load("attention.wo", bias=config.attention_bias)
+        self.wqkv = load("wqkv", bias=config.attention_bias)
+        self.wo = load("wo", bias=config.attention_bias)
         self.ffn_norm = take("ffn_norm.weight").to(device, compute, copy=True)
-        self.w13 = load("feed_forward.w1", "feed_forward.w3", bias=config.mlp_bias)
-        self.w2 = load("feed_forward.w2", bias=config.mlp_bias)
+        self.w13 = load("w13", bias=config.mlp_bias)
+        self.w2 = load("w2", bias=config.mlp_bias)
 
     @property
     def num_parameters(self) -> int:
@@ -81,6 +87,7 @@ class Layer:
 class Decoder:
     """One stage's share of the model. `tensors` yields its weights in the order of `stage.tensor_names`.
 
+    `fp8`: names of the layers' products that are in 8 bits, see `float8_products`; the others are as `dtype` says.
     Holds what it has built and one tensor at a time. Raises `ValueError` for a tensor of the wrong shape, and for `fp8`
     of layers in 4 bits.
     """
@@ -94,7 +101,7 @@ class Decoder:
         device: torch.device,
         max_model_len: int,
         on_tensor: Callable[[str], None] = lambda name: None,
-        fp8: bool = False,
+        fp8: frozenset[str] = frozenset(),
     ) -> None:
         if fp8 and config.int4 is not None:
             raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already; leave it out")
@@ -113,7 +120,13 @@ class Decoder:
         if stage.is_first:
             self.tok_embeddings = take("tok_embeddings.weight").to(device, self.dtype, copy=True)
         self.layers = [
-            Layer(config, lambda name, i=i: take(f"layers.{i}.{name}"), dtype, device, fp8)  # type: ignore[misc]
+            Layer(
+                config,
+                lambda name, i=i: take(f"layers.{i}.{name}"),  # type: ignore[misc]
+                dtype,
+                device,
+                [product for product in PRODUCTS if f"layers.{i}.{product}" in fp8],
+            )
             for i in range(stage.start, stage.stop)
         ]
         if stage.is_last:

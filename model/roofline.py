@@ -5,13 +5,14 @@ attends to, at the rate of a large copy; and its multiplications at the rate of 
 Williams, Waterman, Patterson, CACM 52(4), 2009.)
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from model.config import ModelConfig, StageLayers
+from model.config import ModelConfig, StageLayers, product_of
 from model.kernels import Activations, kernels_for
 from model.kv_cache import KVCache
 from model.layers import compute_dtype, make_linear
@@ -26,7 +27,8 @@ class Rates:
     """Of one device, while its neighbours are as busy as it is."""
 
     bytes_per_s: float  # of a large copy: bytes read and bytes written
-    flops: float  # multiplications and additions per second of a large product in the layers' type
+    flops: float  # multiplications and additions per second of a large product in the model's type
+    float8_flops: float | None = None  # the same in 8 bits, for layers that have products so
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +36,32 @@ class StageWork:
     """What a step asks of one stage, whatever computes it."""
 
     weight_bytes: int  # read once by every step; an embedding lookup reads next to nothing
-    flops_per_token: float  # in the layers: two for each weight
+    flops_per_token: float  # in the layers: two for each weight that is not in 8 bits
+    float8_flops_per_token: float  # of those in 8 bits
     flops_per_sample: float  # in the head
     kv_bytes_per_token: int  # read for each token of context
 
     @classmethod
     def of(
-        cls, config: ModelConfig, part: StageLayers, dtype: torch.dtype, fp8: bool, kv_dtype: torch.dtype | None = None
+        cls,
+        config: ModelConfig,
+        part: StageLayers,
+        dtype: torch.dtype,
+        fp8: frozenset[str] = frozenset(),
+        kv_dtype: torch.dtype | None = None,
     ) -> "StageWork":
-        """Of the layers `part`, weights in `dtype`, 8 bits or the config's 4 (not the head), and keys in `kv_dtype`."""
+        """Of the layers `part`: weights in 8 bits where `fp8` says so, in `dtype` or the config's 4 bits elsewhere, the
+        head in `dtype`, keys in `kv_dtype`.
+        """
         layers = part.stop - part.start
-        weights = layers * config.layer_parameters
+        names = [name for name in part.tensor_names(config) if name.startswith("layers.")]
+        in_8_bits = sum(math.prod(config.tensor_shape(name)) for name in names if product_of(name) in fp8)
         head = config.embedding_parameters if part.is_last else 0
+        reading = sum(config.tensor_bytes(name, dtype.itemsize, fp8) for name in names)
         return cls(
-            weight_bytes=layers * config.layer_bytes(1 if fp8 else dtype.itemsize) + head * dtype.itemsize,
-            flops_per_token=2.0 * weights,
+            weight_bytes=reading + head * dtype.itemsize,
+            flops_per_token=2.0 * (layers * config.layer_parameters - in_8_bits),
+            float8_flops_per_token=2.0 * in_8_bits,
             flops_per_sample=2.0 * head,
             kv_bytes_per_token=KVCache.bytes_per_block(config, layers, 1, kv_dtype or dtype),
         )
@@ -56,12 +69,17 @@ class StageWork:
     def floor_s(self, rates: Rates, tokens: float, samples: float, context_tokens: float = 0.0) -> float:
         """Seconds of a step that computes `tokens`, samples `samples` and attends to `context_tokens` in all."""
         reading = (self.weight_bytes + context_tokens * self.kv_bytes_per_token) / rates.bytes_per_s
-        return max(reading, (tokens * self.flops_per_token + samples * self.flops_per_sample) / rates.flops)
+        multiplying = (tokens * self.flops_per_token + samples * self.flops_per_sample) / rates.flops
+        if self.float8_flops_per_token:
+            assert rates.float8_flops is not None, "rates measured without 8 bits"
+            multiplying += tokens * self.float8_flops_per_token / rates.float8_flops
+        return max(reading, multiplying)
 
 
 def measure(dtype: torch.dtype, device: torch.device, fp8: bool) -> Rates:
-    """The rates of `device` with linear layers as a stage would make them."""
-    rates = Rates(_copy_rate(device), _product_rate(dtype, device, fp8))
+    """The rates of `device` with linear layers as a stage would make them, with `fp8` those in 8 bits too."""
+    in_8_bits = _product_rate(dtype, device, fp8=True) if fp8 else None
+    rates = Rates(_copy_rate(device), _product_rate(dtype, device, fp8=False), in_8_bits)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # whoever asks wants the memory next
     return rates

@@ -409,6 +409,7 @@ def perplexity(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose model to look at")],
     text: Annotated[Path | None, typer.Option(help="a text; default: the reference that every Python holds")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="how many tokens of it")] = 20_000,
+    skip: Annotated[int, typer.Option(min=0, help="tokens of it to leave out first")] = 0,
     window: Annotated[int, typer.Option(min=2, help="tokens of context at most")] = 1024,
     quantizations: Annotated[
         str,
@@ -417,6 +418,9 @@ def perplexity(
             "-wo, -w13): these alone; ratios are to the first"
         ),
     ] = "none,fp8",
+    quantization_ignore: Annotated[
+        str | None, typer.Option(help="in place of the file's model.quantization_ignore, e.g. wqkv,layers.29.w2")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Perplexity of a text in full precision and in 8 bits, on one device; a CPU does the 8 bits slowly in torch."""
@@ -427,7 +431,11 @@ def perplexity(
         fail(f"--quantizations {quantizations}: give some of {', '.join(QUANTIZATIONS)}")
     try:
         words = text.read_text("utf-8") if text else default_text()
-        result = bench_perplexity(read_app_config(config), words, tokens, window, wanted)
+        app_config = read_app_config(config)
+        if quantization_ignore is not None:
+            ignore = {"quantization_ignore": quantization_ignore.split(",") if quantization_ignore else []}
+            app_config = app_config.model_copy(update={"model": app_config.model.model_copy(update=ignore)})
+        result = bench_perplexity(app_config, words, tokens, window, wanted, skip)
     except (ValueError, OSError) as error:
         fail(str(error))
     report(perplexity_table(result), result, output)

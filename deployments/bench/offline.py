@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cluster.config import read_model
+from cluster.config import in_8_bits, read_model
 from cluster.engine import Engine
 from cluster.launch import model_len, stage_layers
 from deployments.bench.run import (
@@ -89,7 +89,7 @@ class Floor:
     def __init__(self, config: AppConfig, model: ModelConfig, rates: list[Rates]) -> None:
         import torch
 
-        dtype, fp8 = getattr(torch, config.model.dtype), config.model.quantization == "fp8"
+        dtype, fp8 = getattr(torch, config.model.dtype), in_8_bits(config.model, model)
         kv_dtype = FLOAT8 if config.cache.dtype == "fp8" else dtype
         self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in stage_layers(config, model)]
         self._rates = rates
@@ -273,6 +273,8 @@ def offline_table(title: str, result: Json) -> Table:
     table.add_row("KV tokens", f"{result['kv_tokens']:,}")
     slowest = min(result["rates"], key=lambda r: float(r["bytes_per_s"]))
     rates = f"{slowest['bytes_per_s'] / 1e9:,.0f} GB/s copied, {slowest['flops'] / 1e12:,.2f} TFLOP/s"
+    if slowest["float8_flops"] is not None:
+        rates += f", in 8 bits {slowest['float8_flops'] / 1e12:,.2f}"
     table.add_row("a stage's device", rates)
     for batch in result["batches"]:
         floor = f"{batch['floor_ms_per_token']:.2f} ms"

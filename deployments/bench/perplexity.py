@@ -1,6 +1,5 @@
 """`caravan bench perplexity`: what 8 bits cost a model, as the perplexity of a text beside that of the full weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deployments.config import AppConfig
-from model.config import split_layers
+from model.config import PRODUCTS, float8_products, product_of, split_layers
 from model.kernels.reference import ReferenceKernels
 from model.kv_cache import FLOAT8
-from model.llama import Decoder
+from model.llama import Decoder, Tensors
 from model.perplexity import perplexity
 from model.tokenizer import load_tokenizer
 from model.weights import open_checkpoint, resolve_path
 
 Json = dict[str, Any]
-PARTS = {"wqkv": ("wq", "wk", "wv"), "wo": ("wo",), "w13": ("w1", "w3"), "w2": ("w2",)}
-ROUNDED = {f"fp8-{part}": stems for part, stems in PARTS.items()}
-ROUNDED["fp8-weights"] = tuple(stem for stems in PARTS.values() for stem in stems)
-QUANTIZATIONS = ("none", "fp8", "fp8-cache", *ROUNDED)
+WEIGHTS_ALONE = {"fp8-weights": tuple(PRODUCTS), **{f"fp8-{product}": (product,) for product in PRODUCTS}}
+QUANTIZATIONS = ("none", "fp8", "fp8-cache", *WEIGHTS_ALONE)
 
 
 def default_text() -> str:
@@ -32,17 +29,20 @@ def default_text() -> str:
     return "\n\n".join(topics.values())
 
 
-def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, quantizations: list[str]) -> Json:
-    """Perplexity of the first `tokens` of `text` on the whole model on one device, for each of `quantizations`:
+def bench_perplexity(
+    config: AppConfig, text: str, tokens: int, window: int, quantizations: list[str], skip: int = 0
+) -> Json:
+    """Perplexity of `tokens` of `text`, from token `skip` on, by the whole model on one device, for each quantization:
     none, fp8 (weights and activations), fp8-cache (keys and values), fp8-weights (no activations), or the weights of
-    some matrices alone: fp8-wqkv, fp8-wo, fp8-w13, fp8-w2.
+    some products alone: fp8-wqkv, fp8-wo, fp8-w13, fp8-w2. What `model.quantization_ignore` names stays as it is.
 
-    Raises `ValueError` for a text that is too short, or a checkpoint that cannot be read.
+    Raises `ValueError` for a text that is too short, a checkpoint that cannot be read, a pattern that names nothing.
     """
     path = resolve_path(config.model.path)
-    token_ids = load_tokenizer(path).encode(text, add_bos=False)
+    found_ids = load_tokenizer(path).encode(text, add_bos=False)
+    token_ids = found_ids[skip : skip + tokens]
     if len(token_ids) < tokens:
-        raise ValueError(f"the text has {len(token_ids):,} tokens, fewer than --tokens {tokens:,}")
+        raise ValueError(f"the text has {len(found_ids):,} tokens, fewer than --skip {skip:,} and --tokens {tokens:,}")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
     results: Json = {}
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
@@ -51,7 +51,7 @@ def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, qua
             decoder = whole_model(config, path, quantization, window)
             kv_dtype = FLOAT8 if quantization == "fp8-cache" else None
             found = perplexity(
-                decoder, token_ids[:tokens], window, lambda done, task=task: bar.advance(task, done), kv_dtype  # type: ignore[misc]
+                decoder, token_ids, window, lambda done, task=task: bar.advance(task, done), kv_dtype  # type: ignore[misc]
             )  # fmt: skip
             results[quantization] = found.value
             del decoder
@@ -61,7 +61,9 @@ def bench_perplexity(config: AppConfig, text: str, tokens: int, window: int, qua
         "dtype": config.model.dtype,
         "device": torch.cuda.get_device_name() if config.pipeline.device == "cuda" else "cpu",
         "tokens": found.tokens,
+        "skipped": skip,
         "window": window,
+        "quantization_ignore": config.model.quantization_ignore,
         "perplexity": {name: round(value, 4) for name, value in results.items()},
         "ratio": {name: round(value / first, 5) for name, value in results.items()},
     }
@@ -71,15 +73,19 @@ def whole_model(config: AppConfig, path: Path, quantization: str, max_model_len:
     """All layers on the configured device, whatever the number of stages."""
     checkpoint = open_checkpoint(path)
     (part,) = split_layers(checkpoint.config, 1)
-    tensors = rounded(checkpoint.tensors(part.tensor_names(checkpoint.config)), ROUNDED.get(quantization, ()))
+    products = float8_products(checkpoint.config, config.model.quantization_ignore)
+    kinds = WEIGHTS_ALONE.get(quantization, ())
+    alone = frozenset(product for product in products if product.rpartition(".")[2] in kinds)
+    tensors = rounded(checkpoint.tensors(part.tensor_names(checkpoint.config)), alone)
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.pipeline.device)
-    return Decoder(checkpoint.config, part, tensors, dtype, device, max_model_len, fp8=quantization == "fp8")
+    fp8 = products if quantization == "fp8" else frozenset()
+    return Decoder(checkpoint.config, part, tensors, dtype, device, max_model_len, fp8=fp8)
 
 
-def rounded(tensors: Iterator[tuple[str, torch.Tensor]], stems: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, with the matrices of these names as 8 bits and a scale per row hold them."""
+def rounded(tensors: Tensors, products: frozenset[str]) -> Tensors:
+    """The same, with the weights of these products as 8 bits and a scale per row hold them."""
     for name, tensor in tensors:
-        if name.endswith(".weight") and name.split(".")[-2] in stems:
+        if product_of(name) in products:
             values, scales = ReferenceKernels().quantize_rows(tensor.float())
             tensor = values.float() * scales
         yield name, tensor

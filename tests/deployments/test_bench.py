@@ -28,13 +28,13 @@ from model.families import SHAPES
 from model.roofline import Rates, StageWork, measure
 from ops.plot import PlotError, check_matplotlib, scaling
 
-H200 = Rates(4.27e12, 610e12)
+H200 = Rates(4.27e12, 610e12, 1220e12)
 CPU = torch.device("cpu")
 
 
-def floor(stages: int = 2, quantization: str = "none") -> Floor:
+def floor(stages: int = 2, **model: Any) -> Floor:
     args = {
-        "model": {"path": "shape:llama-2-70b", "name": "x", "load_format": "dummy", "quantization": quantization},
+        "model": {"path": "shape:llama-2-70b", "name": "x", "load_format": "dummy", **model},
         "pipeline": {"stages": stages},
     }
     return Floor(parse_app_config(args), SHAPES["llama-2-70b"], [H200] * stages)
@@ -49,7 +49,11 @@ def test_the_floor_of_a_70b_stage_is_what_was_measured_for_its_linear_layers() -
 
 
 def test_in_8_bits_half_is_read() -> None:
-    assert floor(quantization="fp8").step_s(1, 1)[0] == pytest.approx(floor().step_s(1, 1)[0] / 2)
+    scales = 1e-3  # one for each row, of 8,192 or more weights; and norms, which stay in 16 bits
+    assert floor(quantization="fp8").step_s(1, 1)[0] == pytest.approx(floor().step_s(1, 1)[0] / 2, rel=scales)
+    assert floor(quantization="fp8").step_s(8192, 0)[0] == pytest.approx(floor().step_s(8192, 0)[0] / 2, rel=scales)
+    without_wqkv = floor(quantization="fp8", quantization_ignore=["wqkv"]).step_s(1, 1)[0]
+    assert without_wqkv == pytest.approx(floor().step_s(1, 1)[0] * (0.5 + 0.049), rel=2 * scales)  # a tenth of a layer
 
 
 def test_keys_and_values_count_by_context() -> None:
@@ -66,7 +70,7 @@ def test_the_limit_of_the_list_is_the_arithmetic_one() -> None:
 
 def test_work_of_stages_adds_up() -> None:
     model = SHAPES["llama-2-7b"]
-    works = [StageWork.of(model, part, torch.bfloat16, fp8=False) for part in split_layers(model, 4)]
+    works = [StageWork.of(model, part, torch.bfloat16) for part in split_layers(model, 4)]
     read = model.num_parameters - model.embedding_parameters - model.dim - 32 * 2 * model.dim  # no lookup, no norms
     assert sum(w.weight_bytes for w in works) == pytest.approx(2 * read, rel=1e-3)
 
@@ -181,6 +185,8 @@ def test_a_sweep_gives_a_table_a_line_a_file_and_a_plot(url: str, tmp_path: Path
         (["scaling", "x.json", "--rows", "fp9x1"], "fp9x1"),
         (["scaling", "x.json", "--device", "abacus"], "abacus"),
         (["perplexity", "ray_config.yaml", "--quantizations", "int3"], "int3"),
+        (["perplexity", "ray_config.yaml", "--quantization-ignore", "w2,w4"], "'w4' names nothing"),
+        (["perplexity", "ray_config.yaml", "--skip", "900000"], "fewer than --skip 900,000"),
         (["serve", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ],
 )

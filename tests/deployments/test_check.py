@@ -63,6 +63,8 @@ def test_our_own_files_are_good(file: str) -> None:
         (put("model.max_model_len", 10**6), ["model.max_model_len", "8192"]),
         (put("model.path", "/nowhere/model.gguf"), ["model.path", "/nowhere/model.gguf"]),
         (put("model.dtype", "float8"), ["model.dtype"]),
+        (put("model.quantization", "fp8"), ["model.quantization: fp8 needs pipeline.device: cuda"]),
+        (put("model.quantization_ignore", ["w2"]), ["model.quantization_ignore: w2: ", "set it to fp8"]),
         (put("cache", {}), ["cache.memory_gb", "required on cpu"]),
         (put("autoscaling.min_replicas", 5), ["max_replicas"]),
         (put("/http_optoins", {}), ["http_optoins: unknown key", "http_options"]),
@@ -78,6 +80,21 @@ def test_every_problem_is_named_by_its_path(tmp_path: Path, change: Change, word
     problems = check_file(changed(tmp_path, change))
     assert problems
     assert all(any(word in problem for problem in problems) for word in words), problems
+
+
+def test_what_fp8_leaves_out_is_checked_against_the_model(tmp_path: Path) -> None:
+    def ignoring(*patterns: str) -> Change:
+        def change(config: dict[str, Any]) -> None:
+            put("model.quantization", "fp8")(config)
+            put("model.quantization_ignore", list(patterns))(config)
+            put("pipeline.device", "cuda")(config)
+
+        return change
+
+    assert check_file(changed(tmp_path, ignoring("w2", "layers.29.*"))) == []
+    (problem,) = check_file(changed(tmp_path, ignoring("w2", "layers.30.*")))
+    assert "args.model.quantization_ignore: 'layers.30.*' names nothing" in problem
+    assert "layers.0.wqkv to layers.29.w2" in problem
 
 
 def test_a_file_of_keys_is_checked_where_it_can_be_seen(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_inspect_the_default_model() -> None:
 def test_inspect_a_shape_and_a_base_model(tmp_path: Path) -> None:
     shown = caravan("inspect", "shape:code-llama-34b")
     assert "up to 100000 if model.max_model_len says so" in shown.stdout
+    shown = caravan(
+        "inspect", "shape:llama-2-70b", "--stages", "1", "--fp8", "--quantization-ignore", "wqkv,layers.79.*"
+    )
+    assert "1 stages in bfloat16, 237 of 320 products in fp8" in shown.stdout
+    (gb,) = (float(word) for word, unit in pairwise(shown.stdout.split()) if unit == "GB" and "." in word)
+    ends, layer, last = 2 * 0.524, 0.772 + 2 * 0.0839, 2 * 0.8556
+    assert gb == pytest.approx(ends + 79 * layer + last, abs=0.1)
     write_meta(make_llama("Llama 2 70B"), tmp_path, 2)
     shown = caravan("inspect", str(tmp_path))
     assert "format      meta" in shown.stdout
@@ -67,6 +75,8 @@ def test_inspect_says_that_a_tokenizer_is_of_another_model(tmp_path: Path) -> No
     [
         (("inspect", "/nowhere"), "there is no /nowhere; correct the path"),
         (("inspect", MODEL, "--dtype", "int3"), "--dtype int3: must be one of float32, float16, bfloat16"),
+        (("inspect", MODEL, "--fp8", "--quantization-ignore", "w4"), "'w4' names nothing"),
+        (("inspect", MODEL, "--quantization-ignore", "w2"), "give that too"),
         (("inspect", MODEL, "--prompt-format", "codellama-70b"), "needs the token <step>"),
         (("shard", "shape:llama-2-7b", "--stages", "2", "--out", "x"), "is a shape without weights"),
         (("shard", MODEL, "--stages", "99", "--out", "x"), "between 1 and the model's 30 layers"),

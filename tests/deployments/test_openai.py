@@ -325,7 +325,7 @@ def test_the_fingerprint_changes_with_weights_code_and_layout(tmp_path: Path, mo
     seen = [of()]
     assert of() == of(gateway={"replicas": 3}) == of(model={"name": "other"}) == seen[0]
     seen += [of(pipeline={"stages": 2}), of(pipeline={"stages": 2, "split": [20, 10]}), of(model={"dtype": "float32"})]
-    seen += [of(model={"quantization": "fp8"})]
+    seen += [of(model={"quantization": "fp8"}), of(model={"quantization": "fp8", "quantization_ignore": ["w2"]})]
     weights.write_bytes(bytes(250_000) + b"\1" + bytes(249_999))
     seen += [of()]
     monkeypatch.setattr(fingerprints, "_code", lambda: "another version")

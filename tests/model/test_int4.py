@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.config import ModelArgs, read_model
 from deployments.inspection import inspect
-from model.config import split_layers
+from model.config import float8_products, split_layers
 from model.errors import CheckpointError
 from model.kernels import Int4Weight
 from model.kernels.reference import ReferenceKernels
@@ -211,7 +211,7 @@ def test_memory_is_that_of_four_bits() -> None:
     assert 4.24 < bits < 4.26
     assert config.num_parameters == read_config(Path("shape:llama-2-7b")).num_parameters
     (part,) = split_layers(config, 1)
-    work = StageWork.of(config, part, torch.float16, fp8=False)
+    work = StageWork.of(config, part, torch.float16)
     assert work.weight_bytes == 32 * config.layer_bytes(2) + 2 * config.embedding_parameters
     dense = [stage.stop - stage.start for stage in split_layers(read_config(Path("shape:llama-2-7b")), 4)]
     assert [stage.stop - stage.start for stage in split_layers(config, 4)][-1] < dense[-1]  # its head counts for more
@@ -234,7 +234,7 @@ def test_made_up_weights_are_held_packed(tmp_path: Path) -> None:
     weight = ReferenceKernels().dequantize(held, config.hidden_dim, torch.float32)
     assert 0.5 < float(weight.std()) * config.dim**0.5 < 2.0  # so that sums stay as large as what they are of
     with pytest.raises(ValueError, match=r"model\.quantization: fp8: the checkpoint's layers are in 4 bits already"):
-        Decoder(config, part, tensors, torch.float32, CPU, 64, fp8=True)
+        Decoder(config, part, tensors, torch.float32, CPU, 64, fp8=float8_products(config))
 
 
 def test_inspect_and_check_say_what_it_is(whole: Path, tmp_path: Path) -> None:

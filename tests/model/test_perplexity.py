@@ -1,12 +1,13 @@
 """Perplexity against transformers, and what 8 bits cost the default model by it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from deployments.bench.perplexity import ROUNDED, bench_perplexity, default_text, rounded
-from deployments.config import parse_app_config
+from deployments.bench.perplexity import bench_perplexity, default_text, rounded, whole_model
+from deployments.config import AppConfig, parse_app_config
 from model.perplexity import perplexity
 from model.tokenizer import load_tokenizer
 from model.weights import resolve_path
@@ -18,13 +19,14 @@ def token_ids(count: int) -> list[int]:
     return load_tokenizer(resolve_path(golden.MODEL)).encode(default_text(), add_bos=False)[:count]
 
 
-def measured(device: str, tokens: int, window: int) -> Any:
-    args = {
-        "model": {"path": golden.MODEL, "name": "smollm2", "dtype": "bfloat16"},
-        "pipeline": {"device": device},
-        "cache": {"memory_gb": 0.1},
-    }
-    return bench_perplexity(parse_app_config(args), default_text(), tokens, window, ["none", "fp8", "fp8-cache"])
+def configured(device: str, ignore: Sequence[str] = ()) -> AppConfig:
+    model = {"path": golden.MODEL, "name": "smollm2", "quantization": "fp8", "quantization_ignore": list(ignore)}
+    return parse_app_config({"model": model, "pipeline": {"device": device}, "cache": {"memory_gb": 0.1}})
+
+
+def measured(device: str, tokens: int, window: int, ignore: Sequence[str] = ()) -> Any:
+    wanted = ["none", "fp8", "fp8-cache"]
+    return bench_perplexity(configured(device, ignore), default_text(), tokens, window, wanted)
 
 
 def test_it_is_that_of_transformers() -> None:
@@ -59,13 +61,26 @@ def test_the_matrices_that_are_asked_for_are_rounded_and_no_others() -> None:
     torch.manual_seed(0)
     stems = "attention.wq", "attention.wo", "feed_forward.w1", "feed_forward.w2", "attention_norm"
     tensors = [(f"layers.0.{stem}.weight", torch.randn(8, 64)) for stem in stems]
-    for name, wanted in (("fp8-weights", 4), ("fp8-wqkv", 1), ("fp8-w13", 1), ("fp8-w2", 1)):
-        changed = 0
-        for (_, before), (_, after) in zip(tensors, rounded(iter(tensors), ROUNDED[name]), strict=True):
+    for name, wanted in (("wqkv,wo,w13,w2", 4), ("wqkv", 1), ("w13", 1), ("w2", 1), ("", 0)):
+        changed, products = 0, frozenset(f"layers.0.{kind}" for kind in name.split(","))
+        for (_, before), (_, after) in zip(tensors, rounded(iter(tensors), products), strict=True):
             error = float((after - before).norm() / before.norm())
             assert error == 0 or 0.01 < error < 0.04, "three bits of mantissa round by 2.6% in the mean square"
             changed += error > 0
         assert changed == wanted, name
+
+
+@pytest.mark.slow
+def test_what_the_configuration_ignores_stays_as_it_is() -> None:
+    """In 8 bits as a whole, and in weights alone."""
+    path, config = resolve_path(golden.MODEL), configured("cpu", ["wqkv", "layers.29.*"])
+    plain, whole, weights = (whole_model(config, path, name, 64) for name in ("none", "fp8", "fp8-w13"))
+    x = torch.randn(3, 576, generator=torch.Generator().manual_seed(0)).to(plain.dtype)
+    for i, layers in enumerate(zip(plain.layers, whole.layers, weights.layers, strict=True)):
+        wqkv, w13 = ([getattr(layer, kind)(x) for layer in layers] for kind in ("wqkv", "w13"))
+        assert torch.equal(wqkv[0], wqkv[1])
+        assert torch.equal(wqkv[0], wqkv[2])
+        assert torch.equal(w13[0], w13[1]) == torch.equal(w13[0], w13[2]) == (i == 29), f"layer {i}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow
-from model.config import ModelConfig, split_layers
+from model.config import ModelConfig, float8_products, split_layers
 from model.kv_cache import FLOAT8
 from model.llama import Decoder
 from model.sampling import Sampled
@@ -26,11 +26,17 @@ def shape(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
 
 
 def make(
-    config: ModelConfig, device: str, dtype: torch.dtype, graphs: bool = False, kv_dtype: torch.dtype | None = None
+    config: ModelConfig,
+    device: str,
+    dtype: torch.dtype,
+    graphs: bool = False,
+    kv_dtype: torch.dtype | None = None,
+    fp8: frozenset[str] = frozenset(),
 ) -> Stage:
     (part,) = split_layers(config, 1)
     tensors = DummyCheckpoint(config).tensors(part.tensor_names(config))
-    stage = Stage(Decoder(config, part, tensors, dtype, torch.device(device), 512), 64, BLOCK, 20, kv_dtype)
+    decoder = Decoder(config, part, tensors, dtype, torch.device(device), 512, fp8=fp8)
+    stage = Stage(decoder, 64, BLOCK, 20, kv_dtype)
     if graphs:
         stage.capture(lambda done, total: None)
     return stage
@@ -105,15 +111,34 @@ def test_logits_in_bfloat16_are_near_the_float32_reference(
     heads: tuple[int, int, int], kv_dtype: torch.dtype | None, bound: float
 ) -> None:
     config = shape(*heads)
-    found = []
-    for device, dtype, kv in (("cpu", torch.float32, None), ("cuda", torch.bfloat16, kv_dtype)):
-        stage = make(config, device, dtype, kv_dtype=kv)
+    expected, found = make(config, "cpu", torch.float32), make(config, "cuda", torch.bfloat16, kv_dtype=kv_dtype)
+    assert difference(found, expected) < bound
+
+
+def difference(found: Stage, expected: Stage) -> float:
+    """Of the logits after all prompts."""
+    both = []
+    for stage in (expected, found):
         seen: list[torch.Tensor] = []
         logits = stage.decoder.logits
         stage.decoder.logits = lambda x, f=logits, s=seen: s.append(f(x)) or s[-1]  # type: ignore
         generate(stage, PROMPTS, 0)
-        found.append(seen[0].double().cpu())
-    assert float((found[0] - found[1]).norm() / found[0].norm()) < bound
+        stage.decoder.logits = logits  # type: ignore[method-assign]
+        both.append(seen[0].double().cpu())
+    return float((both[0] - both[1]).norm() / both[0].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ignore", [[], ["wqkv"], ["wo"], ["w13"], ["w2"], ["wqkv", "layers.2.*"], ["wo", "w2"]])
+def test_products_in_8_bits_beside_others(ignore: list[str], dtype: torch.dtype) -> None:
+    """Near the same mixture on the CPU; captured steps of one row and of several give the tokens of eager ones."""
+    config = shape(16, 2, 128)
+    fp8 = float8_products(config, ignore)
+    eager = make(config, "cuda", dtype, fp8=fp8)
+    assert difference(eager, make(config, "cpu", torch.float32, fp8=fp8)) < 4e-2
+    captured = make(config, "cuda", dtype, True, fp8=fp8)
+    for prompts in (PROMPTS[:1], PROMPTS[:4]):
+        assert generate(captured, prompts, 20) == generate(eager, prompts, 20)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FLOAT8])
