@@ -155,7 +155,8 @@ class Scheduler:
 
     def _advance(self, sequences: list[Sequence], counts: list[int]) -> None:
         """What the next batch computes counts as computed from now on."""
-        step_id, running, blocks = self._next_step, self._running, self.blocks
+        step_id, running = self._next_step, self._running
+        caching, block_size = self.blocks.prefix_caching, self.blocks.block_size
         for seq, count in zip(sequences, counts, strict=True):
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
@@ -166,8 +167,8 @@ class Scheduler:
             else:
                 seq.num_uncomputed_tokens -= count
             running[seq.request_id] = running.pop(seq.request_id)  # it is the last one now
-            if blocks.prefix_caching and seq.num_computed_tokens // blocks.block_size > seq.num_full_blocks:
-                blocks.mark_computed(seq)
+            if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
+                self.blocks.mark_computed(seq)
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import yaml
 from rich.console import Console
@@ -30,6 +31,7 @@ from ops import load, peers
 from ops.load import percentiles
 
 PROMPT_TOKENS, NEW_TOKENS = 100, 128
+CACHE_BYTES = 128 << 20  # more than a core has caches of its own
 console = Console()
 
 
@@ -67,8 +69,11 @@ def engine_alone(config: AppConfig, stages: int, streams: list[int], rounds: int
         ray.shutdown()
 
 
-def bench_scheduler(num_seqs: int, depth: int, steps: int = 400) -> dict[str, float]:
-    """Milliseconds of scheduler time per step (schedule and update) in steady decode, with no model behind it."""
+def bench_scheduler(num_seqs: int, depth: int, cold: bool = False, steps: int = 400) -> dict[str, float]:
+    """Milliseconds of scheduler time per step (schedule and update) in steady decode, with no model behind it.
+
+    `cold`: between steps the processor's caches forget what the scheduler keeps, as they do while a GPU computes.
+    """
     scheduler = Scheduler(
         BlockManager(num_seqs * 40, 16), depth=depth, max_num_seqs=num_seqs, max_num_batched_tokens=2048,
         max_model_len=4096,
@@ -78,7 +83,9 @@ def bench_scheduler(num_seqs: int, depth: int, steps: int = 400) -> dict[str, fl
         scheduler.add(Request(request_id=str(i), token_ids=prompt, sampling=sampling))
     in_flight: deque[Batch] = deque()
     seconds = []
+    others = np.zeros(CACHE_BYTES if cold else 0, np.uint8)  # what else there is in memory
     for _ in range(steps):
+        others += 1
         started = time.perf_counter()
         while len(in_flight) <= depth and (batch := scheduler.schedule()) is not None:
             in_flight.append(batch)
@@ -129,6 +136,8 @@ def main(
     result: dict[str, Any] = {"date": date.today().isoformat(), "streams": streams, "rounds": rounds}
     for n in (64, 256):
         result[f"scheduler_{n}_ms"] = bench_scheduler(n, depth=2)
+    result["scheduler_256_one_stage_ms"] = bench_scheduler(256, depth=1)
+    result["scheduler_256_one_stage_cold_ms"] = bench_scheduler(256, depth=1, cold=True)
     if "engine" in parts:
         for stages in (1, 2):
             result[f"engine_{stages}"] = engine_alone(app, stages, [1, streams], rounds)

@@ -52,6 +52,7 @@ class Run:
     error: CaravanError | None = None
     _open: int = 0
     _begun: int = 0
+    _until: Callable[["Run"], bool] = field(default=lambda run: False)  # what `wait` waits for
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def expect(self, request_ids: list[str]) -> None:
@@ -64,9 +65,9 @@ class Run:
 
     def wait(self, until: Callable[["Run"], bool] | None = None) -> None:
         """Until every request is finished, or until `until` holds. Raises what stopped the engine."""
-        holds = until or (lambda run: run.finished == len(run.requests))
         with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or holds(self))
+            self._until = until or (lambda run: run.finished == len(run.requests))
+            self._changed.wait_for(lambda: self.error is not None or self._until(self))
         if self.error is not None:
             raise self.error
 
@@ -98,7 +99,9 @@ class Run:
             self.ended.append(time.perf_counter())
             if self.blocks is not None:
                 self.kv_use = max(self.kv_use, 1 - self.blocks.num_free / self.blocks.num_blocks)
-            self._changed.notify_all()
+            # Not at every step: whoever wakes up wants the interpreter just when the engine chooses its next batch.
+            if self._until(self):
+                self._changed.notify_all()
 
     def on_timing(self, timing: StageTiming) -> None:
         if timing.step_id >= self.first_step:
