@@ -144,7 +144,7 @@ class FusedKernels:
         )
 
     def int4_linear(self, x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-        tiling = int4_tiling(len(x)) if x.dtype.itemsize == 2 else None
+        tiling = int4_tiling(len(x), len(weight.words)) if x.dtype.itemsize == 2 else None
         if tiling is not None:
             return skinny_int4_linear(x, weight, tiling)
         return linear(x, dequantize(weight, x.shape[1], x.dtype))

@@ -7,17 +7,22 @@ left when the same of the zero is taken off is exact too: two weights for three 
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from model.config import INT4_BLOCK
 from model.kernels import Int4Weight
-from model.kernels.early import await_inputs, early, let_next_start
+from model.kernels.early import early
+from model.kernels.int4_product import product_of_groups, product_of_warps
 
-MAX_ROWS = 64  # with more, the copy in 16 bits pays
+MAX_ROWS = 256  # with more, the copy in 16 bits pays
+MAX_SPLITS = 4
+MAX_TILES = 1024  # of a product that is split
 PLANE = 32  # neighbouring inputs that one shift unpacks
 PLANES = INT4_BLOCK // PLANE
 
@@ -28,26 +33,64 @@ class Int4Tiling(NamedTuple):
     rows: int  # per program
     columns: int  # of the result, per program
     depth: int  # blocks of inputs per turn, each with its own warps
-    warps: int
-    stages: int  # turns whose weights are on their way at once
+    across: int  # warps side by side over the columns
+    stages: int  # turns whose words and inputs are on their way at once
+    splits: int = 1  # parts of the inputs, each with its own programs
+    grouped: bool = False  # by groups of four warps, as only Hopper can
 
 
-def int4_tiling(rows: int) -> Int4Tiling | None:
-    """How to cut a product where the packed weights beat their copy in 16 bits."""
+def int4_tiling(rows: int, n: int) -> Int4Tiling | None:
+    """How to cut a product where the packed weights beat their copy in 16 bits; measured on an H100."""
     if rows > MAX_ROWS:
         return None
-    return Int4Tiling(16 if rows <= 16 else 32, 32, 8, 8, 3)
+    narrow = n <= 8192
+    if rows <= 8:
+        return _split(rows, n, 264, Int4Tiling(8, 32, 4, 1, 3) if narrow else Int4Tiling(8, 32, 4, 2, 4))
+    if rows <= 16:
+        return _split(rows, n, 200, Int4Tiling(16, 64, 4, 2, 3) if narrow else Int4Tiling(16, 64, 2, 4, 4))
+    if rows <= 32:
+        return _split(rows, n, 200, Int4Tiling(32, 64, 2, 4, 3) if narrow else Int4Tiling(32, 128, 1, 4, 3))
+    if not _has_warp_groups():
+        return _split(rows, n, 200, Int4Tiling(64, 64, 1, 4, 3))
+    across = 4 if narrow and (rows > 64 or n > 4096) else 8
+    return _split(rows, n, 130 if rows <= 64 else 200, Int4Tiling(64, 128, 1, across, 3, grouped=True))
+
+
+def _split(rows: int, n: int, enough: int, tiling: Int4Tiling) -> Int4Tiling:
+    """In as many parts, a power of 2, as make `enough` programs."""
+    tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(n, tiling.columns)
+    return tiling._replace(splits=min(MAX_SPLITS, int(triton.next_power_of_2(triton.cdiv(enough, tiles)))))
+
+
+@cache
+def _has_warp_groups() -> bool:
+    """Neither older nor newer devices have the instruction."""
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+@cache
+def _tickets(device: torch.device) -> torch.Tensor:
+    """[MAX_TILES] zeros, as every product leaves them; the products of a device come one after the other."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
 def skinny_int4_linear(x: torch.Tensor, weight: Int4Weight, tiling: Int4Tiling) -> torch.Tensor:
     """See `Kernels.int4_linear`; x in 16 bits."""
     (rows, k), n = x.shape, len(weight.words)
+    block, columns, depth, across, stages, splits, grouped = tiling
+    grid = triton.cdiv(rows, block), triton.cdiv(n, columns), splits
+    tiles = grid[0] * grid[1]
+    assert splits == 1 or tiles <= MAX_TILES
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    even = k % (tiling.depth * INT4_BLOCK) == 0
-    _int4_linear[(triton.cdiv(n, tiling.columns), triton.cdiv(rows, tiling.rows))](
-        x, *weight, out, rows, n, k, *_groups(weight, k), even, tiling.rows, tiling.columns, tiling.depth,
-        num_warps=tiling.warps, num_stages=tiling.stages, **early(),
-    )  # fmt: skip
+    sums = tiles, splits, block, columns
+    partial = torch.empty(sums, dtype=torch.float32, device=x.device) if splits > 1 else out
+    whole = x if k % INT4_BLOCK == 0 else pad(x, (0, -k % INT4_BLOCK))
+    tensors = whole, *weight, out, partial, _tickets(x.device)
+    shape = rows, n, triton.cdiv(k, INT4_BLOCK), *_groups(weight, k), block, columns
+    if grouped:
+        product_of_groups[grid](*tensors, *shape, across, stages, splits, num_warps=across, **early())
+    else:
+        product_of_warps[grid](*tensors, *shape, depth, across, stages, splits, num_warps=depth * across, **early())
     return out
 
 
@@ -72,70 +115,6 @@ def _groups(weight: Int4Weight, k: int) -> tuple[int, int, int]:
 def _of_group(values, start, column, n, groups, size):
     """Scales or zeros of the inputs from `start` on; past the last input it does not matter which."""
     return tl.load(values + tl.minimum(start // size, groups - 1) * n + column)
-
-
-@triton.jit
-def _less_zero(nibbles, zeros, half: tl.constexpr):
-    """q - zero for the two q at the ends of both halves of each word, as two floats; `zeros` are two floats already."""
-    asm: tl.constexpr = (
-        "{.reg .b32 q; lop3.b32 q, $1, 0x000F000F, 0x64006400, 0xEA; sub.f16x2 $0, q, $2;}"
-        if half
-        else "{.reg .b32 q; lop3.b32 q, $1, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, q, $2;}"
-    )
-    return tl.inline_asm_elementwise(asm, "=r,r,r", [nibbles, zeros], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _int4_linear(
-    x, words, scales, zeros, out, rows, n, k, groups, size, run: tl.constexpr, even: tl.constexpr,
-    block: tl.constexpr, columns: tl.constexpr, depth: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """`depth` blocks of inputs are summed each for itself, by other warps, and added at the end.
-
-    Scales come in after each `run` planes. With `run` 4, a block of one group, they are read one turn ahead.
-    """
-    let_next_start(early)
-    await_inputs(early)
-    half: tl.constexpr = x.dtype.element_ty == tl.float16
-    magic: tl.constexpr = 0x64006400 if half else 0x43004300
-    blocks = tl.cdiv(k, 128)
-    column = tl.program_id(0) * columns + tl.arange(0, columns)
-    row = tl.program_id(1) * block + tl.arange(0, block)
-    d = tl.arange(0, depth)
-    i = tl.arange(0, 32)
-    near = tl.minimum(column, n - 1)[None, :]  # what is past the end is computed like the last, and not stored
-    to_x = x + row[None, :, None] * k + i[None, None, :]
-    to_w = words + near[:, :, None].to(tl.int64) * (blocks * 16) + tl.arange(0, 16)[None, None, :]
-    acc = tl.zeros([depth, block, columns], tl.float32)
-    scale = _of_group(scales, d[:, None] * 128, near, n, groups, size)
-    zero = _of_group(zeros, d[:, None] * 128, near, n, groups, size)
-    for turn in range(0, blocks, depth):
-        at = turn + d
-        w = tl.load(to_w + ((at if even else tl.minimum(at, blocks - 1)) * 16)[:, None, None])
-        if run == 4:
-            next_scale = _of_group(scales, (at + depth)[:, None] * 128, near, n, groups, size)
-            next_zero = _of_group(zeros, (at + depth)[:, None] * 128, near, n, groups, size)
-        part = tl.zeros([depth, block, columns], tl.float32)
-        for j in tl.static_range(4):
-            start = (at * 128 + 32 * j)[:, None]
-            inside = (row < rows)[None, :, None]
-            if not even:
-                inside = inside & (start + i[None, :] < k)[:, None, :]
-            a = tl.load(to_x + start[:, :, None], mask=inside, other=0.0)
-            if run < 4 and j % run == 0:
-                scale = _of_group(scales, start, near, n, groups, size)
-                zero = _of_group(zeros, start, near, n, groups, size)
-            pairs = _less_zero(w >> (4 * j), (zero.to(tl.int32) * 0x00010001 + magic)[:, :, None], half)
-            first = pairs.to(tl.int16).to(a.dtype, bitcast=True)
-            second = (pairs >> 16).to(tl.int16).to(a.dtype, bitcast=True)
-            part = tl.dot(a, tl.permute(tl.interleave(first, second), (0, 2, 1)), part)
-            if (j + 1) % run == 0:
-                acc += part * scale.to(tl.float32)[:, None, :]
-                part = tl.zeros([depth, block, columns], tl.float32)
-        if run == 4:
-            scale, zero = next_scale, next_zero
-    whole = (row < rows)[:, None] & (column < n)[None, :]
-    tl.store(out + row[:, None] * n + column[None, :], tl.sum(acc, 0).to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit

@@ -233,12 +233,13 @@ def test_linear(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 60, 64, 65, 256, 300])
+@pytest.mark.parametrize("rows", [1, 9, 17, 60, 65, 256, 300])
 @pytest.mark.parametrize(
-    ("out", "width", "groups"), [(4096, 4096, 32), (200, 576, 18), (1000, 11008, 86), (48, 192, 2), (56, 200, 1)]
+    ("out", "width", "groups"),
+    [(4096, 4096, 32), (200, 576, 18), (1000, 11008, 86), (48, 192, 2), (56, 200, 1), (9000, 512, 8), (8192, 1024, 4)],
 )
 def test_int4_linear(dtype: torch.dtype, rows: int, out: int, width: int, groups: int) -> None:
-    """Groups of 128, 32 and 96 inputs, and one of all."""
+    """Groups of 128, 32, 96, 64 and 256 inputs, and one of all; narrow products and wide ones."""
     torch.manual_seed(0)
     q = torch.randint(0, 16, (out, width), dtype=torch.uint8, device=GPU)
     scales = torch.rand(groups, out, device=GPU).half() / width**0.5
@@ -246,6 +247,31 @@ def test_int4_linear(dtype: torch.dtype, rows: int, out: int, width: int, groups
     x = torch.randn(rows, width, device=GPU, dtype=dtype)
     expected = REFERENCE.int4_linear(x.double(), weight)
     assert error(kernels_for(GPU).int4_linear(x, weight), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiling"),
+    [
+        (3, (8, 32, 4, 1, 3, 4)),
+        (60, (64, 64, 1, 4, 3, 2)),  # what devices without warp groups have
+        (70, (64, 64, 1, 4, 3, 1)),
+        (70, (64, 128, 1, 8, 3, 4, True)),
+    ],
+)
+def test_int4_products_in_parts_are_the_same_every_time(rows: int, tiling: tuple[int, ...]) -> None:
+    """Parts are added in one order, whichever comes last, and leave all tickets for the next product."""
+    from model.kernels.int4 import Int4Tiling, skinny_int4_linear
+
+    torch.manual_seed(0)
+    out, width, groups = 1000, 1408, 11  # 11 blocks: parts of unequal length, one of them empty
+    q = torch.randint(0, 16, (out, width), dtype=torch.uint8, device=GPU)
+    scales = torch.rand(groups, out, device=GPU).half() / width**0.5
+    weight = Int4Weight(packed(q), scales, torch.randint(0, 16, (groups, out), dtype=torch.int16, device=GPU))
+    x = torch.randn(rows, width, device=GPU, dtype=torch.bfloat16)
+    expected = REFERENCE.int4_linear(x.double(), weight)
+    first, *others = [skinny_int4_linear(x, weight, Int4Tiling(*tiling)) for _ in range(10)]
+    assert error(first, expected) < TOLERANCE[torch.bfloat16]
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("size", [3, 4, 64])
