@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from model.config import ModelConfig
+from model.float8 import quantize_weight
 from model.kernels import Activations, Int4Weight, Kernels, Quantized, kernels_for
 from model.packing import unpacked
 
@@ -103,7 +104,7 @@ class Float8Linear(StepByStep):
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, compute: torch.dtype = torch.bfloat16
     ) -> None:
         self._kernels = kernels_for(weight.device)
-        self._weight = self._kernels.quantize_rows(weight.contiguous())
+        self._weight = quantize_weight(weight)
         self._bias, self._compute = bias, compute
         self.num_parameters = weight.numel() + (bias.numel() if bias is not None else 0)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deployments.config import AppConfig
 from model.config import PRODUCTS, float8_products, product_of, split_layers
-from model.kernels.reference import ReferenceKernels
+from model.float8 import quantize_weight
 from model.kv_cache import FLOAT8
 from model.llama import Decoder, Tensors
 from model.perplexity import perplexity
@@ -86,7 +86,7 @@ def rounded(tensors: Tensors, products: frozenset[str]) -> Tensors:
     """The same, with the weights of these products as 8 bits and a scale per row hold them."""
     for name, tensor in tensors:
         if product_of(name) in products:
-            values, scales = ReferenceKernels().quantize_rows(tensor.float())
+            values, scales = quantize_weight(tensor)
             tensor = values.float() * scales
         yield name, tensor
 

@@ -9,9 +9,11 @@ import torch
 from torch.nn.functional import linear
 
 from cluster.config import ModelArgs, in_8_bits, read_model
+from model import float8
 from model.attention import prepare
 from model.batch import Batch
 from model.config import PRODUCTS, ModelConfig, StageLayers, float8_products, product_of, split_layers
+from model.float8 import CANDIDATES, quantize_weight
 from model.kernels import Activations, Quantized
 from model.kernels.reference import ReferenceKernels
 from model.kv_cache import KVCache
@@ -31,7 +33,8 @@ class Rounded(StepByStep):
 
     def __init__(self, dense: DenseLinear) -> None:
         assert dense.bias is not None
-        self._weight, self._bias = rounded(dense.weight), dense.bias
+        values, scales = quantize_weight(dense.weight)
+        self._weight, self._bias = values.float() * scales, dense.bias
         self.num_parameters = dense.num_parameters
 
     def __call__(self, x: Activations) -> torch.Tensor:
@@ -80,6 +83,27 @@ def test_any_products_of_a_layer_may_be_in_8_bits(others: tuple[str, ...]) -> No
             if isinstance(product := getattr(layer, kind), DenseLinear):
                 setattr(layer, kind, CudaLinear(product.weight, product.bias))
     assert error(logits(mixed), found) < 1e-5
+
+
+def test_a_rows_scale_is_the_one_with_the_least_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 64) * torch.rand(300, 1)
+    weight[7] = 0.0
+    found, plain = quantize_weight(weight.bfloat16()), ReferenceKernels().quantize_rows(weight.bfloat16())
+    exact = weight.bfloat16().float()
+
+    def errors(x: Quantized) -> torch.Tensor:
+        return (x.values.float() * x.scales - exact).square().sum(1)
+
+    scales = [plain.scales * 2 ** (i / CANDIDATES) for i in range(CANDIDATES)]
+    tried = [Quantized((exact / scale).to(torch.float8_e4m3fn), scale) for scale in scales]
+    assert torch.equal(errors(found), torch.stack([errors(x) for x in tried]).amin(0))
+    assert errors(found).sum() < 0.9 * errors(plain).sum()
+    assert not found.values[7].float().any()
+    monkeypatch.setattr(float8, "PART", 1000)  # fifteen rows at a time
+    again = quantize_weight(weight.bfloat16())
+    assert torch.equal(again.scales, found.scales)
+    assert torch.equal(again.values.float(), found.values.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -47,8 +47,8 @@ def test_a_text_of_one_token_predicts_nothing() -> None:
 def test_eight_bits_cost_what_three_bits_of_mantissa_cost() -> None:
     """The reference kernels, on few tokens. A wrong scale or a lost row would cost a multiple.
 
-    e4m3 rounds every weight by up to 1/16 of itself: of a model as small as this one that costs 2% of perplexity, and
-    the same in activations another 0.7% (it costs an 8B model about 1%, and less the larger it is).
+    e4m3 rounds every weight by up to 1/16 of itself: of a model as small as this one that costs 0.6% of perplexity, and
+    the same in activations another 0.9% (it costs an 8B model about 1%, and less the larger it is).
     """
     result = measured("cpu", tokens=1024, window=512)
     assert result["perplexity"]["none"] != result["perplexity"]["fp8"], "the weights are not in 8 bits"
