@@ -90,7 +90,7 @@ class Scheduler:
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        self._waiting.push(Sequence(request, self._arrivals, matcher))
+        self._waiting.add(Sequence(request, self._arrivals, matcher))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -160,10 +160,10 @@ class Scheduler:
         for seq, count in zip(sequences, counts, strict=True):
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
+            seq.last_step = step_id
             if count == seq.num_uncomputed_tokens:  # what follows is sampled
                 seq.num_pending_tokens += 1
                 seq.num_uncomputed_tokens = 1
-                seq.sampled_by = step_id
             else:
                 seq.num_uncomputed_tokens -= count
             running[seq.request_id] = running.pop(seq.request_id)  # it is the last one now
@@ -431,8 +431,8 @@ class Scheduler:
             start = seq.num_computed_tokens
             if seq.num_pending_tokens:
                 token_ids.append(SAMPLED)
-                if seq.sampled_by > tokens_from:
-                    tokens_from = seq.sampled_by
+                if seq.last_step > tokens_from:
+                    tokens_from = seq.last_step
             else:
                 token_ids += seq.token_ids[start : start + count]
             if count == seq.num_uncomputed_tokens:

@@ -77,6 +77,7 @@ class Sequence:
         "block_table",
         "failure",
         "is_greedy",
+        "last_step",
         "matcher",
         "max_computed_tokens",
         "max_pending_tokens",
@@ -93,13 +94,12 @@ class Sequence:
         "prompt_logprobs",
         "request",
         "request_id",
-        "sampled_by",
         "slot",
         "stop_token_ids",
         "token_ids",
     )
 
-    account: "Account"  # its tenant's, given when it is queued
+    account: "Account"  # its tenant's, given when it is added to the queue
 
     def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
         self.request = request
@@ -118,7 +118,7 @@ class Sequence:
         self.num_pending_tokens = 0
         # At most one token ahead of what is known; what a penalty counts must be known.
         self.max_pending_tokens = 1 if self.needs_counts else 2
-        self.sampled_by = -1  # the step that samples its newest token
+        self.last_step = -1  # the newest that computes it, and samples its newest token while one is pending
         self.slot = -1  # see Batch.slots; given and taken back with the blocks
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission, until the first token says so
         # What the tenant paid for before; of a resumed request an earlier engine was paid for all it brings.
@@ -141,9 +141,11 @@ class Sequence:
         An object of its own, so that what batches in flight still bring for this one is not taken for the other.
         """
         successor = Sequence(self.request, self.arrival, self.matcher)
+        successor.account = self.account
         successor.token_ids, successor.output_counts = self.token_ids, self.output_counts
         successor.num_uncomputed_tokens = len(self.token_ids)
-        successor.num_paid_tokens = max(self.num_paid_tokens, self.num_computed_tokens)
+        paid = self.num_computed_tokens if self.last_step >= 0 else 0  # not what only the prefix cache gave it
+        successor.num_paid_tokens = max(self.num_paid_tokens, paid)
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
         return successor
 

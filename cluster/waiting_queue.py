@@ -73,10 +73,18 @@ class WaitingQueue:
         seqs = (account.num_running + num_seqs) / self._max_num_seqs
         return max(seqs, (account.num_blocks + num_blocks) / self._num_blocks) / account.weight
 
+    def add(self, seq: Sequence) -> None:
+        """A new sequence, which says how much its tenant weighs from now on. What is queued again does not.
+
+        Weights must not change while room is made: two that displace each other would never come to an end.
+        """
+        seq.account = self.account(seq)
+        seq.account.weight = seq.request.weight
+        self.push(seq)
+
     def push(self, seq: Sequence) -> None:
-        account = self.account(seq)
-        account.weight = seq.request.weight
-        seq.account = account
+        """A sequence that has an account."""
+        account = seq.account
         if not account.waiting:
             others = (a.counter for a in self._accounts.values() if a.waiting)
             account.counter = max(account.counter, min(others, default=self._last_counter))

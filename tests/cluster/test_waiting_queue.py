@@ -4,6 +4,7 @@ import time
 from collections import deque
 
 import msgspec
+import pytest
 
 from cluster.block_manager import BlockManager
 from cluster.scheduler import Scheduler
@@ -21,7 +22,7 @@ def of(tenant: str, name: str, tokens: int = 10, max_tokens: int = 16, **more: o
 def queue_of(*requests: Request, slack: float = 0.0) -> WaitingQueue:
     queue = WaitingQueue(max_num_seqs=8, num_blocks=100, slack=slack)
     for arrival, request_ in enumerate(requests):
-        queue.push(Sequence(request_, arrival))
+        queue.add(Sequence(request_, arrival))
     return queue
 
 
@@ -60,7 +61,7 @@ def test_idleness_buys_nothing() -> None:
     for _ in range(50):
         serve(queue)
     for i in range(50):
-        queue.push(Sequence(of("late", f"b{i}"), 1000 + i))
+        queue.add(Sequence(of("late", f"b{i}"), 1000 + i))
     served = [serve(queue)[0] for _ in range(20)]
     assert served.count("b") == 10, "it shares from now on; it does not catch up"
 
@@ -71,7 +72,7 @@ def test_leaving_does_not_clear_the_account() -> None:
         seq = next(s for s in queue if s.request.tenant == "a")
         queue.remove(seq.request_id)
         queue.account(seq).charge(seq, 100)
-    queue.push(Sequence(of("a", "again", 10), 500))
+    queue.add(Sequence(of("a", "again", 10), 500))
     assert {serve(queue)[0] for _ in range(25)} == {"b"}
 
 
@@ -93,7 +94,7 @@ def test_what_is_computed_again_is_not_charged_again() -> None:
     seq.num_computed_tokens = 10
     seq.append(7)
     account.charge(seq, 1)
-    seq.num_computed_tokens = 11
+    seq.num_computed_tokens, seq.last_step = 11, 1
     paid = 10 * INPUT_WEIGHT + OUTPUT_WEIGHT
     assert account.counter == paid
     again = seq.again()
@@ -113,7 +114,7 @@ def test_between_near_counters_the_one_that_holds_less_is_next() -> None:
     a.counter, a.num_running, b.counter, b.num_running = 10.0, 4, 60.0, 1
     assert serve(queue) == "b"
     b.counter = 500.0
-    queue.push(Sequence(of("b", "b2"), 9))
+    queue.add(Sequence(of("b", "b2"), 9))
     assert serve(queue) == "a"
 
 
@@ -162,6 +163,25 @@ def test_a_full_engine_makes_way_up_to_an_equal_share() -> None:
     before = bare.scheduler.stats().preemptions
     bare.steps(100)
     assert bare.scheduler.stats().preemptions == before == 4, "once shared, nobody is pushed around any more"
+
+
+def test_a_new_weight_holds_for_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant's weight was changed while its requests wait and run: `schedule` still comes to an end."""
+    bare = Bare(max_num_seqs=4)
+    preempt, preempted = bare.scheduler._preempt, []
+
+    def counted(seq: Sequence) -> None:
+        preempted.append(seq.request_id)
+        assert len(preempted) < 50, "the two tenants displace each other for ever"
+        preempt(seq)
+
+    monkeypatch.setattr(bare.scheduler, "_preempt", counted)
+    for i, (tenant, weight) in enumerate(zip("baaabbb", (4.0, 1.0, 4.0, 1.0, 4.0, 1.0, 4.0), strict=True)):
+        bare.scheduler.add(of(tenant, str(i), max_tokens=30, weight=weight))
+        bare.steps(1)
+    assert {a.tenant: a.weight for a in bare.scheduler._waiting.accounts} == {"a": 1.0, "b": 4.0}
+    bare.steps(300)
+    assert len(bare.finished) == 7
 
 
 def test_kv_room_is_shared_too() -> None:
