@@ -16,7 +16,8 @@ def quantize_weight(weight: torch.Tensor) -> Quantized:
     itself, right below by 1/32; the scale decides which elements these are. Twice the scale decides the same again.
     """
     parts = [_quantized(part.float()) for part in torch.split(weight, max(1, PART // weight.shape[1]))]
-    return Quantized(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+    values = torch.cat([_bytes(part.values) for part in parts]).view(torch.float8_e4m3fn)
+    return Quantized(values, torch.cat([part.scales for part in parts]))
 
 
 def _quantized(weight: torch.Tensor) -> Quantized:
@@ -28,11 +29,15 @@ def _quantized(weight: torch.Tensor) -> Quantized:
         tried = Quantized((weight / scales).to(torch.float8_e4m3fn), scales)
         error_now = _squared_error(weight, tried)
         better = error_now < error
-        # torch chooses among no float8 values, but among their bytes.
-        values = torch.where(better, tried.values.view(torch.uint8), best.values.view(torch.uint8))
+        values = torch.where(better, _bytes(tried.values), _bytes(best.values))
         best = Quantized(values.view(torch.float8_e4m3fn), torch.where(better, scales, best.scales))
         error = torch.where(better, error_now, error)
     return best
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """torch can do little with float8 values, but all with their bytes."""
+    return values.view(torch.uint8)
 
 
 def _squared_error(weight: torch.Tensor, found: Quantized) -> torch.Tensor:
