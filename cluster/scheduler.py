@@ -269,7 +269,7 @@ class Scheduler:
                 if not self._make_room(seq, victims, chosen):
                     continue
             mask_seconds -= missing
-            seq.account.charge(seq, 1)
+            seq.charge(1)
             chosen.append(seq)
         return chosen
 
@@ -283,7 +283,7 @@ class Scheduler:
             # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
             count = min(seq.num_uncomputed_tokens - (seq.mask is None), budget)
             if count > 0:
-                seq.account.charge(seq, count)
+                seq.charge(count)
                 chunks.append((seq, count))
                 budget -= count
         return chunks

@@ -1,14 +1,12 @@
 """A request as the client sent it, the engine's state for it, and what leaves the engine."""
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
+from cluster.account import Account
 from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
-
-if TYPE_CHECKING:  # an account holds sequences in its turn
-    from cluster.waiting_queue import Account
 
 FinishReason = Literal["stop", "length", "error"]
 NO_TOKEN = -1  # as the token of an event: a request that failed ends without one
@@ -99,7 +97,7 @@ class Sequence:
         "token_ids",
     )
 
-    account: "Account"  # its tenant's, given when it is added to the queue
+    account: "Account[Sequence]"  # its tenant's, given when it is added to the queue
 
     def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
         self.request = request
@@ -184,6 +182,14 @@ class Sequence:
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) > self.max_computed_tokens else None
+
+    def charge(self, num_tokens: int) -> None:
+        """Count its next tokens for its tenant. What is computed again (preempted, resumed) costs nothing."""
+        start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
+        if start < self.num_paid_tokens:
+            start = min(self.num_paid_tokens, end)
+        num_input = min(end, self.num_prompt_tokens) - start if start < self.num_prompt_tokens else 0
+        self.account.charge(num_input, end - start - num_input)
 
     def check(self) -> None:
         """Assert that what is counted adds up."""

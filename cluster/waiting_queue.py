@@ -8,31 +8,8 @@ lifted to the least counter of those that wait, so that idleness buys nothing.
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
+from cluster.account import Account
 from cluster.sequence import Sequence
-
-INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # the paper's: an output token costs a pass of its own over the weights
-
-
-class Account:
-    """One tenant: what it was given, what it holds, and what it waits for."""
-
-    __slots__ = ("counter", "num_blocks", "num_running", "tenant", "waiting", "weight")
-
-    def __init__(self, tenant: str) -> None:
-        self.tenant = tenant
-        self.weight = 1.0  # its share of the engine, compared with others'
-        self.counter = 0.0  # weighted tokens computed for it, divided by its weight
-        self.num_running = 0
-        self.num_blocks = 0  # KV blocks its running sequences hold
-        self.waiting: list[Sequence] = []  # sorted by `_rank`
-
-    def charge(self, seq: Sequence, num_tokens: int) -> None:
-        """Count the next `num_tokens` of `seq`. What is computed again (preempted, resumed) costs nothing."""
-        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        if start < seq.num_paid_tokens:
-            start = min(seq.num_paid_tokens, end)
-        num_input = min(end, seq.num_prompt_tokens) - start if start < seq.num_prompt_tokens else 0
-        self.counter += (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * (end - start - num_input)) / self.weight
 
 
 def _rank(seq: Sequence) -> tuple[int, int]:
@@ -47,7 +24,7 @@ class WaitingQueue:
         self.num_tokens = 0  # of all waiting sequences
         self._max_num_seqs, self._num_blocks = max_num_seqs, num_blocks  # what there is to hold
         self.slack = slack  # counters no further apart count as equal: then who holds less comes first
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, Account[Sequence]] = {}
         self._waiting: dict[str, Sequence] = {}  # by request id
         self._last_counter = 0.0  # of the tenant served last: where newcomers to an empty queue begin
 
@@ -58,17 +35,17 @@ class WaitingQueue:
         return iter(self._waiting.values())
 
     @property
-    def accounts(self) -> Iterable[Account]:
+    def accounts(self) -> Iterable[Account[Sequence]]:
         return self._accounts.values()
 
-    def account(self, seq: Sequence) -> Account:
+    def account(self, seq: Sequence) -> Account[Sequence]:
         """The account of a sequence's tenant, opened if need be."""
         account = self._accounts.get(seq.request.tenant)
         if account is None:
             account = self._accounts[seq.request.tenant] = Account(seq.request.tenant)
         return account
 
-    def share(self, account: Account, num_seqs: int = 0, num_blocks: int = 0) -> float:
+    def share(self, account: Account[Sequence], num_seqs: int = 0, num_blocks: int = 0) -> float:
         """The larger of its shares of sequences and KV, by weight, if it held so many more."""
         seqs = (account.num_running + num_seqs) / self._max_num_seqs
         return max(seqs, (account.num_blocks + num_blocks) / self._num_blocks) / account.weight

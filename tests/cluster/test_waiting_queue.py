@@ -6,10 +6,11 @@ from collections import deque
 import msgspec
 import pytest
 
+from cluster.account import INPUT_WEIGHT, OUTPUT_WEIGHT
 from cluster.block_manager import BlockManager
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, Sequence
-from cluster.waiting_queue import INPUT_WEIGHT, OUTPUT_WEIGHT, WaitingQueue
+from cluster.waiting_queue import WaitingQueue
 from model.batch import StepOutput
 from tests.cluster.test_engine import PROMPTS, naive
 from tests.conftest import MakeEngine, request
@@ -31,7 +32,7 @@ def serve(queue: WaitingQueue, tokens: int | None = None) -> str:
     seq = queue.next()
     assert seq is not None
     queue.remove(seq.request_id)
-    queue.account(seq).charge(seq, tokens or seq.num_tokens)
+    seq.charge(tokens or seq.num_tokens)
     return seq.request_id
 
 
@@ -71,7 +72,7 @@ def test_leaving_does_not_clear_the_account() -> None:
     for _ in range(3):
         seq = next(s for s in queue if s.request.tenant == "a")
         queue.remove(seq.request_id)
-        queue.account(seq).charge(seq, 100)
+        seq.charge(100)
     queue.add(Sequence(of("a", "again", 10), 500))
     assert {serve(queue)[0] for _ in range(25)} == {"b"}
 
@@ -90,21 +91,22 @@ def test_what_is_computed_again_is_not_charged_again() -> None:
     seq = queue.remove("x")
     assert seq is not None
     account = queue.account(seq)
-    account.charge(seq, 10)
+    seq.charge(10)
     seq.num_computed_tokens = 10
     seq.append(7)
-    account.charge(seq, 1)
+    seq.charge(1)
     seq.num_computed_tokens, seq.last_step = 11, 1
     paid = 10 * INPUT_WEIGHT + OUTPUT_WEIGHT
     assert account.counter == paid
     again = seq.again()
-    account.charge(again, 11)
+    again.charge(11)
     assert account.counter == paid
     again.num_computed_tokens = 11
-    account.charge(again, 1)
+    again.charge(1)
     assert account.counter == paid + OUTPUT_WEIGHT
     resumed = Sequence(of("a", "y", 10).resume([1, 2, 3]))
-    account.charge(resumed, 13)
+    resumed.account = account
+    resumed.charge(13)
     assert account.counter == paid + OUTPUT_WEIGHT, "another engine was paid for this one"
 
 
