@@ -283,15 +283,18 @@ class RayPipeline:
                 return
             self._halted.set()
         self._control.stop()
-        runs = {stage.running: stage for stage in self._stages if stage.running is not None}
-        late = list(runs)
-        if late:
-            _, late = ray.wait(late, num_returns=len(late), timeout=HEAR_S)
-        for run in late:
-            runs[run].actor.let_go.remote()
-        if late:
-            ray.wait(late, num_returns=len(late), timeout=LEAVE_S)
+        for stage in self._still_running(HEAR_S):
+            stage.actor.let_go.remote()
+        self._still_running(LEAVE_S)
         self._control.close()
+
+    def _still_running(self, timeout_s: float) -> list[StageHandle]:
+        """The stages that have not left their loops after so long; sooner if all have."""
+        runs = {stage.running: stage for stage in self._stages if stage.running is not None}
+        if not runs:
+            return []
+        _, late = ray.wait(list(runs), num_returns=len(runs), timeout=timeout_s)
+        return [runs[run] for run in late]
 
     def _end_all(self) -> None:
         for stage in self._stages:

@@ -3,7 +3,7 @@
 import torch
 
 from model.kernels import Quantized
-from model.kernels.reference import FLOAT8_MAX
+from model.kernels.reference import ReferenceKernels
 
 CANDIDATES = 8  # scales that are tried for each row
 PART = 2**24  # elements looked at together: what is made on the way takes some 20 bytes for each
@@ -21,9 +21,8 @@ def quantize_weight(weight: torch.Tensor) -> Quantized:
 
 
 def _quantized(weight: torch.Tensor) -> Quantized:
-    least = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
-    best = Quantized((weight / least).to(torch.float8_e4m3fn), least)
-    error = _squared_error(weight, best)
+    best = ReferenceKernels().quantize_rows(weight)  # with the least scales that fit
+    least, error = best.scales, _squared_error(weight, best)
     for i in range(1, CANDIDATES):
         scales = least * 2 ** (i / CANDIDATES)
         tried = Quantized((weight / scales).to(torch.float8_e4m3fn), scales)

@@ -143,8 +143,8 @@ def _apply_masks(logits: torch.Tensor, draws: list[SampleRow], errors: dict[int,
 
 def _mask(logits: torch.Tensor, draws: list[SampleRow]) -> None:
     device, vocab = logits.device, logits.shape[-1]
-    masks = to_device(np.frombuffer(b"".join(d.mask for d in draws), np.uint8), torch.int32, device)
-    added = _of_bytes(device).index_select(0, masks).view(len(draws), -1)[:, :vocab]
+    masks = to_device(np.frombuffer(b"".join(d.mask for d in draws), np.uint8), torch.uint8, device)
+    added = _of_bytes(device).index_select(0, masks.int()).view(len(draws), -1)[:, :vocab]
     added = F.pad(added, (0, vocab - added.shape[1]), value=-torch.inf)
     logits.index_add_(0, to_device([d.row for d in draws], torch.int64, device), added)
 

@@ -31,6 +31,7 @@ from cluster.link import DOWNSTREAM, UPSTREAM
 from cluster.nccl_link import NcclLink
 from cluster.ray_pipeline import RayPipeline
 from cluster.rendezvous import Rendezvous, fits_nccl, join, make_link
+from cluster.stage_actor import StageActor
 from cluster.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested, interface_of
 from model.batch import Batch, StepOutput
@@ -186,6 +187,17 @@ def test_closing_frees_what_waits(group: Group) -> None:
     assert group.link is not None
     group.link.receive(torch.empty(1, 4), 60.0)
     group.link.close()
+    assert (group.aborted, group.works[0].done) == (1, True)
+
+
+def test_a_stage_lets_go_of_what_its_device_may_wait_for(group: Group) -> None:
+    """Through host memory it is the host that waits, with a deadline; and such a link is its own thread's."""
+    stage = object.__new__(StageActor)
+    stage._upstream = group.link
+    stage._downstream = SimpleNamespace(on_device=False, close=lambda: pytest.fail("closed"))  # type: ignore[assignment]
+    assert group.link is not None
+    group.link.receive(torch.empty(1, 4), 60.0)
+    stage.let_go()
     assert (group.aborted, group.works[0].done) == (1, True)
 
 
