@@ -27,6 +27,7 @@ from deployments.bench.run import (
     serve_all,
     stage_shares,
     submit,
+    trace,
 )
 from deployments.config import AppConfig
 from model.config import ModelConfig
@@ -190,6 +191,7 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
     at_once = tokens / len(reports)
     floor_s = max(floor.step_s(at_once, at_once, at_once * context))
     window = range(run.first_step + first, run.first_step + last)
+    timings = [t for t in run.timings if t.step_id in window]
     return {
         "num_seqs": round(at_once * depth),
         "context_tokens": round(context),
@@ -200,7 +202,8 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
         "floor_ms_per_step": round(1000 * floor_s, 3),
         "share_of_floor": round(floor_s * len(reports) / seconds, 3),
         "scheduler_ms": scheduler_ms(reports),
-        "stages": stage_shares([t for t in run.timings if t.step_id in window], depth),
+        "stages": stage_shares(timings, depth),
+        "trace": trace(reports, timings, depth),
     }
 
 

@@ -207,7 +207,6 @@ def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json
     done = list(run.requests.values())
     output, prompts = sum(p.tokens for p in done), sum(len(prompt) for prompt, _ in requests)
     assert output == sum(max_tokens for _, max_tokens in requests), "every request gets all of its tokens"
-    own = [t for t in run.timings if t.stage == 0]
     return {
         "requests": len(requests),
         "seconds": round(seconds, 3),
@@ -225,12 +224,18 @@ def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json
         "preemptions": engine.scheduler.stats().preemptions - preemptions,
         "kv_use_peak": round(run.kv_use, 3),
         "stages": stage_shares(run.timings, engine.pipeline.depth),
-        # [tokens, sequences, ms] of every step of the first stage
-        "trace": [
-            [r.num_tokens, r.num_seqs, round(1000 * (t.finished - t.started), 2)]
-            for r, t in zip(run.reports, own, strict=False)
-        ],
+        "trace": trace(run.reports, run.timings, engine.pipeline.depth),
     }
+
+
+def trace(reports: list[StepReport], timings: list[StageTiming], stages: int) -> list[list[float]]:
+    """Tokens and sequences of every step, then of each stage the ms it was busy, waiting and transferring."""
+    rows: list[list[float]] = [[r.num_tokens, r.num_seqs] for r in reports]
+    for stage in range(stages):
+        own = [t for t in timings if t.stage == stage]
+        for row, t in zip(rows, own, strict=False):
+            row += [round(1000 * seconds, 2) for seconds in (t.finished - t.started, t.wait, t.transfer)]
+    return rows
 
 
 def scheduler_ms(reports: list[StepReport]) -> dict[str, float]:

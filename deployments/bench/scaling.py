@@ -164,7 +164,7 @@ def offline_row(plan: Plan, precision: str, stages: int, timeout_s: float) -> Js
             words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return {"error": words[-1]}
         result = json.loads(output.read_text())
-    del result["list"]["trace"], result["command"]
+    del result["list"]["trace"], result["steady"]["trace"], result["command"]
     return {"stages": stages, "precision": precision, **result}
 
 
