@@ -3,7 +3,9 @@
 Micro-batches need no name here: a batch takes the sequences that were scheduled longest ago, at most its share of them,
 so successive calls of `schedule` form the cohorts that fill the pipeline by themselves. One cohort more than there are
 stages is in flight: its tokens are still being sampled when it is scheduled, and the first stage begins with it the
-moment they are. Prompts are spread over batches by what waits.
+moment they are. What follows from a token that fewer steps ago is sampled waits for a later batch: it would hold up the
+first stage while the others run dry. Prompts are spread over many batches, for a pipeline is full only if neighbouring
+steps take equally long.
 
 Tenants share fairly: what waits is taken in the order of waiting_queue.py, and whoever is next there but finds no room
 gets it from the tenant that holds more, up to an equal share.
@@ -24,7 +26,9 @@ from cluster.waiting_queue import WaitingQueue
 from model.batch import SAMPLED, Batch, LateMasks, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
-MIN_PREFILL_CHUNK = 64  # smaller chunks cost a pass over the weights for too few tokens
+MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
+MIN_PREFILL_CHUNK = 64
+PREFILL_TURNS = 4  # of the pipeline, that prompts are spread over: fewer make steps less equal, more delay first tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,10 @@ class Scheduler:
         """The next batch, or None if nothing can be computed before an `update`."""
         self.admitted = []
         self._make_way()
-        decodes = self._schedule_decodes()
-        chunks = self._schedule_prefills(self.max_num_batched_tokens - len(decodes))
+        decodes = self._schedule_decodes(self._next_step - self.depth)
+        chunks = self._schedule_prefills(len(decodes))
+        if not decodes and not chunks:  # there is nothing else that the first stage could do meanwhile
+            decodes = self._schedule_decodes(self._next_step - 1)
         if not decodes and not chunks:
             return None
         sequences, counts = _placed(decodes, chunks)
@@ -245,8 +251,11 @@ class Scheduler:
 
     # -- choosing ---------------------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self) -> list[Sequence]:
-        """Up to this batch's share of the decoding sequences, least recently scheduled first."""
+    def _schedule_decodes(self, latest: int) -> list[Sequence]:
+        """Up to this batch's share of the decoding sequences, least recently scheduled first.
+
+        None whose newest token is sampled by a step after `latest` and not known yet.
+        """
         if len(self._cohorts) > self.depth:
             return []
         running = self._running.values()
@@ -259,6 +268,8 @@ class Scheduler:
             if len(chosen) == share:
                 break
             if not seq.may_decode or seq.slot < 0:  # no slot: it was preempted just now
+                continue
+            if seq.num_pending_tokens and seq.last_step > latest:
                 continue
             missing = 0.0 if seq.matcher is None else _missing_mask_seconds(seq)
             if missing > mask_seconds:
@@ -273,12 +284,14 @@ class Scheduler:
             chosen.append(seq)
         return chosen
 
-    def _schedule_prefills(self, room: int) -> list[tuple[Sequence, int]]:
-        """Prompt chunks of at most `room` tokens: what waits, spread over the cohorts."""
+    def _schedule_prefills(self, num_decodes: int) -> list[tuple[Sequence, int]]:
+        """Prompt chunks beside so many decodes: what runs or could, spread over several turns of the pipeline."""
         chunks: list[tuple[Sequence, int]] = []
         prefilling = [seq for seq in self._running.values() if seq.num_uncomputed_tokens > 1]
-        waiting = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._waiting.num_tokens
-        budget = min(room, max(MIN_PREFILL_CHUNK, -(-waiting // self.depth)))
+        left = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._admissible_tokens()
+        share = -(-left // (PREFILL_TURNS * self.depth if self.depth > 1 else 1))
+        budget = max(share, MIN_STEP_TOKENS - len(self._running), MIN_PREFILL_CHUNK)
+        budget = min(budget, self.max_num_batched_tokens - num_decodes)
         while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
             # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
             count = min(seq.num_uncomputed_tokens - (seq.mask is None), budget)
@@ -287,6 +300,14 @@ class Scheduler:
                 chunks.append((seq, count))
                 budget -= count
         return chunks
+
+    def _admissible_tokens(self) -> int:
+        """About how many tokens wait that there are slots and blocks for."""
+        if not len(self._waiting):
+            return 0
+        by_slots = self._waiting.num_tokens * min(len(self._slots), len(self._waiting)) // len(self._waiting)
+        free = self.blocks.num_free - len(self._running)
+        return max(0, min(by_slots, free * self.blocks.block_size))
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
