@@ -1,9 +1,10 @@
-"""What two neighbouring stages send through: one direction of hidden states, with deadlines.
+"""What two stages send through: one direction of hidden states, or of tokens, with deadlines.
 
 Legend: T tokens, C model dim.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from cluster.errors import LinkBroken
 
 UPSTREAM, DOWNSTREAM = 0, 1  # ranks in the pair: the sender and the receiver
 TO_NEXT, FROM_PREVIOUS = "sending to the next stage", "receiving from the stage before"
+TO_FIRST, FROM_LAST = "sending tokens to the first stage", "receiving tokens from the last stage"
 
 
 class Link(Protocol):
@@ -46,6 +48,19 @@ class Link(Protocol):
     def close(self) -> None:
         """Let go of the connection, whatever is still on its way."""
         ...
+
+
+def close_all(links: Iterable[Link | None]) -> None:
+    """Those between GPUs at once: to let go of one waits for the device, which may wait for what comes by another."""
+    open_ = [link for link in links if link is not None]
+    threads = [threading.Thread(target=link.close, name="link-close") for link in open_ if link.on_device]
+    for thread in threads:
+        thread.start()
+    for link in open_:
+        if not link.on_device:
+            link.close()
+    for thread in threads:
+        thread.join()
 
 
 @contextmanager

@@ -74,12 +74,18 @@ class Pending:
 
 
 class NcclLink:
-    """See `Link`; made by `connect`. `group` is a process group of two that nobody else uses."""
+    """See `Link`; made by `connect`. `group` is a process group of two that nobody else uses.
+
+    `to` and `from_` say in errors what is done: sending, receiving.
+    """
 
     on_device = True
 
-    def __init__(self, group: Any, peer: int, events: Events, store: Any = None) -> None:
+    def __init__(
+        self, group: Any, peer: int, events: Events, store: Any = None, to: str = TO_NEXT, from_: str = FROM_PREVIOUS
+    ) -> None:
         self._group, self._peer, self._events = group, peer, events
+        self._to, self._from = to, from_
         self._store = store  # the group needs it as long as it lives
         self._sent: deque[Pending] = deque()
         self._received: deque[Pending] = deque()
@@ -93,25 +99,25 @@ class NcclLink:
     def send(self, hidden: torch.Tensor, timeout_s: float) -> None:
         self.check()
         hidden = hidden.contiguous()
-        with broken_if_it_fails(TO_NEXT):
+        with broken_if_it_fails(self._to):
             is_done = self._events.sent(self._group.send([hidden], self._peer, 0))
-        self._remember(self._sent, Pending(is_done, hidden, time.monotonic() + timeout_s, TO_NEXT))
+        self._remember(self._sent, Pending(is_done, hidden, time.monotonic() + timeout_s, self._to))
 
     def flush(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while self._oldest(self._sent) is not None:
             self.check()
             if time.monotonic() > deadline:
-                raise LinkBroken(f"{TO_NEXT}: not taken within {timeout_s:g} s")
+                raise LinkBroken(f"{self._to}: not taken within {timeout_s:g} s")
             time.sleep(0.001)
 
     def receive(self, into: torch.Tensor, timeout_s: float) -> torch.Tensor:
         """`into` is on the GPU; whatever is launched on the current stream from here on waits for it there."""
         self.check()
-        with broken_if_it_fails(FROM_PREVIOUS):
+        with broken_if_it_fails(self._from):
             # It begins when what was launched before is done: until then somebody may still read this memory.
             is_done = self._events.received(self._group.recv([into], self._peer, 0))
-        self._remember(self._received, Pending(is_done, into, time.monotonic() + timeout_s, FROM_PREVIOUS))
+        self._remember(self._received, Pending(is_done, into, time.monotonic() + timeout_s, self._from))
         return into
 
     def is_waiting(self) -> bool:
@@ -155,7 +161,10 @@ class NcclLink:
             return operations[0] if operations else None
 
 
-def connect(store: TCPStore, rank: int, host: str, key: str, timeout_s: float, device: torch.device) -> NcclLink:
+def connect(
+    store: TCPStore, rank: int, host: str, key: str, timeout_s: float, device: torch.device,
+    to: str = TO_NEXT, from_: str = FROM_PREVIOUS,
+) -> NcclLink:  # fmt: skip
     """The link of `rank` in its pair. Returns when both are connected; raises `LinkBroken` after `timeout_s`.
 
     `host` is this node's address: NCCL meets on the interface that has it, unless NCCL_SOCKET_IFNAME is set.
@@ -185,7 +194,7 @@ def connect(store: TCPStore, rank: int, host: str, key: str, timeout_s: float, d
             raise RuntimeError(f"it did not come within {timeout_s:g} s")
         if ends[0] is not None:
             raise ends[0]
-    return NcclLink(groups[0], 1 - rank, Events(here), store)
+    return NcclLink(groups[0], 1 - rank, Events(here), store, to, from_)
 
 
 def _group(store: PrefixStore, rank: int, device: torch.device) -> Any:

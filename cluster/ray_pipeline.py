@@ -57,6 +57,7 @@ class RayPipeline:
         self._halted = threading.Event()
         self._death: StageDied | None = None
         self.num_blocks: int | None = None  # KV blocks of every stage, fixed by the first start
+        self._feeds = False  # whether the first stage gets tokens from here, and not from the last one's GPU
         self._stages = [
             StageHandle(StageSpec(i, part, config, max_model_len), group, first_bundle + i, config.pipeline.spare)
             for i, part in enumerate(layers)
@@ -104,7 +105,7 @@ class RayPipeline:
         if message is None:
             self._raise_if_dead()
         assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
-        if isinstance(message, StepOutput) and message.token_ids and self.depth > 1:
+        if isinstance(message, StepOutput) and message.token_ids and self._feeds:
             self._feed_first_stage(message)
         return message
 
@@ -219,10 +220,12 @@ class RayPipeline:
             stage.prepare_spare()
 
     def _link(self, epoch: int, deadline: float) -> None:
-        listening = self._get([stage.actor.listen.remote(LINK_S) for stage in self._stages[:-1]], deadline)
-        addresses, key = [None, *listening], f"epoch-{epoch}-{secrets.token_hex(16)}"
-        refs = [s.actor.link.remote(key, a, LINK_S) for s, a in zip(self._stages, addresses, strict=True)]
-        self._get(refs, deadline)
+        if self.depth == 1:
+            return
+        listening = self._get([stage.actor.listen.remote(LINK_S) for stage in self._stages], deadline)
+        key = f"epoch-{epoch}-{secrets.token_hex(16)}"
+        refs = [stage.actor.link.remote(key, listening[i - 1], LINK_S) for i, stage in enumerate(self._stages)]
+        self._feeds = not self._get(refs, deadline)[0]
 
     def _await_ready(self, epoch: int, deadline: float) -> None:
         waiting = set(range(self.depth))

@@ -1,4 +1,4 @@
-"""How two neighbouring stages find each other, and which kind of `Link` they then use."""
+"""How two stages find each other, and which kind of `Link` they then use."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from cluster import nccl_link
 from cluster.gloo_link import GlooLink
-from cluster.link import Link, broken_if_it_fails
+from cluster.link import FROM_LAST, TO_FIRST, Link, broken_if_it_fails
 
 
 class Rendezvous:
@@ -38,7 +38,7 @@ class Rendezvous:
 def join(address: tuple[str, int], timeout_s: float) -> TCPStore:
     """The receiver's view of its sender's store. Raises `LinkBroken` if nobody is there."""
     host, port = address
-    with broken_if_it_fails(f"finding the stage before at {host}:{port}"):
+    with broken_if_it_fails(f"finding the sending stage at {host}:{port}"):
         return TCPStore(host, port, world_size=2, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
@@ -47,11 +47,28 @@ def make_link(store: TCPStore, rank: int, host: str, key: str, timeout_s: float,
 
     Both ends say which device they have, so both choose the same. Raises `LinkBroken`.
     """
-    with broken_if_it_fails("meeting the neighbour"):
-        theirs = exchanged(PrefixStore(f"{key}-devices", store), rank, identity(device))
-    if fits_nccl(identity(device), theirs):
+    if _agree_on_nccl(store, rank, key, device):
         return nccl_link.connect(store, rank, host, key, timeout_s, device)
     return GlooLink(store, rank, host, key, timeout_s)
+
+
+def make_token_link(
+    store: TCPStore, rank: int, host: str, key: str, timeout_s: float, device: torch.device
+) -> Link | None:
+    """From the last stage to the first, if NCCL fits. None if not: then tokens go by way of the engine, as they must.
+
+    Both ends get the same answer. Raises `LinkBroken`.
+    """
+    key = f"{key}-tokens"
+    if not _agree_on_nccl(store, rank, key, device):
+        return None
+    return nccl_link.connect(store, rank, host, key, timeout_s, device, TO_FIRST, FROM_LAST)
+
+
+def _agree_on_nccl(store: TCPStore, rank: int, key: str, device: torch.device) -> bool:
+    with broken_if_it_fails("meeting the neighbour"):
+        theirs = exchanged(PrefixStore(f"{key}-devices", store), rank, identity(device))
+    return fits_nccl(identity(device), theirs)
 
 
 def identity(device: torch.device) -> str:

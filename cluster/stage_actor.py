@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import ray
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, in_8_bits, read_model
 from cluster.gpu_guard import check_free
-from cluster.link import DOWNSTREAM, UPSTREAM, Link
-from cluster.rendezvous import Rendezvous, join, make_link
+from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
+from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import ModelConfig, StageLayers, product_of
@@ -72,6 +73,7 @@ class StageActor:
         self._rendezvous: Rendezvous | None = None
         self._upstream: Link | None = None
         self._downstream: Link | None = None
+        self._tokens: Link | None = None  # on the last stage and the first
 
     def progress(self) -> float:
         """Share of the weights loaded, 0 to 1."""
@@ -173,27 +175,33 @@ class StageActor:
             self._stage.capture(lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total))
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
-        """Open the meeting point for the link to the next stage."""
+        """Open the meeting point for the link to the next stage, on the last one for that to the first."""
         self._rendezvous = Rendezvous(self._host, timeout_s)
         return self._rendezvous.address
 
-    def link(self, key: str, upstream: tuple[str, int] | None, timeout_s: float) -> None:
-        """Connect to the neighbours; returns when both ends of each link are up. Raises `LinkBroken`.
+    def link(self, key: str, before: tuple[str, int], timeout_s: float) -> bool:
+        """Connect to the neighbours in the ring; returns when both ends of each link are up. Raises `LinkBroken`.
 
-        Even stages meet the next one first, odd ones the one before: so nobody waits for a chain of others.
+        `before` is where the stage before listens, for the first one the last. Even stages meet the next one first,
+        odd ones the one before: so nobody waits for a chain of others; first and last meet in the end. Says whether
+        tokens come to the first stage straight from the last.
         """
-        if self._spec.index % 2 == 0:
-            self._link_downstream(key, timeout_s)
-        if upstream is not None:
-            store = join(upstream, timeout_s)
+        first, last = self._spec.layers.is_first, self._spec.layers.is_last
+        if self._spec.index % 2 == 0 and not last:
+            self._downstream = make_link(self._store(), UPSTREAM, self._host, key, timeout_s, self._link_device)
+        if not first:
+            store = join(before, timeout_s)
             self._upstream = make_link(store, DOWNSTREAM, self._host, key, timeout_s, self._link_device)
-        if self._spec.index % 2 == 1:
-            self._link_downstream(key, timeout_s)
+        if self._spec.index % 2 == 1 and not last:
+            self._downstream = make_link(self._store(), UPSTREAM, self._host, key, timeout_s, self._link_device)
+        if first or last:
+            store, rank = (join(before, timeout_s), DOWNSTREAM) if first else (self._store(), UPSTREAM)
+            self._tokens = make_token_link(store, rank, self._host, key, timeout_s, self._link_device)
+        return self._tokens is not None
 
-    def _link_downstream(self, key: str, timeout_s: float) -> None:
-        if self._rendezvous is not None:
-            store = self._rendezvous.store
-            self._downstream = make_link(store, UPSTREAM, self._host, key, timeout_s, self._link_device)
+    def _store(self) -> TCPStore:
+        assert self._rendezvous is not None, "a stage listens before it is linked"
+        return self._rendezvous.store
 
     def run(self, control: ControlAddress, epoch: int) -> None:
         """Execute batches until told to stop. Any exception ends the actor's task: the engine sees it at once."""
@@ -201,7 +209,8 @@ class StageActor:
         client = ControlClient(control, self._spec.index)
         try:
             client.send(Ready(epoch, self._spec.index))
-            self._loop = StageLoop(self._spec.index, self._stage, client, epoch, self._upstream, self._downstream)
+            links = self._upstream, self._downstream, self._tokens
+            self._loop = StageLoop(self._spec.index, self._stage, client, epoch, *links)
             self._loop.run()
         finally:
             self._loop = None
@@ -210,13 +219,10 @@ class StageActor:
 
     def let_go(self) -> None:
         """While `run` runs: free its host, which may wait for a device that waits for a neighbour who is gone."""
-        for link in (self._upstream, self._downstream):
-            if link is not None and link.on_device:
-                link.close()
+        links = self._upstream, self._downstream, self._tokens
+        close_all(link for link in links if link is not None and link.on_device)
 
     def _unlink(self) -> None:
         """Close the connections, so that the neighbours do not wait for a stage that has left its loop."""
-        for link in (self._upstream, self._downstream):
-            if link is not None:
-                link.close()
-        self._upstream = self._downstream = self._rendezvous = None
+        close_all((self._upstream, self._downstream, self._tokens))
+        self._upstream = self._downstream = self._tokens = self._rendezvous = None

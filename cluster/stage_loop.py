@@ -42,19 +42,21 @@ class StageLoop:
         epoch: int,
         upstream: Link | None,
         downstream: Link | None,
+        tokens: Link | None = None,
     ) -> None:
+        """`tokens`, from the last stage to the first, is None where tokens come by way of the engine instead."""
         self._index, self._stage, self._client, self._epoch = index, stage, client, epoch
-        self._upstream, self._downstream = upstream, downstream
+        self._upstream, self._downstream, self._tokens = upstream, downstream, tokens
         self._stopwatch = Stopwatch(stage.decoder.device)
         self._inbox: deque[StepOrder] = deque()
         self._outbox: deque[Launched] = deque()
-        self._computed: Unsampled | None = None  # the last stage: a step whose tokens are to be drawn
+        self._computed: tuple[StepOrder, Unsampled] | None = None  # the last stage: a step whose tokens are to be drawn
         self._masks: dict[int, LateMasks] = {}  # by step id, for batches that were sent without
         self._expected = 0  # step id of the next batch
         # The first stage of several is told what the last one sampled:
         self._is_fed = stage.layers.is_first and not stage.layers.is_last
         self._feeds = stage.layers.is_last and not stage.layers.is_first
-        self._awaiting_tokens: deque[Batch] = deque()  # batches that sample, oldest first
+        self._awaiting_tokens: deque[StepOrder] = deque()  # those that sample, oldest first
         self._tokens_until = -1  # tokens of all steps up to this one are in
         self._activity: Activity = "idle"
 
@@ -63,7 +65,8 @@ class StageLoop:
         """What it does now; read by another thread, to find the stage that hangs."""
         if not self._outbox:
             return self._activity
-        return "receiving" if self._upstream is not None and self._upstream.is_waiting() else "computing"
+        waiting = any(link is not None and link.is_waiting() for link in (self._upstream, self._tokens))
+        return "receiving" if waiting else "computing"
 
     def run(self) -> None:
         """Until told to stop. Raises `LinkBroken` if a neighbour is gone, `RuntimeError` if the order is broken."""
@@ -72,8 +75,8 @@ class StageLoop:
                 self._take_orders()
                 if self._may_launch():
                     self._launch(self._inbox.popleft())
-                if self._computed is not None and self._may_sample(self._computed.batch):
-                    self._sample(self._computed)
+                if self._computed is not None and self._may_sample(self._computed[0].batch):
+                    self._sample(*self._computed)
                 while self._outbox and self._outbox[0].span.is_over():
                     self._check_links()
                     self._report(self._outbox.popleft())
@@ -84,13 +87,15 @@ class StageLoop:
             raise
 
     def _check_links(self) -> None:
-        for link in (self._upstream, self._downstream):
+        for link in (self._upstream, self._downstream, self._tokens):
             if link is not None:
                 link.check()
 
     def _take_orders(self) -> None:
         """All that have arrived; waits for one if there is nothing else to do."""
         wait = not self._may_launch() and not self._outbox
+        if wait:
+            self._receive_tokens(self._expected)  # nothing is delayed by that now, and the last stage gets rid of them
         while (order := self._client.receive(wait)) is not None:
             wait = False
             if isinstance(order, SampledTokens):
@@ -106,7 +111,7 @@ class StageLoop:
             self._expected += 1
             self._inbox.append(order)
             if self._is_fed and len(batch.sample_rows):
-                self._awaiting_tokens.append(batch)
+                self._awaiting_tokens.append(order)
         if self._outbox and not self._may_launch():
             time.sleep(POLL_S)
 
@@ -116,7 +121,11 @@ class StageLoop:
     def _may_launch(self) -> bool:
         if self._computed is not None:
             return False
-        if not self._inbox or (self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until):
+        if not self._inbox:
+            return False
+        if self._tokens is not None:
+            return True  # what one device waits for, the other has been given before: no host has a part in it
+        if self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until:
             return False
         if not self._feeds or not self._outbox:
             return True
@@ -126,8 +135,17 @@ class StageLoop:
         assert self._upstream is not None
         return self._upstream.on_device and self._outbox[0].batch.step_id > self._inbox[0].batch.tokens_from
 
+    def _receive_tokens(self, step_id: int) -> None:
+        """The device waits for the tokens of all steps up to this one before it does anything else."""
+        while self._tokens is not None and self._awaiting_tokens and self._awaiting_tokens[0].batch.step_id <= step_id:
+            order = self._awaiting_tokens.popleft()
+            count, device = len(order.batch.sample_rows), self._stage.decoder.device
+            # If the link is cut, what is there is looked up in the embedding: it had better be tokens.
+            into = torch.zeros(count, dtype=torch.int64, device=device)
+            self._stage.feed(order.batch, self._tokens.receive(into, order.timeout_s + LINK_MARGIN_S))
+
     def _feed(self, tokens: SampledTokens) -> None:
-        batch = self._awaiting_tokens.popleft()
+        batch = self._awaiting_tokens.popleft().batch
         if batch.step_id != tokens.step_id or len(batch.sample_rows) != len(tokens.token_ids):
             raise RuntimeError(f"got the tokens of step {tokens.step_id}, expected those of step {batch.step_id}")
         assert SAMPLED not in tokens.token_ids
@@ -137,27 +155,31 @@ class StageLoop:
     def _launch(self, order: StepOrder) -> None:
         batch, timeout_s = order.batch, order.timeout_s + LINK_MARGIN_S
         hidden = self._receive(batch, timeout_s)
+        self._receive_tokens(batch.tokens_from)
         self._activity = "computing"
         self._stopwatch.start()
         result = self._stage.compute(batch, hidden)
         if isinstance(result, Unsampled):
-            self._computed = result
+            self._computed = order, result
         elif isinstance(result, Sampled):
-            self._finish(batch, result)
+            self._finish(order, result)
         else:
             span = self._stopwatch.stop()
             self._outbox.append(Launched(batch, None, span, self._send(result, timeout_s)))
         self._activity = "idle"
 
-    def _sample(self, computed: Unsampled) -> None:
+    def _sample(self, order: StepOrder, computed: Unsampled) -> None:
         """Masks that come later than what they are for was computed count as computing in the timings."""
         self._activity = "computing"
         self._computed = None
-        self._finish(computed.batch, self._stage.sample(computed, self._masks.pop(computed.batch.step_id, None)))
+        self._finish(order, self._stage.sample(computed, self._masks.pop(computed.batch.step_id, None)))
         self._activity = "idle"
 
-    def _finish(self, batch: Batch, sampled: Sampled) -> None:
-        self._outbox.append(Launched(batch, sampled.to_host(), self._stopwatch.stop(), 0.0))
+    def _finish(self, order: StepOrder, sampled: Sampled) -> None:
+        span = self._stopwatch.stop()
+        if self._feeds and self._tokens is not None and len(order.batch.sample_rows):
+            self._tokens.send(sampled.token_ids, order.timeout_s + LINK_MARGIN_S)
+        self._outbox.append(Launched(order.batch, sampled.to_host(), span, 0.0))
 
     def _receive(self, batch: Batch, timeout_s: float) -> torch.Tensor | None:
         if self._upstream is None:

@@ -193,7 +193,7 @@ def test_closing_frees_what_waits(group: Group) -> None:
 def test_a_stage_lets_go_of_what_its_device_may_wait_for(group: Group) -> None:
     """Through host memory it is the host that waits, with a deadline; and such a link is its own thread's."""
     stage = object.__new__(StageActor)
-    stage._upstream = group.link
+    stage._upstream, stage._tokens = group.link, None
     stage._downstream = SimpleNamespace(on_device=False, close=lambda: pytest.fail("closed"))  # type: ignore[assignment]
     assert group.link is not None
     group.link.receive(torch.empty(1, 4), 60.0)
