@@ -190,11 +190,14 @@ def test_closing_frees_what_waits(group: Group) -> None:
     assert (group.aborted, group.works[0].done) == (1, True)
 
 
-def test_a_stage_lets_go_of_what_its_device_may_wait_for(group: Group) -> None:
+def test_a_stage_lets_go_of_what_its_device_may_wait_for(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through host memory it is the host that waits, with a deadline; and such a link is its own thread's."""
     stage = object.__new__(StageActor)
-    stage._upstream, stage._tokens = group.link, None
-    stage._downstream = SimpleNamespace(on_device=False, close=lambda: pytest.fail("closed"))  # type: ignore[assignment]
+    stage._upstream = group.link
+    stage._downstream = SimpleNamespace(on_device=False, close=lambda: pytest.fail("closed"))
+    freed = threading.Barrier(2, timeout=5)  # to let go of one may wait until the other is let go of as well
+    monkeypatch.setattr(group, "abort", lambda abort=group.abort: (freed.wait(), abort()))
+    stage._tokens = SimpleNamespace(on_device=True, close=freed.wait)
     assert group.link is not None
     group.link.receive(torch.empty(1, 4), 60.0)
     stage.let_go()

@@ -10,7 +10,7 @@ import torch
 from cluster import stage_loop
 from cluster.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested
-from model.batch import Batch, LateMasks, SampleRow, StepOutput
+from model.batch import Batch, LateMasks, SampleRow, StageTiming, StepOutput
 from model.sampling import Sampled
 from model.stage import Unsampled
 
@@ -112,3 +112,75 @@ def test_masks_that_come_late_are_waited_for_with_the_step_computed(
     StageLoop(1, stage, control, 0, upstream, None).run()
     assert drawn == [(n, b"%d" % n) for n in range(4)]
     assert engine.answered == [0, 1, 2, 3]
+
+
+class Wire:
+    """A link from the last GPU to the first: keeps what happened with it, in order."""
+
+    on_device = True
+
+    def __init__(self, happened: list[str]) -> None:
+        self.happened = happened
+
+    def send(self, tokens: torch.Tensor, timeout_s: float) -> None:
+        self.happened.append(f"send {tokens.tolist()}")
+
+    def receive(self, into: torch.Tensor, timeout_s: float) -> torch.Tensor:
+        self.happened.append(f"receive {into.tolist()}")
+        return into
+
+    def is_waiting(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        pass
+
+
+class Timings(Engine):
+    """Ends the stage when it is idle, with all steps reported: the first stage answers with nothing but timings."""
+
+    def receive(self, wait: bool = True) -> StepOrder | LateMasks | None:
+        if wait and not self.orders:
+            assert len(self.answered) == self.expected, "the stage waits for orders with steps unreported"
+            raise StopRequested
+        return self.orders.pop(0) if self.orders else None
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, StageTiming):
+            self.answered.append(message.step_id)
+
+
+def test_the_first_stage_lets_its_device_wait_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's tokens are received before the step that follows from them, those of the last one when it is idle."""
+    monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=SlowSpan))
+    happened: list[str] = []
+    engine: Any = Timings([make_batch(n) for n in range(3)])
+    stage: Any = SimpleNamespace(
+        layers=SimpleNamespace(is_first=True, is_last=False),
+        decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+        compute=lambda batch, hidden: happened.append(f"compute {batch.step_id}") or torch.zeros(1, 8),  # type: ignore[func-returns-value]
+        feed=lambda batch, tokens: happened.append(f"feed {batch.step_id}"),
+    )
+    downstream: Any = SimpleNamespace(on_device=True, send=lambda hidden, s: None, check=lambda: None)
+    tokens: Any = Wire(happened)
+    StageLoop(0, stage, engine, 0, None, downstream, tokens).run()
+    assert happened == [what for n in range(3) for what in (f"compute {n}", "receive [0]", f"feed {n}")]
+    assert engine.answered == [0, 1, 2]
+
+
+def test_the_last_stage_sends_tokens_before_it_launches_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And launches all that it was given, for no host has to hear of tokens in between."""
+    monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=SlowSpan))
+    happened: list[str] = []
+
+    def compute(batch: Batch, hidden: torch.Tensor) -> Sampled:
+        happened.append(f"compute {batch.step_id}")
+        assert engine.answered == [], "all steps are launched before the first is reported"
+        return Sampled(torch.tensor([batch.step_id]), {})
+
+    engine: Any = Engine([make_batch(n) for n in range(3)])
+    tokens, upstream = Wire(happened), Wire([])
+    links: Any = (upstream, None, tokens)
+    StageLoop(1, last_stage(compute=compute), engine, 0, *links).run()
+    assert happened == ["compute 0", "send [0]", "compute 1", "send [1]", "compute 2", "send [2]"]
+    assert engine.answered == [0, 1, 2]
