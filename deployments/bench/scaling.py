@@ -122,7 +122,7 @@ def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, po
         "pipeline": {"stages": stages, "device": plan.device},
         "cache": plan.cache,
         "scheduler": scheduler,
-        "gateway": {"replicas": 2 * pipelines if cuda else 1},
+        "gateway": {"replicas": 4 * pipelines if cuda else 1},
         "autoscaling": {"min_replicas": pipelines, "max_replicas": pipelines},
         "resources": plan.resources,
     }
