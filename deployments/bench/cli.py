@@ -99,6 +99,7 @@ def bench_() -> None:
 def offline(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
     requests: Annotated[int, typer.Option(help="how many requests of the fixed list; 0: none")] = 1200,
+    concurrency: Annotated[int, typer.Option(help="how many of them are open at a time; 0: all at once")] = 0,
     batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
     steady: Annotated[str, typer.Option(help="also steady decode of sequences x tokens of context, e.g. 256x450")] = "",
     max_tokens: Longest = 0,
@@ -114,7 +115,7 @@ def offline(
     app_config, batches = read_app_config(config), sizes(batch_sizes, "--batch-sizes")
     shape = _shape(steady, "--steady")
     try:
-        result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST)
+        result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST, concurrency)
     except ValueError as error:
         fail(str(error))
     report(offline_table(f"{app_config.model.name}: {config}", result), result, output)

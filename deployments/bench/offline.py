@@ -121,9 +121,9 @@ def list_requests(count: int, vocab_size: int, longest: int) -> list[Work]:
     ]
 
 
-def list_figures(engine: Engine, run: Run, floor: Floor, requests: list[Work]) -> Json:
-    """The list at once."""
-    done = serve_all(engine, run, requests, "list")
+def list_figures(engine: Engine, run: Run, floor: Floor, requests: list[Work], concurrency: int) -> Json:
+    """The list at once, or so many of it."""
+    done = serve_all(engine, run, requests, "list", concurrency)
     floor_s = floor.steps_s(run)
     return {
         **done,
@@ -208,7 +208,12 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
 
 
 def bench_offline(
-    config: AppConfig, num_requests: int, batch_sizes: list[int], steady: tuple[int, int] | None, longest: int
+    config: AppConfig,
+    num_requests: int,
+    batch_sizes: list[int],
+    steady: tuple[int, int] | None,
+    longest: int,
+    concurrency: int = 0,
 ) -> Json:
     """All that was asked for, in a Ray of its own. Raises `ValueError` for what the user must change."""
     model = read_model(config.model)
@@ -233,7 +238,7 @@ def bench_offline(
             if num_requests:
                 with progress_shown(run, num_requests):
                     requests = list_requests(num_requests, vocab_size, longest)
-                    result["list"] = list_figures(engine, run, floor, requests)
+                    result["list"] = list_figures(engine, run, floor, requests, concurrency)
     return result
 
 
@@ -301,7 +306,7 @@ def _add_steady(table: Table, steady: Json) -> None:
 
 def _add_list(table: Table, done: Json) -> None:
     table.add_row(
-        f"{done['requests']} requests at once",
+        f"{done['requests']} requests, {done['concurrency']} at once",
         f"{done['output_throughput']:,.0f} output tok/s",
         f"at most {done['limit_output_throughput']:,.0f}",
         f"{done['output_throughput'] / done['limit_output_throughput']:.1%}",

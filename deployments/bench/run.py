@@ -187,21 +187,27 @@ def running_engine(config: AppConfig) -> Iterator[tuple[Engine, Run]]:
         yield both
 
 
-def submit(engine: Engine, run: Run, requests: list[Work], name: str) -> list[str]:
-    """Give all requests to the engine, greedy, end of text ignored; returns their ids."""
+def submit(engine: Engine, run: Run, requests: list[Work], name: str, concurrency: int = 0) -> list[str]:
+    """Give all requests to the engine, greedy, end of text ignored; returns their ids.
+
+    With `concurrency`, at most so many are open at a time: returns when the last one has been added.
+    """
     ids = [f"{name}-{i}" for i in range(len(requests))]
     run.expect(ids)
-    for request_id, (prompt, max_tokens) in zip(ids, requests, strict=True):
+    for i, (request_id, (prompt, max_tokens)) in enumerate(zip(ids, requests, strict=True)):
+        if concurrency:
+            run.wait(lambda run, added=i: added - run.finished < concurrency)  # type: ignore[misc]
+            run.requests[request_id].added = time.perf_counter()
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
         engine.add(Request(request_id=request_id, token_ids=prompt, sampling=sampling))
     return ids
 
 
-def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json:
-    """All requests at once; what came of it."""
+def serve_all(engine: Engine, run: Run, requests: list[Work], name: str, concurrency: int = 0) -> Json:
+    """All requests at once, or at most `concurrency` of them; what came of it."""
     started = time.perf_counter()
     preemptions = engine.scheduler.stats().preemptions
-    submit(engine, run, requests, name)
+    submit(engine, run, requests, name, concurrency)
     run.wait()
     seconds = time.perf_counter() - started
     done = list(run.requests.values())
@@ -209,6 +215,7 @@ def serve_all(engine: Engine, run: Run, requests: list[Work], name: str) -> Json
     assert output == sum(max_tokens for _, max_tokens in requests), "every request gets all of its tokens"
     return {
         "requests": len(requests),
+        "concurrency": concurrency or len(requests),
         "seconds": round(seconds, 3),
         "prompt_tokens": prompts,
         "output_tokens": output,
