@@ -12,10 +12,13 @@ from torch.nn.functional import linear
 from model.batch import SAMPLED
 from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized
 from model.kernels.decode_attention import decode_attention, tiling_for
+from model.kernels.device import has_warp_groups
 from model.kernels.early import begin, early
 from model.kernels.int4 import dequantize, int4_tiling, skinny_int4_linear
 from model.kernels.reference import ReferenceKernels, cache_shape
 from model.kernels.skinny import bfloat16_tiling, float8_tiling, skinny_linear, vector_after_gate, vector_after_norm
+from model.kernels.stream_k import bfloat16_tile, float8_tile
+from model.kernels.stream_k_product import stream_k_linear
 
 HEADS_PER_PROGRAM = 8
 
@@ -114,7 +117,11 @@ class FusedKernels:
         return Quantized(out, scales)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        tiling = bfloat16_tiling(len(x), *weight.shape) if x.dtype.itemsize == 2 else None
+        if x.dtype.itemsize != 2:
+            return linear(x, weight)
+        if has_warp_groups() and (tile := bfloat16_tile(len(x), *weight.shape)):
+            return stream_k_linear(x, weight, tile)
+        tiling = bfloat16_tiling(len(x), *weight.shape)
         return linear(x, weight) if tiling is None else skinny_linear(x, weight, tiling)
 
     def linear_after_norm(
@@ -136,6 +143,8 @@ class FusedKernels:
         return self.linear(product, weight)
 
     def float8_linear(self, x: Quantized, weight: Quantized) -> torch.Tensor:
+        if has_warp_groups() and (tile := float8_tile(len(x.values), *weight.values.shape)):
+            return stream_k_linear(x.values, weight.values, tile, x.scales, weight.scales)
         tiling = float8_tiling(len(x.values), *weight.values.shape)
         if tiling is not None:
             return skinny_linear(x.values, weight.values, tiling, x.scales, weight.scales)

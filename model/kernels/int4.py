@@ -7,7 +7,6 @@ left when the same of the zero is taken off is exact too: two weights for three 
 """
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,12 @@ from torch.nn.functional import pad
 
 from model.config import INT4_BLOCK
 from model.kernels import Int4Weight
+from model.kernels.device import MAX_TICKETS, has_warp_groups, tickets
 from model.kernels.early import early
 from model.kernels.int4_product import product_of_groups, product_of_warps
 
 MAX_ROWS = 256  # with more, the copy in 16 bits pays
 MAX_SPLITS = 4
-MAX_TILES = 1024  # of a product that is split
 PLANE = 32  # neighbouring inputs that one shift unpacks
 PLANES = INT4_BLOCK // PLANE
 
@@ -50,7 +49,7 @@ def int4_tiling(rows: int, n: int) -> Int4Tiling | None:
         return _split(rows, n, 200, Int4Tiling(16, 64, 4, 2, 3) if narrow else Int4Tiling(16, 64, 2, 4, 4))
     if rows <= 32:
         return _split(rows, n, 200, Int4Tiling(32, 64, 2, 4, 3) if narrow else Int4Tiling(32, 128, 1, 4, 3))
-    if not _has_warp_groups():
+    if not has_warp_groups():
         return _split(rows, n, 200, Int4Tiling(64, 64, 1, 4, 3))
     across = 4 if narrow and (rows > 64 or n > 4096) else 8
     return _split(rows, n, 130 if rows <= 64 else 200, Int4Tiling(64, 128, 1, across, 3, grouped=True))
@@ -62,30 +61,18 @@ def _split(rows: int, n: int, enough: int, tiling: Int4Tiling) -> Int4Tiling:
     return tiling._replace(splits=min(MAX_SPLITS, int(triton.next_power_of_2(triton.cdiv(enough, tiles)))))
 
 
-@cache
-def _has_warp_groups() -> bool:
-    """Neither older nor newer devices have the instruction."""
-    return torch.cuda.get_device_capability()[0] == 9
-
-
-@cache
-def _tickets(device: torch.device) -> torch.Tensor:
-    """[MAX_TILES] zeros, as every product leaves them; the products of a device come one after the other."""
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-
-
 def skinny_int4_linear(x: torch.Tensor, weight: Int4Weight, tiling: Int4Tiling) -> torch.Tensor:
     """See `Kernels.int4_linear`; x in 16 bits."""
     (rows, k), n = x.shape, len(weight.words)
     block, columns, depth, across, stages, splits, grouped = tiling
     grid = triton.cdiv(rows, block), triton.cdiv(n, columns), splits
     tiles = grid[0] * grid[1]
-    assert splits == 1 or tiles <= MAX_TILES
+    assert splits == 1 or tiles <= MAX_TICKETS
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     sums = tiles, splits, block, columns
     partial = torch.empty(sums, dtype=torch.float32, device=x.device) if splits > 1 else out
     whole = x if k % INT4_BLOCK == 0 else pad(x, (0, -k % INT4_BLOCK))
-    tensors = whole, *weight, out, partial, _tickets(x.device)
+    tensors = whole, *weight, out, partial, tickets(x.device)
     shape = rows, n, triton.cdiv(k, INT4_BLOCK), *_groups(weight, k), block, columns
     if grouped:
         product_of_groups[grid](*tensors, *shape, across, stages, splits, num_warps=across, **early())

@@ -1,13 +1,16 @@
 """The fused kernels against their references, over odd sizes. Needs a CUDA device."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from model.batch import SAMPLED
 from model.kernels import Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized, kernels_for
+from model.kernels.device import has_warp_groups, tickets
 from model.kernels.reference import ReferenceKernels, cached_rows
+from model.kernels.stream_k import MAX_ROWS, Tile
 from model.kv_cache import FLOAT8, KVCache
 from model.layers import CudaLinear, DenseLinear, Float8Linear, rotary_table
 from model.packing import packed
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 GPU = torch.device("cuda")
 REFERENCE = ReferenceKernels()
 BLOCK = 16
+needs_warp_groups = pytest.mark.skipif(not has_warp_groups(), reason="Hopper's kernel")
 
 
 def error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -200,7 +204,7 @@ def test_quantizing_kernels(rows: int, width: int) -> None:
         assert error(a.values.float() * a.scales, b) < 4e-2
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 60, 64, 65, 300])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 60, 64, 65, 300])
 @pytest.mark.parametrize(("out", "width"), [(8192, 8192), (208, 576), (10240, 1024)])
 def test_float8_products_equal_the_reference(rows: int, out: int, width: int) -> None:
     """The same numbers in 8 bits on both sides: only sums and the last rounding differ."""
@@ -222,14 +226,78 @@ def test_float8_linear(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 60, 64, 65, 300])
-@pytest.mark.parametrize(("out", "width"), [(4096, 4096), (208, 576), (1000, 11008), (50, 100)])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64, 65, 300])
+@pytest.mark.parametrize(("out", "width"), [(8192, 8192), (208, 576), (1000, 11008), (50, 100)])
 def test_linear(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(out, width, device=GPU, dtype=dtype) / width**0.5
     x, bias = torch.randn(rows, width, device=GPU, dtype=dtype), torch.randn(out, device=GPU, dtype=dtype)
     expected = DenseLinear(weight.double(), bias.double())(x.double())
     assert error(CudaLinear(weight, bias)(x), expected) < TOLERANCE[dtype]
+
+
+@needs_warp_groups
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize(("out", "width"), [(1000, 1408), (208, 576), (4104, 11008), (30, 64), (10240, 8192)])
+def test_stream_k_products(dtype: torch.dtype, columns: int, out: int, width: int) -> None:
+    """Columns and elements that fill no tile; all numbers of rows; the same bits from the same numbers."""
+    from model.kernels.stream_k_product import stream_k_linear
+
+    torch.manual_seed(0)
+    exact = torch.randn(MAX_ROWS, width, device=GPU), torch.randn(out, width, device=GPU) / width**0.5
+    if dtype == torch.float8_e4m3fn:
+        (x, x_scales), (weight, scales) = (REFERENCE.quantize_rows(t) for t in exact)
+        expected = (x.double() * x_scales) @ (weight.double() * scales).t()
+    else:
+        (x, weight), x_scales, scales = (t.to(dtype) for t in exact), None, None
+        expected = x.double() @ weight.double().t()
+    for rows in range(2, MAX_ROWS + 1):
+        tile = Tile(max(8, 1 << (rows - 1).bit_length()), columns)
+        some = x_scales[:rows] if x_scales is not None else None
+        first, second = (stream_k_linear(x[:rows], weight, tile, some, scales) for _ in range(2))
+        assert error(first, expected[:rows]) < (1e-3 if dtype == torch.float16 else 5e-3), rows
+        assert torch.equal(first, second), rows
+    assert not tickets(x.device).any()
+
+
+@needs_warp_groups
+@pytest.mark.parametrize("in_8", [False, True])
+def test_stream_k_products_in_graphs(in_8: bool) -> None:
+    """Products in a row, each of which starts while the one before it ends, in graphs that share memory and tickets."""
+    from model.kernels.stream_k_product import stream_k_linear
+
+    torch.manual_seed(0)
+    widths = [8192, 1408, 4032, 8192, 10240, 704, 64, 8192] * 3
+    weights = [torch.randn(n, k, device=GPU, dtype=torch.bfloat16) / k**0.5 for k, n in pairwise(widths)]
+    in_8_bits = [REFERENCE.quantize_rows(weight) for weight in weights] if in_8 else []
+    start = torch.randn(MAX_ROWS, widths[0], device=GPU, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+
+    def chain(rows: int) -> torch.Tensor:
+        x = start[:rows]
+        for i, weight in enumerate(weights):
+            tile = Tile(rows, (64, 128)[i % 2])
+            if in_8:
+                q = kernels_for(GPU).quantize_rows(x)
+                x = stream_k_linear(q.values, in_8_bits[i].values, tile, q.scales, in_8_bits[i].scales)
+            else:
+                x = stream_k_linear(x, weight, tile)
+        return x
+
+    expected = {rows: chain(rows).clone() for rows in (32, 16, 8)}
+    graphs, found, pool = {}, {}, torch.cuda.graph_pool_handle()
+    for rows in expected:
+        graphs[rows] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[rows], pool=pool):
+            found[rows] = chain(rows)
+    for rows in (32, 8, 8, 16, 32, 16):
+        found[rows].zero_()
+        graphs[rows].replay()
+        assert torch.equal(found[rows], expected[rows]), rows
+    assert bool(expected[32].isfinite().all())
+    assert bool(expected[32].any())
+    assert not tickets(start.device).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
