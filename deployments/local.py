@@ -30,6 +30,8 @@ from deployments.check import check_file
 
 console = Console()
 BIN = Path(sys.executable).parent
+# As modules: where packages were unpacked beside a Python, not installed into it, there are no scripts.
+RAY, SERVE = [sys.executable, "-m", "ray.scripts.scripts"], [sys.executable, "-m", "ray.serve.scripts"]
 START_TIMEOUT_S, READY_TIMEOUT_S, STOP_TIMEOUT_S, KILL_AFTER_S = 90, 300, 60, 8
 METRICS_PORT = 8080
 
@@ -50,7 +52,7 @@ class Head:
 
     def serve(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """The `serve` command line against this head."""
-        command = [str(BIN / "serve"), *arguments, "--address", self.dashboard]
+        command = [*SERVE, *arguments, "--address", self.dashboard]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True)
 
 
@@ -107,7 +109,7 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
         "PATH": f"{BIN}:{os.environ.get('PATH', '')}",
     }
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", str(num_cpus), "--temp-dir", str(directory),
+        *RAY, "start", "--head", "--block", "--num-cpus", str(num_cpus), "--temp-dir", str(directory),
         "--port", "0", "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
         "--dashboard-port", str(dashboard), "--metrics-export-port", str(metrics),
         "--ray-client-server-port", str(client),

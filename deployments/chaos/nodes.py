@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from deployments.local import LocalError, free_low_ports, free_port
+from deployments.local import RAY, SERVE, LocalError, free_low_ports, free_port
 from ops.namespaces import Namespace, Network
 
 BIN = Path(sys.executable).parent
@@ -207,7 +207,7 @@ class Nodes:
         metrics, agent = (8080, 52365) if space else (free_port(), free_port())
         first = 20000 if space else 20000 + WORKER_PORTS * index
         command = [
-            str(BIN / "ray"), "start", "--block", "--num-cpus", str(cpus), "--temp-dir", str(directory),
+            *RAY, "start", "--block", "--num-cpus", str(cpus), "--temp-dir", str(directory),
             "--node-ip-address", address, "--metrics-export-port", str(metrics),
             "--dashboard-agent-listen-port", str(agent), "--resources", json.dumps(dict(resources)),
             "--min-worker-port", str(first), "--max-worker-port", str(first + WORKER_PORTS - 1),
@@ -241,7 +241,7 @@ class Nodes:
 
     def serve(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """The `serve` command line against this head."""
-        command = [str(BIN / "serve"), *arguments, "--address", self.dashboard]
+        command = [*SERVE, *arguments, "--address", self.dashboard]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True)
 
     def processes(self, word: str = "") -> list[Process]:
