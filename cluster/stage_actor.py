@@ -209,8 +209,8 @@ class StageActor:
         client = ControlClient(control, self._spec.index)
         try:
             client.send(Ready(epoch, self._spec.index))
-            links = self._upstream, self._downstream, self._tokens
-            self._loop = StageLoop(self._spec.index, self._stage, client, epoch, *links)
+            links, at_once = (self._upstream, self._downstream, self._tokens), self._spec.config.pipeline.stages + 1
+            self._loop = StageLoop(self._spec.index, self._stage, client, epoch, *links, at_once)
             self._loop.run()
         finally:
             self._loop = None

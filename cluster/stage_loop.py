@@ -43,10 +43,15 @@ class StageLoop:
         upstream: Link | None,
         downstream: Link | None,
         tokens: Link | None = None,
+        max_in_flight: int = 1,
     ) -> None:
-        """`tokens`, from the last stage to the first, is None where tokens come by way of the engine instead."""
+        """`tokens`, from the last stage to the first, is None where tokens come by way of the engine instead.
+
+        The engine has at most `max_in_flight` steps under way.
+        """
         self._index, self._stage, self._client, self._epoch = index, stage, client, epoch
         self._upstream, self._downstream, self._tokens = upstream, downstream, tokens
+        self._max_in_flight = max_in_flight
         self._stopwatch = Stopwatch(stage.decoder.device)
         self._inbox: deque[StepOrder] = deque()
         self._outbox: deque[Launched] = deque()
@@ -95,7 +100,7 @@ class StageLoop:
         """All that have arrived; waits for one if there is nothing else to do."""
         wait = not self._may_launch() and not self._outbox
         if wait:
-            self._receive_tokens(self._expected)  # nothing is delayed by that now, and the last stage gets rid of them
+            self._receive_tokens(self._expected)  # nothing is delayed by that now
         while (order := self._client.receive(wait)) is not None:
             wait = False
             if isinstance(order, SampledTokens):
@@ -155,7 +160,8 @@ class StageLoop:
     def _launch(self, order: StepOrder) -> None:
         batch, timeout_s = order.batch, order.timeout_s + LINK_MARGIN_S
         hidden = self._receive(batch, timeout_s)
-        self._receive_tokens(batch.tokens_from)
+        # Also tokens that nothing follows from: they have been sampled, and the last stage must get rid of them.
+        self._receive_tokens(max(batch.tokens_from, batch.step_id - self._max_in_flight))
         self._activity = "computing"
         self._stopwatch.start()
         result = self._stage.compute(batch, hidden)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -150,11 +151,11 @@ class Timings(Engine):
             self.answered.append(message.step_id)
 
 
-def test_the_first_stage_lets_its_device_wait_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step's tokens are received before the step that follows from them, those of the last one when it is idle."""
+def first_stage(batches: list[Batch], max_in_flight: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a first stage that is fed by a device does with these."""
     monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=SlowSpan))
     happened: list[str] = []
-    engine: Any = Timings([make_batch(n) for n in range(3)])
+    engine: Any = Timings(batches)
     stage: Any = SimpleNamespace(
         layers=SimpleNamespace(is_first=True, is_last=False),
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
@@ -163,9 +164,23 @@ def test_the_first_stage_lets_its_device_wait_for_tokens(monkeypatch: pytest.Mon
     )
     downstream: Any = SimpleNamespace(on_device=True, send=lambda hidden, s: None, check=lambda: None)
     tokens: Any = Wire(happened)
-    StageLoop(0, stage, engine, 0, None, downstream, tokens).run()
+    StageLoop(0, stage, engine, 0, None, downstream, tokens, max_in_flight).run()
+    assert engine.answered == list(range(len(batches)))
+    return happened
+
+
+def test_the_first_stage_lets_its_device_wait_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's tokens are received before the step that follows from them, those of the last one when it is idle."""
+    happened = first_stage([make_batch(n) for n in range(3)], 3, monkeypatch)
     assert happened == [what for n in range(3) for what in (f"compute {n}", "receive [0]", f"feed {n}")]
-    assert engine.answered == [0, 1, 2]
+
+
+def test_tokens_that_nothing_follows_from_are_received_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of requests for one token: the last stage cannot go on sending what nobody takes."""
+    batches = [msgspec.structs.replace(make_batch(n), tokens_from=-1) for n in range(5)]
+    happened = [what for what in first_stage(batches, 3, monkeypatch) if "receive" not in what]
+    computed = [f"compute {n}" for n in range(3)], ["feed 0", "compute 3", "feed 1", "compute 4"]
+    assert happened == [*computed[0], *computed[1], "feed 2", "feed 3", "feed 4"]
 
 
 def test_the_last_stage_sends_tokens_before_it_launches_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
