@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cluster.errors import CaravanError, Cause, EngineStopped, StageDied
 from cluster.patience import Patience
-from cluster.pipeline import Pipeline
+from cluster.pipeline import Pipeline, max_in_flight
 from cluster.scheduler import Scheduler
 from cluster.sequence import Matcher, Request, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput
@@ -196,8 +196,8 @@ class Engine:
                 self.scheduler.abort(item)
 
     def _fill(self) -> None:
-        """One batch more than there are stages, so that the first stage always finds work waiting."""
-        while len(self._in_flight) <= self.pipeline.depth:
+        """As many batches as may be under way."""
+        while len(self._in_flight) < max_in_flight(self.pipeline.depth):
             started = time.monotonic()
             batch = self.scheduler.schedule()
             if batch is None:

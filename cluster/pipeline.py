@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # torch is only needed by whoever builds the stages
     from model.stage import Stage
 
 
+def max_in_flight(depth: int) -> int:
+    """One batch more than there are stages, so that the first stage always finds work waiting."""
+    return depth + 1
+
+
 class Pipeline(Protocol):
     """Stages that execute batches strictly in order. Every method but `wake` is for the engine's thread alone."""
 

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, in_8_bits, read_model
 from cluster.gpu_guard import check_free
 from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
+from cluster.pipeline import max_in_flight
 from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
@@ -187,17 +188,21 @@ class StageActor:
         tokens come to the first stage straight from the last.
         """
         first, last = self._spec.layers.is_first, self._spec.layers.is_last
-        if self._spec.index % 2 == 0 and not last:
-            self._downstream = make_link(self._store(), UPSTREAM, self._host, key, timeout_s, self._link_device)
+        if self._spec.index % 2 == 0:
+            self._link_downstream(key, timeout_s)
         if not first:
             store = join(before, timeout_s)
             self._upstream = make_link(store, DOWNSTREAM, self._host, key, timeout_s, self._link_device)
-        if self._spec.index % 2 == 1 and not last:
-            self._downstream = make_link(self._store(), UPSTREAM, self._host, key, timeout_s, self._link_device)
+        if self._spec.index % 2 == 1:
+            self._link_downstream(key, timeout_s)
         if first or last:
             store, rank = (join(before, timeout_s), DOWNSTREAM) if first else (self._store(), UPSTREAM)
             self._tokens = make_token_link(store, rank, self._host, key, timeout_s, self._link_device)
         return self._tokens is not None
+
+    def _link_downstream(self, key: str, timeout_s: float) -> None:
+        if not self._spec.layers.is_last:
+            self._downstream = make_link(self._store(), UPSTREAM, self._host, key, timeout_s, self._link_device)
 
     def _store(self) -> TCPStore:
         assert self._rendezvous is not None, "a stage listens before it is linked"
@@ -209,7 +214,8 @@ class StageActor:
         client = ControlClient(control, self._spec.index)
         try:
             client.send(Ready(epoch, self._spec.index))
-            links, at_once = (self._upstream, self._downstream, self._tokens), self._spec.config.pipeline.stages + 1
+            links = self._upstream, self._downstream, self._tokens
+            at_once = max_in_flight(self._spec.config.pipeline.stages)
             self._loop = StageLoop(self._spec.index, self._stage, client, epoch, *links, at_once)
             self._loop.run()
         finally:

@@ -14,8 +14,10 @@ from typing import Any
 from rich.table import Table
 
 from cluster.block_manager import BlockManager
+from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request
+from deployments.bench.simulated import SimulatedStages
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams
 from ops.load import percentiles
@@ -62,16 +64,15 @@ class Simulation:
         )
         self.now = 0.0
         self.requests: dict[str, Seen] = {}
-        self._free = [0.0] * DEPTH  # when each stage is done with what it was given
-        self._finished: dict[int, float] = {}  # step -> when its tokens are known
+        self._stages = SimulatedStages(DEPTH, step_seconds)
         self._in_flight: deque[tuple[Batch, float]] = deque()
 
     def run(self, arrivals: Iterator[tuple[float, Request]], seconds: float) -> None:
         """Until the clock says `seconds`."""
         next_arrival = next(arrivals)
         while self.now < seconds:
-            while len(self._in_flight) <= DEPTH and (batch := self.scheduler.schedule()) is not None:
-                self._in_flight.append((batch, self._pass(batch)))
+            while len(self._in_flight) < max_in_flight(DEPTH) and (batch := self.scheduler.schedule()) is not None:
+                self._in_flight.append((batch, self._stages.compute(batch, self.now)))
             if not self._in_flight or next_arrival[0] < self._in_flight[0][1]:
                 self.now = max(self.now, next_arrival[0])
                 self.requests[next_arrival[1].request_id] = Seen(next_arrival[0])
@@ -80,14 +81,6 @@ class Simulation:
             else:
                 self._take(*self._in_flight.popleft())
 
-    def _pass(self, batch: Batch) -> float:
-        """Send a batch through the stages; returns when its tokens are known."""
-        at = max(self.now, self._finished.get(batch.tokens_from, 0.0))
-        for stage in range(DEPTH):
-            at = self._free[stage] = max(at, self._free[stage]) + step_seconds(batch.num_tokens)
-        self._finished[batch.step_id] = at
-        return at
-
     def _take(self, batch: Batch, finished: float) -> None:
         self.now = finished
         output = StepOutput(batch.epoch, batch.step_id, [7] * len(batch.sample_rows), {})
@@ -95,7 +88,6 @@ class Simulation:
             seen = self.requests[event.request_id]
             seen.first = seen.first or finished
             seen.tokens.append(finished)
-        self._finished.pop(batch.step_id - 4 * DEPTH, None)
 
 
 def arrivals(tenants: list[Tenant], seed: int) -> Iterator[tuple[float, Request]]:

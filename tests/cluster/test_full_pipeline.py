@@ -5,7 +5,9 @@ from collections import deque
 import pytest
 
 from cluster.block_manager import BlockManager
+from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
+from deployments.bench.simulated import SimulatedStages
 from model.batch import Batch, StepOutput
 from ops import workload
 from tests.conftest import request
@@ -18,24 +20,6 @@ def step_seconds(num_tokens: int) -> float:
     return 0.001 * (16.1 + 0.058 * num_tokens if num_tokens <= 256 else 31 + 0.1 * (num_tokens - 256))
 
 
-class Stages:
-    """Steps pass them in order. The first one waits for tokens that a step needs, as the real one does."""
-
-    def __init__(self, depth: int) -> None:
-        self.free = [0.0] * depth  # when each is done with what it was given
-        self.busy = 0.0
-        self._known: dict[int, float] = {}  # step -> when its tokens are back
-
-    def compute(self, batch: Batch, now: float) -> float:
-        """When its tokens are back."""
-        at, seconds = max(now, self._known.get(batch.tokens_from, 0.0)), step_seconds(batch.num_tokens)
-        for stage, free in enumerate(self.free):
-            at = self.free[stage] = max(at, free) + seconds
-        self.busy += seconds
-        self._known[batch.step_id] = at + TOKENS_BACK_S
-        return at + TOKENS_BACK_S
-
-
 def run(lengths: list[tuple[int, int]], depth: int, max_num_seqs: int) -> tuple[float, float, float]:
     """All requests at once. Returns the seconds, the share of them that a stage is busy, those to the first token."""
     scheduler = Scheduler(
@@ -44,9 +28,10 @@ def run(lengths: list[tuple[int, int]], depth: int, max_num_seqs: int) -> tuple[
     )  # fmt: skip
     for i, (prompt, new) in enumerate(lengths):
         scheduler.add(request(str(i), [1] * prompt, new))
-    stages, in_flight, now, first = Stages(depth), deque[tuple[Batch, float]](), 0.0, 0.0
+    stages = SimulatedStages(depth, step_seconds, TOKENS_BACK_S)
+    in_flight, now, first = deque[tuple[Batch, float]](), 0.0, 0.0
     while scheduler.has_work:
-        while len(in_flight) <= depth and (batch := scheduler.schedule()) is not None:
+        while len(in_flight) < max_in_flight(depth) and (batch := scheduler.schedule()) is not None:
             in_flight.append((batch, stages.compute(batch, now)))
         batch, now = in_flight.popleft()
         if scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, [7] * len(batch.sample_rows), {})):
