@@ -168,12 +168,13 @@ class StageActor:
 
     def allocate(self, num_blocks: int) -> None:
         """The KV cache, and on a GPU the captured steps that work on it: once, for all epochs."""
-        config = self._spec.config
-        self._stage = Stage(
-            self._decoder, num_blocks, config.cache.block_size, config.scheduler.max_num_seqs, self._kv_dtype()
-        )
+        cache, scheduler = self._spec.config.cache, self._spec.config.scheduler
+        self._stage = Stage(self._decoder, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
         if self._device.type == "cuda":
-            self._stage.capture(lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total))
+            self._stage.capture(
+                scheduler.max_num_batched_tokens,
+                lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total),
+            )
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
         """Open the meeting point for the link to the next stage, on the last one for that to the first."""

@@ -82,6 +82,29 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     def awaits_masks(self) -> bool:
         return any(draw.awaits_mask for draw in self.draws)
 
+    def one_by_one(self, no_slot: int) -> "Batch":
+        """The same step with every token as a sequence of its own: those before it are in the cache when it attends.
+
+        Only tokens that something is sampled after have their sequence's slot; the others have `no_slot`.
+        """
+        if self.num_tokens == self.num_seqs:
+            return self
+        assert not self.prompt_rows, "they go by sequences"
+        of_token = np.repeat(np.arange(self.num_seqs), self.query_lens)
+        stops = np.cumsum(self.query_lens, dtype=np.int32)
+        before = self.num_computed_tokens - (stops - self.query_lens)
+        sample_rows = stops[self.sample_rows] - 1
+        slots = np.full(self.num_tokens, no_slot, np.int32)
+        slots[sample_rows] = self.slots[self.sample_rows]
+        return msgspec.structs.replace(
+            self,
+            query_lens=np.ones(self.num_tokens, np.int32),
+            num_computed_tokens=np.arange(self.num_tokens, dtype=np.int32) + before[of_token],
+            block_tables=self.block_tables.reshape(self.num_seqs, -1)[of_token].reshape(-1),
+            slots=slots,
+            sample_rows=sample_rows,
+        )
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logs of raw probabilities: the chosen token's, and (token id, logprob) of the best ones."""

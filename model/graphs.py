@@ -1,9 +1,12 @@
-"""Decode steps as CUDA graphs: one launch instead of several hundred.
+"""Steps as CUDA graphs: one launch instead of several hundred, which take the host longer than a small step the GPU.
 
 Legend: S sequences, W blocks per table, C model dim, V vocabulary.
 
 A graph is captured per bucket of batch sizes, over buffers that stay where they are. A smaller batch is padded with
 rows that attend to nothing and write to a block nobody owns. Nothing that waits for another process is ever captured.
+
+All that a graph knows is sequences that compute one token each. Pieces of prompts are taken apart into such: their
+tokens read the same keys again and again, but from the GPU's cache.
 """
 
 from collections.abc import Callable
@@ -19,11 +22,17 @@ from model.kernels import DecodeInputs, packed_size
 from model.kv_cache import KVCache
 from model.llama import Decoder
 
+MIXED_TOKENS = 512  # of a step with pieces of prompts: a larger one takes the GPU longer than the host
+READ_AGAIN_BYTES = 2**29  # keys and values of a layer that tokens of prompts read at most, one by one
 
-def buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, 8, then every 8 up to 256, then every 32."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 32, 32)]
-    return [n for n in sizes if n < max_num_seqs] + [max_num_seqs]
+
+def buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, 8, then every 8 up to 256, then every 32. More than can decode: fewer."""
+    most = max(max_num_seqs, min(max_num_batched_tokens, MIXED_TOKENS))
+    decode = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs, 32)]
+    mixed = [16, 32, 48, *range(64, most, 64)]
+    few, many = (n for n in decode if n < max_num_seqs), (n for n in mixed if max_num_seqs < n < most)
+    return sorted({*few, max_num_seqs, *many, most})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +43,8 @@ class Decoded:
     likeliest: torch.Tensor | None  # [S] on the last stage
 
 
-class DecodeGraphs:
-    """All decode steps of one stage.
+class StepGraphs:
+    """The steps of one stage that are small enough.
 
     `newest` [slots + 1] is where the newest token of each sequence is kept, read by the first stage and, where it is
     the last one too, written with the likeliest token; its last entry is for padding.
@@ -46,11 +55,12 @@ class DecodeGraphs:
         decoder: Decoder,
         kv: KVCache,
         newest: torch.Tensor,
-        max_blocks: int,
+        max_num_batched_tokens: int,
         on_capture: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._decoder, self._kv, self._newest = decoder, kv, newest
-        n = len(newest) - 1
+        self._sizes = buckets(len(newest) - 1, max_num_batched_tokens)
+        n, max_blocks = self._sizes[-1], -(-len(decoder.rotary) // kv.block_size)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
@@ -58,12 +68,23 @@ class DecodeGraphs:
         self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks))
         self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
         self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
-        self._sizes = buckets(n)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         pool = torch.cuda.graph_pool_handle()
         for done, size in enumerate(reversed(self._sizes)):  # the largest first: the others share its memory
             self._graphs[size] = self._capture(size, pool)
             on_capture(done + 1, len(self._sizes))
+
+    def take(self, batch: Batch) -> bool:
+        """Whether this step is one of them."""
+        if batch.prompt_rows or batch.num_tokens > self._sizes[-1]:
+            return False
+        many = batch.query_lens > 1
+        read = (batch.query_lens * (batch.num_computed_tokens + batch.query_lens))[many].sum()
+        return bool(read * self._kv.token_bytes <= READ_AGAIN_BYTES)
+
+    def one_by_one(self, batch: Batch) -> Batch:
+        """The form of `batch` that `run` takes."""
+        return batch.one_by_one(len(self._newest) - 1)
 
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
         """One step of sequences that compute one token each; hidden [S, C] on all stages but the first."""

@@ -31,6 +31,7 @@ class KVCache:
         shape = (n_layers, num_blocks + 1, block_size, config.n_kv_heads, config.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.token_bytes = KVCache.bytes_per_block(config, 1, 1, dtype)  # of one layer
         self.k = _layers(shape, dtype, device)
         self.v = _layers(shape, dtype, device)
 

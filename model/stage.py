@@ -10,7 +10,7 @@ import torch
 from model.attention import AttentionMetadata, prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, StepOutput
 from model.config import StageLayers
-from model.graphs import DecodeGraphs
+from model.graphs import StepGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
@@ -46,7 +46,7 @@ class Stage:
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         # One entry more than there are slots: rows that pad a captured batch write there.
         self._newest = torch.zeros(num_slots + 1, dtype=torch.int64, device=decoder.device)
 
@@ -59,10 +59,9 @@ class Stage:
         self._newest[_on(self.decoder.device, batch.slots[batch.sample_rows])] = token_ids
 
     @torch.inference_mode()
-    def capture(self, on_capture: Callable[[int, int], None]) -> None:
-        """Capture decode steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
-        block_size, longest = self.kv.block_size, len(self.decoder.rotary)
-        self._graphs = DecodeGraphs(self.decoder, self.kv, self._newest, -(-longest // block_size), on_capture)
+    def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
+        """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
+        self._graphs = StepGraphs(self.decoder, self.kv, self._newest, max_num_batched_tokens, on_capture)
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:
@@ -76,8 +75,8 @@ class Stage:
     @torch.inference_mode()
     def compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
         """The same, except that on the last stage `sample` is still to come, unless all tokens are the likeliest."""
-        if self._graphs is not None and batch.num_tokens == batch.num_seqs and not batch.prompt_rows:
-            return self._run_graph(self._graphs, batch, hidden)
+        if self._graphs is not None and self._graphs.take(batch):
+            return self._run_graph(self._graphs, self._graphs.one_by_one(batch), hidden)
         metadata = prepare(batch, self.kv.block_size, self.decoder.device)
         token_ids = self._inputs(batch) if self.layers.is_first else None
         x = self._eager(token_ids, hidden, metadata)
@@ -87,7 +86,7 @@ class Stage:
         return Unsampled(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
 
     def _run_graph(
-        self, graphs: DecodeGraphs, batch: Batch, hidden: torch.Tensor | None
+        self, graphs: StepGraphs, batch: Batch, hidden: torch.Tensor | None
     ) -> torch.Tensor | Sampled | Unsampled:
         """What is returned are copies: the next step overwrites what the graph gives."""
         done = graphs.run(batch, hidden)
@@ -95,7 +94,8 @@ class Stage:
             return done.out.clone()
         if not batch.draws and len(batch.sample_rows) == batch.num_seqs:
             return Sampled(done.likeliest.clone(), {}, [])
-        return Unsampled(batch, done.out[_on(self.decoder.device, batch.sample_rows)], [])
+        rows = _on(self.decoder.device, batch.sample_rows)
+        return Unsampled(batch, done.out[rows], []) if batch.draws else Sampled(done.likeliest[rows], {}, [])
 
     def _eager(
         self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata

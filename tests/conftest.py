@@ -68,7 +68,7 @@ def make_stages(
     ]
     if device == "cuda":
         for stage in made:
-            stage.capture(lambda done, total: None)
+            stage.capture(512, lambda done, total: None)
     return made
 
 

@@ -44,7 +44,7 @@ def start(
     made = [Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages, device)]
     if device == "cuda":
         for stage in made:
-            stage.capture(lambda done, total: None)
+            stage.capture(512, lambda done, total: None)
     pipeline = LocalPipeline(made)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK, prefix_caching),

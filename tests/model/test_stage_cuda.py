@@ -15,6 +15,7 @@ from model.weights.dummy import DummyCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 BLOCK = 16
+SLOTS = 20
 
 
 def shape(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
@@ -36,21 +37,22 @@ def make(
     (part,) = split_layers(config, 1)
     tensors = DummyCheckpoint(config).tensors(part.tensor_names(config))
     decoder = Decoder(config, part, tensors, dtype, torch.device(device), 512, fp8=fp8)
-    stage = Stage(decoder, 64, BLOCK, 20, kv_dtype)
+    stage = Stage(decoder, 64, BLOCK, SLOTS, kv_dtype)
     if graphs:
-        stage.capture(lambda done, total: None)
+        stage.capture(512, lambda done, total: None)
     return stage
 
 
-def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[int]]:
-    """Prefill all prompts at once, then decode one step ahead of what the host knows."""
+def generate(stage: Stage, prompts: list[list[int]], steps: int, apart: bool = False) -> list[list[int]]:
+    """Prefill all prompts at once, `apart` token by token; then decode one step ahead of what the host knows."""
     n = len(prompts)
     tables = np.arange(n * 8, dtype=np.int32)
     slots = np.arange(n, dtype=np.int32)
     rows = np.arange(n, dtype=np.int32)
     lens = np.array([len(p) for p in prompts], np.int32)
     ids = np.concatenate([np.array(p, np.int32) for p in prompts])
-    out = [stage.run(Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows, []), None)]
+    first = Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows, [])
+    out = [stage.run(first.one_by_one(SLOTS) if apart else first, None)]
     for step in range(steps):
         one = np.ones(n, np.int32)
         batch = Batch(0, step + 1, one * SAMPLED, one, lens + step, tables, slots, step, rows, [])
@@ -138,7 +140,7 @@ def test_products_in_8_bits_beside_others(ignore: list[str], dtype: torch.dtype)
     assert difference(eager, make(config, "cpu", torch.float32, fp8=fp8)) < 4e-2
     captured = make(config, "cuda", dtype, True, fp8=fp8)
     for prompts in (PROMPTS[:1], PROMPTS[:4]):
-        assert generate(captured, prompts, 20) == generate(eager, prompts, 20)
+        assert generate(captured, prompts, 20) == generate(eager, prompts, 20, apart=True)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FLOAT8])
