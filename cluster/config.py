@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.waiting_queue import Policy
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
@@ -112,6 +113,11 @@ class SchedulerArgs(Strict):
 
     max_num_seqs: PositiveInt = Field(default=256, description="sequences running at once")
     max_num_batched_tokens: PositiveInt = Field(default=2048, description="tokens in one batch, prompt and decode")
+    policy: Policy = Field(
+        default="fcfs",
+        description="who of a tenant begins first; fcfs: who came first; longest_first: who may get most tokens, for "
+        "lists that are sent at once: they end sooner, but under constant load short requests may wait for ever",
+    )
 
 
 class EngineConfig(Strict):

@@ -54,6 +54,7 @@ def make_engine(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_model_len=max_model_len,
+        policy=config.scheduler.policy,
     )
     patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
     engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts)

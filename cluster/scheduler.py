@@ -22,7 +22,7 @@ from cluster.awaited_masks import AwaitedMasks, Unmasked
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
-from cluster.waiting_queue import WaitingQueue
+from cluster.waiting_queue import Policy, WaitingQueue
 from model.batch import SAMPLED, Batch, LateMasks, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
@@ -57,6 +57,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        policy: Policy = "fcfs",
     ) -> None:
         self.blocks = blocks
         self.depth = depth  # number of stages: as many cohorts keep the pipeline full
@@ -65,7 +66,7 @@ class Scheduler:
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
-        self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens)
+        self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._running: dict[str, Sequence] = {}  # least recently scheduled first
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode

@@ -1,4 +1,4 @@
-"""Who is served next: fair between tenants in tokens, by priority and arrival within each of them.
+"""Who is served next: fair between tenants in tokens, by priority and the policy within each of them.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588): a tenant's
 counter holds the service it got, and the one that got least is next. A tenant that comes back with nothing waiting is
@@ -6,23 +6,38 @@ lifted to the least counter of those that wait, so that idleness buys nothing.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 from cluster.account import Account
 from cluster.sequence import Sequence
 
+Policy = Literal["fcfs", "longest_first"]
 
-def _rank(seq: Sequence) -> tuple[int, int]:
-    """Within a tenant. Who was preempted arrived before who waits, and so comes first again."""
+
+def _fcfs(seq: Sequence) -> tuple[int, ...]:
+    """First come, first served. Who was preempted arrived before who waits, and so comes first again."""
     return seq.request.priority, seq.arrival
+
+
+def _longest_first(seq: Sequence) -> tuple[int, ...]:
+    """By the tokens that may still come: a list is done sooner if what takes longest does not begin last.
+
+    (Graham, "Bounds on Multiprocessing Timing Anomalies", SIAM J. Appl. Math. 17(2), 1969.)
+    """
+    return seq.request.priority, seq.num_tokens - seq.max_computed_tokens, seq.arrival
+
+
+RANKS: dict[Policy, Callable[[Sequence], tuple[int, ...]]] = {"fcfs": _fcfs, "longest_first": _longest_first}
 
 
 class WaitingQueue:
     """All that waits, and every tenant's account."""
 
-    def __init__(self, max_num_seqs: int, num_blocks: int, slack: float) -> None:
+    def __init__(self, max_num_seqs: int, num_blocks: int, slack: float, policy: Policy = "fcfs") -> None:
         self.num_tokens = 0  # of all waiting sequences
         self._max_num_seqs, self._num_blocks = max_num_seqs, num_blocks  # what there is to hold
+        self._rank = RANKS[policy]  # within a tenant
         self.slack = slack  # counters no further apart count as equal: then who holds less comes first
         self._accounts: dict[str, Account[Sequence]] = {}
         self._waiting: dict[str, Sequence] = {}  # by request id
@@ -65,7 +80,7 @@ class WaitingQueue:
         if not account.waiting:
             others = (a.counter for a in self._accounts.values() if a.waiting)
             account.counter = max(account.counter, min(others, default=self._last_counter))
-        insort(account.waiting, seq, key=_rank)
+        insort(account.waiting, seq, key=self._rank)
         self._waiting[seq.request_id] = seq
         self.num_tokens += seq.num_tokens
 
@@ -82,14 +97,14 @@ class WaitingQueue:
         found = [(seq, account) for seq, account in found if seq.request.priority == urgent]
         limit = min(account.counter for _, account in found) + self.slack
         found = [(seq, account) for seq, account in found if account.counter <= limit]
-        return min(found, key=lambda item: (self.share(item[1]), item[1].counter, item[0].arrival))[0]
+        return min(found, key=lambda item: (self.share(item[1]), item[1].counter, self._rank(item[0])))[0]
 
     def remove(self, request_id: str) -> Sequence | None:
         """Take a sequence out, wherever it stands; None if it does not wait."""
         seq = self._waiting.pop(request_id, None)
         if seq is not None:
             account = seq.account
-            del account.waiting[bisect_left(account.waiting, _rank(seq), key=_rank)]
+            del account.waiting[bisect_left(account.waiting, self._rank(seq), key=self._rank)]
             self._last_counter = account.counter
             self.num_tokens -= seq.num_tokens
         return seq

@@ -7,6 +7,7 @@ import pytest
 from cluster.block_manager import BlockManager
 from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
+from cluster.waiting_queue import Policy
 from deployments.bench.simulated import SimulatedStages
 from model.batch import Batch, StepOutput
 from ops import workload
@@ -20,11 +21,14 @@ def step_seconds(num_tokens: int) -> float:
     return 0.001 * (16.1 + 0.058 * num_tokens if num_tokens <= 256 else 31 + 0.1 * (num_tokens - 256))
 
 
-def run(lengths: list[tuple[int, int]], depth: int, max_num_seqs: int) -> tuple[float, float, float]:
+def run(
+    lengths: list[tuple[int, int]], depth: int, max_num_seqs: int, policy: Policy = "fcfs"
+) -> tuple[float, float, float]:
     """All requests at once. Returns the seconds, the share of them that a stage is busy, those to the first token."""
     scheduler = Scheduler(
         BlockManager(20_000 * depth, 16, prefix_caching=False),
         depth=depth, max_num_seqs=max_num_seqs, max_num_batched_tokens=2048, max_model_len=4096,
+        policy=policy,
     )  # fmt: skip
     for i, (prompt, new) in enumerate(lengths):
         scheduler.add(request(str(i), [1] * prompt, new))
@@ -48,6 +52,15 @@ def test_stages_are_busy_from_the_first_request_to_the_last(depth: int, seqs_per
     """
     max_num_seqs = depth * seqs_per_stage
     _, busy, _ = run(workload.lengths(5 * max_num_seqs // 2), depth, max_num_seqs)
+    assert busy > 0.94
+
+
+def test_a_list_ends_sooner_with_the_longest_first() -> None:
+    """What is left at the end, too few to fill a step, takes a fourth of the time otherwise."""
+    lengths = workload.lengths(400)
+    first_come, *_ = run(lengths, 2, 160)
+    longest_first, busy, _ = run(lengths, 2, 160, "longest_first")
+    assert longest_first < 0.88 * first_come
     assert busy > 0.94
 
 

@@ -10,7 +10,7 @@ from cluster.account import INPUT_WEIGHT, OUTPUT_WEIGHT
 from cluster.block_manager import BlockManager
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, Sequence
-from cluster.waiting_queue import WaitingQueue
+from cluster.waiting_queue import Policy, WaitingQueue
 from model.batch import StepOutput
 from tests.cluster.test_engine import PROMPTS, naive
 from tests.conftest import MakeEngine, request
@@ -20,8 +20,8 @@ def of(tenant: str, name: str, tokens: int = 10, max_tokens: int = 16, **more: o
     return msgspec.structs.replace(request(name, [5] * tokens, max_tokens), tenant=tenant, **more)  # type: ignore[arg-type]
 
 
-def queue_of(*requests: Request, slack: float = 0.0) -> WaitingQueue:
-    queue = WaitingQueue(max_num_seqs=8, num_blocks=100, slack=slack)
+def queue_of(*requests: Request, slack: float = 0.0, policy: Policy = "fcfs") -> WaitingQueue:
+    queue = WaitingQueue(max_num_seqs=8, num_blocks=100, slack=slack, policy=policy)
     for arrival, request_ in enumerate(requests):
         queue.add(Sequence(request_, arrival))
     return queue
@@ -41,6 +41,28 @@ def test_one_tenant_is_served_in_order_of_arrival() -> None:
     assert queue.num_tokens == 50
     assert [serve(queue) for _ in range(5)] == list("01234")
     assert (len(queue), queue.num_tokens, queue.next()) == (0, 0, None)
+
+
+def test_the_longest_goes_first_where_that_is_asked_for() -> None:
+    """Of a tenant's equally urgent requests; what has tokens already is as long as what is left of it."""
+    lengths = {"a": 8, "b": 64, "c": 8, "d": 32, "f": 16}
+    requests = [of("", name, max_tokens=n) for name, n in lengths.items()]
+    resumed = of("", "e", max_tokens=80, output_ids=[5] * 70)
+    urgent = of("", "u", max_tokens=4, priority=-1)
+    queue = queue_of(*requests, resumed, urgent, policy="longest_first")
+    assert queue.remove("f") is not None
+    assert [serve(queue) for _ in range(6)] == ["u", "b", "d", "e", "a", "c"]
+    assert len(queue) == 0
+
+
+def test_tenants_share_whoever_is_longest() -> None:
+    """The other one's requests are all longer: that gives it nothing."""
+    queue = queue_of(
+        *(of("long", f"l{i}", max_tokens=64) for i in range(40)), *(of("short", f"s{i}") for i in range(40)),
+        policy="longest_first",
+    )  # fmt: skip
+    served = [serve(queue)[0] for _ in range(40)]
+    assert served.count("s") == 20
 
 
 def test_tokens_are_shared_not_requests() -> None:
