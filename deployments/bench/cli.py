@@ -49,14 +49,17 @@ def sizes(text: str, option: str) -> list[int]:
     return [int(n) for n in numbers(text, option)]
 
 
-def read_app_config(path: Path) -> "AppConfig":
-    """The application of a Serve file."""
+def read_app_config(path: Path, policy: str = "") -> "AppConfig":
+    """The application of a Serve file, with another `scheduler.policy` if one is given."""
     import yaml
 
     from deployments.config import parse_app_config
 
     try:
-        return parse_app_config(yaml.safe_load(path.read_text("utf-8"))["applications"][0]["args"])
+        args = yaml.safe_load(path.read_text("utf-8"))["applications"][0]["args"]
+        if policy:
+            args["scheduler"] = {**args.get("scheduler", {}), "policy": policy}
+        return parse_app_config(args)
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{path}: {error}")
 
@@ -103,6 +106,7 @@ def offline(
     batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
     steady: Annotated[str, typer.Option(help="also steady decode of sequences x tokens of context, e.g. 256x450")] = "",
     max_tokens: Longest = 0,
+    policy: Annotated[str, typer.Option(help="instead of the file's scheduler.policy, e.g. longest_first")] = "",
     output: Output = None,
 ) -> None:
     """The engine alone in a Ray of its own: a fixed list of requests at once, single batches, steady decode.
@@ -112,7 +116,7 @@ def offline(
     from deployments.bench.offline import bench_offline, offline_table
     from ops import workload
 
-    app_config, batches = read_app_config(config), sizes(batch_sizes, "--batch-sizes")
+    app_config, batches = read_app_config(config, policy), sizes(batch_sizes, "--batch-sizes")
     shape = _shape(steady, "--steady")
     try:
         result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST, concurrency)

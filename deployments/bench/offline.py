@@ -228,6 +228,7 @@ def bench_offline(
                 "devices": devices,
                 "versions": versions(),
                 "rates": [asdict(r) for r in rates],
+                "policy": config.scheduler.policy,
                 "start_s": round(time.monotonic() - started, 1),
                 "kv_tokens": engine.scheduler.stats().kv_blocks_total * config.cache.block_size,
             }
@@ -291,7 +292,7 @@ def offline_table(title: str, result: Json) -> Table:
     if "steady" in result:
         _add_steady(table, result["steady"])
     if "list" in result:
-        _add_list(table, result["list"])
+        _add_list(table, result["list"], result["policy"])
     return table
 
 
@@ -304,9 +305,9 @@ def _add_steady(table: Table, steady: Json) -> None:
     _add_stages(table, steady["stages"])
 
 
-def _add_list(table: Table, done: Json) -> None:
+def _add_list(table: Table, done: Json, policy: str) -> None:
     table.add_row(
-        f"{done['requests']} requests, {done['concurrency']} at once",
+        f"{done['requests']} requests, {done['concurrency']} at once, {policy}",
         f"{done['output_throughput']:,.0f} output tok/s",
         f"at most {done['limit_output_throughput']:,.0f}",
         f"{done['output_throughput'] / done['limit_output_throughput']:.1%}",

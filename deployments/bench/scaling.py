@@ -66,9 +66,9 @@ PLANS: dict[str, Plan] = {
         seqs_per_stage=128,
         context=450,
         streams_per_pipeline=256,
-        max_num_seqs=(512, 384),
+        max_num_seqs=(256, 256),
         cache={"memory_fraction": 0.92, "prefix_caching": False},
-        scheduler={"max_num_batched_tokens": 2048},
+        scheduler={"max_num_batched_tokens": 512, "policy": "longest_first"},
         resources={},
     ),
     "one-gpu": Plan(  # all stages take turns on it: shows that the run works, not how pipelines scale
