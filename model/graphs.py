@@ -23,7 +23,7 @@ from model.kv_cache import KVCache
 from model.llama import Decoder
 
 MIXED_TOKENS = 512  # of a step with pieces of prompts: a larger one takes the GPU longer than the host
-READ_AGAIN_BYTES = 2**29  # keys and values of a layer that tokens of prompts read at most, one by one
+READ_AGAIN_BYTES = 2**30  # keys and values of a layer that tokens of prompts read at most, one by one
 
 
 def buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
@@ -78,9 +78,7 @@ class StepGraphs:
         """Whether this step is one of them."""
         if batch.prompt_rows or batch.num_tokens > self._sizes[-1]:
             return False
-        many = batch.query_lens > 1
-        read = (batch.query_lens * (batch.num_computed_tokens + batch.query_lens))[many].sum()
-        return bool(read * self._kv.token_bytes <= READ_AGAIN_BYTES)
+        return tokens_read_again(batch) * self._kv.token_bytes <= READ_AGAIN_BYTES
 
     def one_by_one(self, batch: Batch) -> Batch:
         """The form of `batch` that `run` takes."""
@@ -130,6 +128,13 @@ class StepGraphs:
         if decoder.stage.is_first:
             self._newest[inputs.seq_slots] = likeliest
         return Decoded(logits, likeliest)
+
+
+def tokens_read_again(batch: Batch) -> int:
+    """How many keys the tokens of prompts attend to, each for itself."""
+    many = batch.query_lens > 1
+    before, now = batch.num_computed_tokens[many].astype(np.int64), batch.query_lens[many].astype(np.int64)
+    return int((now * before + now * (now + 1) // 2).sum())
 
 
 def packed_decodes(batch: Batch) -> torch.Tensor:

@@ -61,7 +61,7 @@ def _activation_bytes(
 
 def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: int, longest: int) -> Batch:
     """As many samples as there can be, and as many tokens; what is computed does not matter."""
-    decodes = min(max_num_seqs, max_num_batched_tokens) - 1
+    decodes = max(0, min(max_num_seqs - 1, max_num_batched_tokens - 2))  # the rest is a prompt: it needs more
     rest = max_num_batched_tokens - decodes
     prompts = [min(longest, rest - start) for start in range(0, rest, longest)]
     lens = [1] * decodes + prompts

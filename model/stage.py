@@ -61,7 +61,17 @@ class Stage:
     @torch.inference_mode()
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
         """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
+        self._run_eagerly_once()
         self._graphs = StepGraphs(self.decoder, self.kv, self._newest, max_num_batched_tokens, on_capture)
+
+    def _run_eagerly_once(self) -> None:
+        """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic."""
+        padding = np.full(2, self.kv.num_blocks, np.int32)
+        slots = np.full(2, len(self._newest) - 1, np.int32)
+        lens, none = np.array([1, 2], np.int32), np.zeros(2, np.int32)
+        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, padding, slots, -1, np.arange(2, dtype=np.int32), [])
+        hidden = torch.zeros(self.hidden_shape(batch), dtype=self.decoder.dtype, device=self.decoder.device)
+        self.run(batch, None if self.layers.is_first else hidden)
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:

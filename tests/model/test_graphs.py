@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from model.batch import SAMPLED, Batch, SampleRow
-from model.graphs import MIXED_TOKENS, buckets
+from model.graphs import MIXED_TOKENS, buckets, tokens_read_again
+from model.memory import _largest_batch
 from model.sampling import Sampled
 from tests.conftest import make_stages
 
@@ -61,6 +63,34 @@ def test_what_nothing_is_sampled_after_keeps_no_slot() -> None:
     assert apart.num_computed_tokens.tolist() == [5, *range(10, 16), *range(7)]
     assert apart.sample_rows.tolist() == [0, 6, 13]
     assert third.one_by_one(NO_SLOT) is third
+
+
+def test_keys_are_read_again_by_tokens_of_prompts_alone() -> None:
+    first, second, third = steps([])
+    assert tokens_read_again(first) == sum(range(1, 6)) + sum(range(1, 11))
+    assert tokens_read_again(second) == sum(range(11, 17)) + sum(range(1, 8))
+    assert tokens_read_again(third) == 0
+
+
+def test_what_is_not_captured_is_loaded_before_traffic() -> None:
+    """A decode and a prompt, in nobody's block and slot."""
+    for stage in make_stages(stages=2):
+        kept = [cache[:-1].clone() for cache in (*stage.kv.k, *stage.kv.v) if isinstance(cache, torch.Tensor)]
+        stage._newest.fill_(7)
+        with torch.inference_mode():
+            stage._run_eagerly_once()
+        now = [cache for cache in (*stage.kv.k, *stage.kv.v) if isinstance(cache, torch.Tensor)]
+        assert all(torch.equal(a, b[:-1]) for a, b in zip(kept, now, strict=True))
+        assert any(bool(cache[-1].any()) for cache in now) == stage.layers.is_first  # the other one is given zeros
+        assert stage._newest[:-1].eq(7).all()
+
+
+@pytest.mark.parametrize(("max_num_seqs", "max_num_batched_tokens"), [(512, 512), (8, 2), (1, 1), (64, 512), (512, 64)])
+def test_memory_is_left_for_a_step_with_decodes_and_a_prompt(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    batch = _largest_batch(max_num_seqs, max_num_batched_tokens, 16, 2048)
+    assert batch.num_tokens == max_num_batched_tokens
+    assert (batch.query_lens > 1).any() or max_num_batched_tokens == 1
+    assert batch.num_seqs >= min(max_num_seqs, max_num_batched_tokens - 1)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 7, 20, 64, 256, 300, 512, 768])
