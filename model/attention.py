@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.kernels import Cache, Kernels, PrefillMetadata
+from model.kernels import Cache, Kernels, Pieces, PrefillMetadata
 from model.transfer import Integers, all_to_device
 
 
@@ -23,6 +23,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor  # [Sd, W] of the sequences that compute one token; they come first
     context_lens: torch.Tensor  # [Sd] with that token
     prefill: PrefillMetadata | None  # the other sequences
+    pieces: Pieces | None = None  # of captured steps, where tokens of prompts are sequences of their own
 
     @property
     def num_decodes(self) -> int:
@@ -79,6 +80,10 @@ def paged_attention(
     q: [T, H, D]; k_cache, v_cache: [N, B, K, D], holding this step's keys already. Returns [T, H, D].
     """
     n = metadata.num_decodes
+    if metadata.pieces is not None:
+        out = kernels.decode_attention(q, k_cache, v_cache, metadata.block_tables, metadata.pieces.lone_lens)
+        kernels.piece_attention(q, k_cache, v_cache, metadata.block_tables, metadata.context_lens, metadata.pieces, out)
+        return out
     parts = []
     if n:
         parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, metadata.block_tables, metadata.context_lens))

@@ -5,8 +5,8 @@ Legend: S sequences, W blocks per table, C model dim, V vocabulary.
 A graph is captured per bucket of batch sizes, over buffers that stay where they are. A smaller batch is padded with
 rows that attend to nothing and write to a block nobody owns. Nothing that waits for another process is ever captured.
 
-All that a graph knows is sequences that compute one token each. Pieces of prompts are taken apart into such: their
-tokens read the same keys again and again, but from the GPU's cache.
+All that a graph knows is sequences that compute one token each. What several tokens of a prompt compute is taken apart
+into such; graphs of a second kind know which of them follow each other, in pieces that read their keys once.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,25 @@ import numpy as np
 import torch
 
 from model.attention import AttentionMetadata
-from model.batch import Batch
-from model.kernels import DecodeInputs, packed_size
+from model.batch import Batch, Int32Array
+from model.kernels import WITHIN, DecodeInputs, Pieces, packed_size, piece_tokens
 from model.kv_cache import KVCache
 from model.llama import Decoder
 
-MIXED_TOKENS = 512  # of a step with pieces of prompts: a larger one takes the GPU longer than the host
-READ_AGAIN_BYTES = 2**30  # keys and values of a layer that tokens of prompts read at most, one by one
+MIXED_TOKENS = 512  # of a step with tokens of prompts: a larger one takes the GPU longer than the host
+PIECES_BYTES = 2**30  # keys and values of a layer that pieces read at most
 
 
-def buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, 8, then every 8 up to 256, then every 32. More than can decode: fewer."""
-    most = max(max_num_seqs, min(max_num_batched_tokens, MIXED_TOKENS))
-    decode = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs, 32)]
-    mixed = [16, 32, 48, *range(64, most, 64)]
-    few, many = (n for n in decode if n < max_num_seqs), (n for n in mixed if max_num_seqs < n < most)
-    return sorted({*few, max_num_seqs, *many, most})
+def decode_buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture where all decode: 1, 2, 4, 8, then every 8 up to 256, then every 32."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs, 32)]
+    return [*(n for n in sizes if n < max_num_seqs), max_num_seqs]
+
+
+def mixed_buckets(max_num_batched_tokens: int) -> list[int]:
+    """The same where prompts are among them: every 16 up to 64, then every 32."""
+    most = min(max_num_batched_tokens, MIXED_TOKENS)
+    return [*(n for n in [16, 32, 48, *range(64, most, 32)] if n < most), most]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +62,57 @@ class StepGraphs:
         on_capture: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._decoder, self._kv, self._newest = decoder, kv, newest
-        self._sizes = buckets(len(newest) - 1, max_num_batched_tokens)
-        n, max_blocks = self._sizes[-1], -(-len(decoder.rotary) // kv.block_size)
+        self._piece_tokens = piece_tokens(decoder.config.n_heads // decoder.config.n_kv_heads)
+        sizes = {False: decode_buckets(len(newest) - 1), True: mixed_buckets(max_num_batched_tokens)}
+        n, max_blocks = max(sizes[False][-1], sizes[True][-1]), -(-len(decoder.rotary) // kv.block_size)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
 
-        self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks))
+        self._inputs = DecodeInputs(
+            zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks), Pieces(zeros(n), zeros(n))
+        )
         self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
         self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        for done, size in enumerate(reversed(self._sizes)):  # the largest first: the others share its memory
-            self._graphs[size] = self._capture(size, pool)
-            on_capture(done + 1, len(self._sizes))
+        self._sizes = sizes
+        self._graphs: dict[tuple[int, bool], tuple[Any, Decoded]] = {}
+        pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
+        todo = sorted(((size, mixed) for mixed in sizes for size in sizes[mixed]), reverse=True)
+        for done, (size, mixed) in enumerate(todo):  # the largest first: the others share its memory
+            self._graphs[size, mixed] = self._capture(size, mixed, pool)
+            on_capture(done + 1, len(todo))
 
     def take(self, batch: Batch) -> bool:
         """Whether this step is one of them."""
-        if batch.prompt_rows or batch.num_tokens > self._sizes[-1]:
+        if batch.prompt_rows or batch.num_tokens > self._sizes[batch.num_tokens > batch.num_seqs][-1]:
             return False
-        return tokens_read_again(batch) * self._kv.token_bytes <= READ_AGAIN_BYTES
-
-    def one_by_one(self, batch: Batch) -> Batch:
-        """The form of `batch` that `run` takes."""
-        return batch.one_by_one(len(self._newest) - 1)
+        return keys_read_by_pieces(batch, self._piece_tokens) * self._kv.token_bytes <= PIECES_BYTES
 
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
-        """One step of sequences that compute one token each; hidden [S, C] on all stages but the first."""
-        n = batch.num_seqs
-        packed = packed_decodes(batch)
+        """One step with a row for each token; hidden [T, C] on all stages but the first."""
+        n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
+        packed = packed_decodes(batch, len(self._newest) - 1, self._piece_tokens)
         self._packed[: len(packed)].copy_(packed, non_blocking=True)
         if hidden is not None:
             self._hidden[:n].copy_(hidden)
-        graph, done = self._graphs[next(size for size in self._sizes if size >= n)]
+        graph, done = self._graphs[next(size for size in self._sizes[mixed] if size >= n), mixed]
         graph.replay()
         return Decoded(done.out[:n], done.likeliest[:n] if done.likeliest is not None else None)
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Decoded]:
-        self._step(size)  # compiles kernels and fills library caches outside the graph
+    def _capture(self, size: int, mixed: bool, pool: Any) -> tuple[Any, Decoded]:
+        self._step(size, mixed)  # compiles kernels and fills library caches outside the graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            done = self._step(size)
+            done = self._step(size, mixed)
         return graph, done
 
-    def _step(self, size: int) -> Decoded:
+    def _step(self, size: int, mixed: bool) -> Decoded:
         decoder, all_ = self._decoder, self._inputs
         inputs = DecodeInputs(
             all_.token_ids[:size], all_.positions[:size], all_.slot_mapping[:size], all_.context_lens[:size],
             all_.seq_slots[:size], all_.block_tables[:size],
+            Pieces(all_.pieces.counts[:size], all_.pieces.lone_lens[:size]),
         )  # fmt: skip
         padding_slot = self._kv.num_blocks * self._kv.block_size
         decoder.kernels.unpack_decodes(self._packed, self._newest, inputs, self._kv.block_size, padding_slot)
@@ -118,6 +123,7 @@ class StepGraphs:
             block_tables=inputs.block_tables,
             context_lens=inputs.context_lens,
             prefill=None,
+            pieces=inputs.pieces if mixed else None,
         )
         x = decoder.embed(inputs.token_ids) if decoder.stage.is_first else self._hidden[:size].clone()
         x = decoder.forward(x, self._kv, metadata)
@@ -130,19 +136,33 @@ class StepGraphs:
         return Decoded(logits, likeliest)
 
 
-def tokens_read_again(batch: Batch) -> int:
-    """How many keys the tokens of prompts attend to, each for itself."""
+def pieces_of(query_lens: Int32Array, most: int) -> Int32Array:
+    """For each token [T]: how many follow from it on in its piece of `most` at most; see `Kernels.unpack_decodes`."""
+    total = int(query_lens.sum())
+    stops = np.repeat(np.cumsum(query_lens), query_lens)
+    behind = stops - np.arange(total)  # tokens of its sequence from this one on
+    begins = (np.repeat(query_lens, query_lens) - behind) % most == 0
+    pieces = np.where(begins, np.minimum(behind, most), WITHIN)
+    return np.where(np.repeat(query_lens, query_lens) > 1, pieces, 0).astype(np.int32)
+
+
+def keys_read_by_pieces(batch: Batch, most: int) -> int:
+    """Each piece reads what its last token attends to: about so many keys in all."""
     many = batch.query_lens > 1
     before, now = batch.num_computed_tokens[many].astype(np.int64), batch.query_lens[many].astype(np.int64)
-    return int((now * before + now * (now + 1) // 2).sum())
+    return int((-(-now // most) * (before + (now + most) // 2)).sum())
 
 
-def packed_decodes(batch: Batch) -> torch.Tensor:
-    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU."""
+def packed_decodes(batch: Batch, no_slot: int, most: int) -> torch.Tensor:
+    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU; see `one_by_one`.
+
+    Pieces have `most` tokens at most.
+    """
+    pieces, batch = pieces_of(batch.query_lens, most), batch.one_by_one(no_slot)
     width = len(batch.block_tables) // batch.num_seqs
     size = packed_size(batch.num_seqs, width)
     packed = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_available())
     head = np.array([batch.num_seqs, width], np.int32)
-    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, batch.block_tables
+    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, pieces, batch.block_tables
     np.concatenate(parts, out=packed.numpy())
     return packed

@@ -86,7 +86,7 @@ class Stage:
     def compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
         """The same, except that on the last stage `sample` is still to come, unless all tokens are the likeliest."""
         if self._graphs is not None and self._graphs.take(batch):
-            return self._run_graph(self._graphs, self._graphs.one_by_one(batch), hidden)
+            return self._run_graph(self._graphs, batch, hidden)
         metadata = prepare(batch, self.kv.block_size, self.decoder.device)
         token_ids = self._inputs(batch) if self.layers.is_first else None
         x = self._eager(token_ids, hidden, metadata)
@@ -102,9 +102,9 @@ class Stage:
         done = graphs.run(batch, hidden)
         if done.likeliest is None:
             return done.out.clone()
-        if not batch.draws and len(batch.sample_rows) == batch.num_seqs:
+        if not batch.draws and len(batch.sample_rows) == batch.num_tokens:
             return Sampled(done.likeliest.clone(), {}, [])
-        rows = _on(self.decoder.device, batch.sample_rows)
+        rows = _on(self.decoder.device, np.cumsum(batch.query_lens, dtype=np.int32)[batch.sample_rows] - 1)
         return Unsampled(batch, done.out[rows], []) if batch.draws else Sampled(done.likeliest[rows], {}, [])
 
     def _eager(

@@ -21,8 +21,19 @@ class PrefillMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """Of a step whose rows are one token each: which of them follow each other in a prompt and attend together.
+
+    Both [S] int64.
+    """
+
+    counts: torch.Tensor  # tokens of the piece that begins here; 0: none does
+    lone_lens: torch.Tensor  # context_lens of tokens outside of pieces; 0: it belongs to one, or is padding
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """What a step of sequences that compute one token each reads; int64 tensors for S of them, padding included."""
+    """What a step whose rows are one token each reads; int64 tensors for S of them, padding included."""
 
     token_ids: torch.Tensor  # [S]
     positions: torch.Tensor  # [S]
@@ -30,6 +41,7 @@ class DecodeInputs:
     context_lens: torch.Tensor  # [S] with that token; 0: padding
     seq_slots: torch.Tensor  # [S] as Batch.slots
     block_tables: torch.Tensor  # [S, W]
+    pieces: Pieces
 
 
 class Quantized(NamedTuple):
@@ -52,6 +64,9 @@ class Int4Weight(NamedTuple):
     zeros: torch.Tensor  # [G, out] int16
 
 
+PIECE_ROWS = 64  # queries of a piece
+WITHIN = -1  # where tokens of a piece are counted: one that comes with another
+
 Activations = torch.Tensor | Quantized
 # Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
 Cache = torch.Tensor | Quantized
@@ -59,7 +74,12 @@ Cache = torch.Tensor | Quantized
 
 def packed_size(sequences: int, width: int) -> int:
     """Elements of a step in the form that `Kernels.unpack_decodes` takes."""
-    return 2 + sequences * (3 + width)
+    return 2 + sequences * (4 + width)
+
+
+def piece_tokens(groups: int) -> int:
+    """The most tokens that attend together, where so many query heads share a KV head: their queries fill a tile."""
+    return max(1, PIECE_ROWS // (1 << (groups - 1).bit_length()))
 
 
 class Kernels(Protocol):
@@ -73,8 +93,9 @@ class Kernels(Protocol):
         """A step as it comes from the host, into `inputs`, where a captured graph finds it.
 
         packed, int32: the number of sequences n, the width of their tables w, then [n] token ids, [n] computed tokens,
-        [n] seq_slots, [n * w] tables. An id SAMPLED stands for newest[seq_slots]. Rows from n on become padding: their
-        keys go to `padding_slot`, their newest token to the last entry of `newest`.
+        [n] seq_slots, [n] tokens of the piece that begins there (0: it is alone; WITHIN: none does), [n * w] tables.
+        An id SAMPLED stands for newest[seq_slots]. Rows from n on become padding: their keys go to `padding_slot`,
+        their newest token to the last entry of `newest`.
         """
         ...
 
@@ -114,6 +135,22 @@ class Kernels(Protocol):
         """softmax(q k / sqrt(D)) v of one token per sequence: q [S, H, D], caches [N, B, K, D] -> [S, H, D].
 
         block_tables [S, W], context_lens [S] with the token itself; a length of 0 gives 0.
+        """
+        ...
+
+    def piece_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+        pieces: Pieces,
+        out: torch.Tensor,
+    ) -> None:
+        """The same of the tokens in `pieces`, of which a piece reads its keys once, into their rows of `out` [S, H, D].
+
+        A piece has at most `piece_tokens` tokens, which follow each other in one sequence.
         """
         ...
 

@@ -1,5 +1,7 @@
 """Attention of one token per sequence over the paged cache: flash decoding (arXiv 2205.14135, softmax in base 2).
 
+Tokens that follow each other in a prompt may share the reading of their keys, in pieces: the same with more queries.
+
 Legend: S sequences, H query heads, K KV heads, G = H / K, D head dim, N blocks, B tokens per block.
 """
 
@@ -9,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels import Cache, Quantized
+from model.kernels import Cache, Pieces, Quantized, piece_tokens
 from model.kernels.early import await_inputs, begin, early, fetch_ahead, let_next_start
 
 FETCHED_AHEAD = 512  # programs at most: of more, many start when memory is busy already
@@ -75,11 +77,31 @@ def decode_attention(
     else:
         _decode_split[(kv_heads, n, splits)](
             *tensors, scale, block_tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
-            *shape, scaled, tiling.tile, splits, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
+            *shape, scaled, tiling.tile, splits, 1, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
         )  # fmt: skip
     if splits > 1:
         _combine_splits[(n, h)](partial, lse, out, h, d, width, splits, num_warps=2, **early())
     return out
+
+
+def piece_attention(
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, block_tables: torch.Tensor, context_lens: torch.Tensor,
+    pieces: Pieces, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.piece_attention`. Keys are not cut: there are pieces enough."""
+    n, h, d = q.shape
+    scaled = isinstance(k_cache, Quantized)
+    keys, k_scales = k_cache if isinstance(k_cache, Quantized) else (k_cache, k_cache)
+    values, v_scales = v_cache if isinstance(v_cache, Quantized) else (v_cache, v_cache)
+    block_size, kv_heads = keys.shape[1:3]
+    groups, tokens = h // kv_heads, piece_tokens(h // kv_heads)
+    tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, pieces.counts, out
+    rows = max(16, tokens * triton.next_power_of_2(groups))
+    tile, warps = (64, 4) if q.dtype != torch.float32 else (16, 8)  # without matrix units all is kept in registers
+    _decode_split[(kv_heads, n, 1)](
+        *tensors, d**-0.5 * 1.4426950408889634, block_tables.stride(0), h, kv_heads, groups, rows, d,
+        triton.next_power_of_2(d), block_size, scaled, tile, 1, tokens, False, num_warps=warps, num_stages=2, **early(),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -92,16 +114,16 @@ def _rows(tables, table_stride, seq, kv, position, inside, kv_heads: tl.constexp
 
 @triton.jit
 def _begin_part(
-    k_cache, v_cache, tables, lens, table_stride, seq, kv, split, kv_heads: tl.constexpr, d: tl.constexpr,
+    k_cache, v_cache, tables, lens, table_stride, seq, kv, split, more, kv_heads: tl.constexpr, d: tl.constexpr,
     block_size: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """As `begin`; returns the positions [start, stop) of one of `splits` parts of a context.
+    """As `begin`; returns the positions [start, stop) of one of `splits` parts of a context and `more` tokens.
 
     Lengths and tables are read before the inputs are awaited: what writes them never lets the next kernel start early.
     The first keys and values are then asked for at once: all but the newest have been there since the step before.
     """
     let_next_start(early)
-    length = tl.load(lens + seq).to(tl.int32)
+    length = tl.load(lens + seq).to(tl.int32) + more
     per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
     start = split * per
     stop = tl.minimum(start + per, length)
@@ -133,21 +155,34 @@ def _decode_split(
     q, k_cache, v_cache, k_scales, v_scales, tables, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
     width: tl.constexpr, block_size: tl.constexpr, scaled: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
-    ahead: tl.constexpr, early: tl.constexpr,
+    tokens: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of a context, for all queries that share a KV head."""
+    """One of `splits` parts of a context, for all queries that share a KV head.
+
+    With `tokens` > 1 those of a piece of at most so many; `partial` then says how many it has, and nothing is split.
+    """
     kv = tl.program_id(0)  # fastest: a token's heads lie side by side, and sequences come longest first
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
+    count = 1
+    if tokens > 1:
+        count = tl.load(partial + seq).to(tl.int32)  # written when tables and lengths were
     start, stop = _begin_part(
-        k_cache, v_cache, tables, lens, table_stride, seq, kv, split, kv_heads, d, block_size, tile, splits, ahead,
-        early,
+        k_cache, v_cache, tables, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile, splits,
+        ahead, early,
     )  # fmt: skip
+    if tokens > 1 and count == 0:
+        return
     g = tl.arange(0, rows)
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
-    at = (seq * h + kv * groups + g[:, None]) * d + i[None, :]
-    ours = (g < groups)[:, None] & (i < d)[None, :]
+    if tokens > 1:
+        token, g = g // (rows // tokens), g % (rows // tokens)
+        at = ((seq + token[:, None]) * h + kv * groups + g[:, None]) * d + i[None, :]
+        ours = ((g < groups) & (token < count))[:, None] & (i < d)[None, :]
+    else:
+        at = (seq * h + kv * groups + g[:, None]) * d + i[None, :]
+        ours = (g < groups)[:, None] & (i < d)[None, :]
     # 8 bits become float16 in one instruction for two; bfloat16 would take five.
     kind: tl.constexpr = tl.float16 if scaled and q.dtype.element_ty != tl.float32 else q.dtype.element_ty
     query = tl.load(q + at, mask=ours, other=0.0).to(kind)
@@ -165,6 +200,8 @@ def _decode_split(
         if scaled:
             scores *= tl.load(k_scales + to_scale, mask=inside, other=0.0)[None, :]
         scores = tl.where(inside[None, :], scores, -float("inf"))
+        if tokens > 1:  # causally: the last of a piece sees all
+            scores = tl.where(position[None, :] <= stop - count + token[:, None], scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 1))
         p = tl.exp2(scores - better[:, None])
         shrink = tl.exp2(best - better)
@@ -204,7 +241,7 @@ def _decode_split_alone(
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     start, stop = _begin_part(
-        k_cache, v_cache, tables, lens, table_stride, seq, head, split, h, d, block_size, tile, splits, ahead, early
+        k_cache, v_cache, tables, lens, table_stride, seq, head, split, 0, h, d, block_size, tile, splits, ahead, early
     )
     i = tl.arange(0, width)
     t = tl.arange(0, tile)

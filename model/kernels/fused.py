@@ -10,8 +10,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear
 
 from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized
-from model.kernels.decode_attention import decode_attention, tiling_for
+from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, Pieces, PrefillMetadata, Quantized
+from model.kernels.decode_attention import decode_attention, piece_attention, tiling_for
 from model.kernels.device import has_warp_groups
 from model.kernels.early import begin, early
 from model.kernels.int4 import dequantize, int4_tiling, skinny_int4_linear
@@ -31,8 +31,8 @@ class FusedKernels:
     ) -> None:
         _unpack_decodes[(len(inputs.token_ids),)](
             packed, newest, inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.context_lens,
-            inputs.seq_slots, inputs.block_tables, inputs.block_tables.stride(0), block_size, padding_slot,
-            len(newest) - 1, SAMPLED, 256, num_warps=4,
+            inputs.seq_slots, inputs.pieces.counts, inputs.pieces.lone_lens, inputs.block_tables,
+            inputs.block_tables.stride(0), block_size, padding_slot, len(newest) - 1, SAMPLED, 256, num_warps=4,
         )  # fmt: skip
 
     def add_rms_norm(
@@ -83,6 +83,18 @@ class FusedKernels:
         element_bytes = 1 if isinstance(k_cache, Quantized) else k_cache.itemsize
         tiling = tiling_for(len(q), kv_heads, q.shape[1] // kv_heads, element_bytes)
         return decode_attention(q, k_cache, v_cache, block_tables, context_lens, tiling)
+
+    def piece_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+        pieces: Pieces,
+        out: torch.Tensor,
+    ) -> None:
+        piece_attention(q, k_cache, v_cache, block_tables, context_lens, pieces, out)
 
     def prefill_attention(
         self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
@@ -181,8 +193,8 @@ def _outputs(x: torch.Tensor, width: int, quantize: bool) -> tuple[torch.Tensor,
 
 @triton.jit(do_not_specialize=["table_stride", "padding_slot", "last_slot"])
 def _unpack_decodes(
-    packed, newest, token_ids, positions, slot_mapping, context_lens, seq_slots, tables, table_stride, block_size,
-    padding_slot, last_slot, sampled: tl.constexpr, chunk: tl.constexpr,
+    packed, newest, token_ids, positions, slot_mapping, context_lens, seq_slots, counts, lone_lens, tables,
+    table_stride, block_size, padding_slot, last_slot, sampled: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     n = tl.load(packed)
@@ -193,12 +205,15 @@ def _unpack_decodes(
     slot = tl.load(to_row + 2 * n, mask=real, other=last_slot)
     token = tl.load(to_row, mask=real, other=0).to(tl.int64)
     token = tl.where(token == sampled, tl.load(newest + slot), token)
-    table = packed + 2 + 3 * n + row * width
+    piece = tl.load(to_row + 3 * n, mask=real, other=0)
+    table = packed + 2 + 4 * n + row * width
     block = tl.load(table + position // block_size, mask=real, other=0).to(tl.int64)
     tl.store(token_ids + row, token)
     tl.store(positions + row, position.to(tl.int64))
     tl.store(seq_slots + row, slot.to(tl.int64))
     tl.store(context_lens + row, tl.where(real, position + 1, 0).to(tl.int64))
+    tl.store(counts + row, tl.maximum(piece, 0).to(tl.int64))
+    tl.store(lone_lens + row, tl.where(real & (piece == 0), position + 1, 0).to(tl.int64))
     tl.store(slot_mapping + row, tl.where(real, block * block_size + position % block_size, padding_slot))
     i = tl.arange(0, chunk)
     for start in range(0, width, chunk):

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized
+from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, Pieces, PrefillMetadata, Quantized, packed_size
 from model.packing import unpacked
 
 FLOAT8_MAX = 448.0  # of e4m3
@@ -17,14 +17,16 @@ class ReferenceKernels:
         self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
     ) -> None:
         n, width = packed[:2].tolist()
-        token_ids, positions, slots = packed[2 : 2 + 3 * n].long().view(3, n)
-        tables = packed[2 + 3 * n : 2 + (3 + width) * n].long().view(n, width)
+        token_ids, positions, slots, pieces = packed[2 : 2 + 4 * n].long().view(4, n)
+        tables = packed[2 + 4 * n : packed_size(n, width)].long().view(n, width)
         inputs.token_ids[:n] = torch.where(token_ids == SAMPLED, newest[slots], token_ids)
         inputs.positions[:n], inputs.context_lens[:n], inputs.seq_slots[:n] = positions, positions + 1, slots
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
         inputs.slot_mapping[:n] = blocks * block_size + positions % block_size
         inputs.block_tables[:n, :width] = tables
-        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens):
+        counts, lone_lens = inputs.pieces.counts, inputs.pieces.lone_lens
+        counts[:n], lone_lens[:n] = pieces.clamp(min=0), torch.where(pieces == 0, positions + 1, 0)
+        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens, counts, lone_lens):
             padded[n:] = 0
         inputs.slot_mapping[n:], inputs.seq_slots[n:] = padding_slot, len(newest) - 1
 
@@ -81,6 +83,20 @@ class ReferenceKernels:
         grouped = q.reshape(n, kv_heads, h // kv_heads, d)
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None, :]).reshape(n, h, d)
         return out if int(context_lens.min()) else out.masked_fill(context_lens.view(n, 1, 1) == 0, 0.0)
+
+    def piece_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+        pieces: Pieces,
+        out: torch.Tensor,
+    ) -> None:
+        rows = ((context_lens > 0) & (pieces.lone_lens == 0)).nonzero().squeeze(1)
+        if len(rows):
+            out[rows] = self.decode_attention(q[rows], k_cache, v_cache, block_tables[rows], context_lens[rows])
 
     def prefill_attention(
         self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata

@@ -1,15 +1,27 @@
-"""What captured steps compute: batches taken apart into single tokens, on a CPU without a graph."""
+"""What captured steps compute: batches taken apart into single tokens and pieces, on a CPU without a graph."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model.batch import SAMPLED, Batch, SampleRow
-from model.graphs import MIXED_TOKENS, buckets, tokens_read_again
+from model.graphs import (
+    MIXED_TOKENS,
+    Decoded,
+    StepGraphs,
+    decode_buckets,
+    keys_read_by_pieces,
+    mixed_buckets,
+    pieces_of,
+)
+from model.kernels import WITHIN, piece_tokens
 from model.memory import _largest_batch
 from model.sampling import Sampled
+from model.stage import Stage
 from tests.conftest import make_stages
 
 NO_SLOT = 64
@@ -33,25 +45,81 @@ def steps(draws: list[SampleRow]) -> list[Batch]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("draws", [[], [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, logprobs=3)]])
+def run(stages: list[Stage], draws: list[SampleRow], apart: bool = False) -> list[tuple[list[int], dict[int, float]]]:
+    """Token ids and logprobs of each step."""
+    found = []
+    for step in steps(draws):
+        batch, result = step.one_by_one(NO_SLOT) if apart else step, None
+        for stage in stages:
+            result = stage.run(batch, result)
+        assert isinstance(result, Sampled)
+        if len(stages) > 1:
+            stages[0].feed(batch, result.token_ids)
+        found.append((result.token_ids.tolist(), {i: lp.chosen for i, lp in result.host_logprobs().items()}))
+    return found
+
+
+def assert_equal(
+    found: list[tuple[list[int], dict[int, float]]], expected: list[tuple[list[int], dict[int, float]]]
+) -> None:
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    for (_, a), (_, b) in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+DRAWS = [[], [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, logprobs=3)]]
+
+
+@pytest.mark.parametrize("draws", DRAWS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_batch_taken_apart_gives_the_same_tokens(count: int, draws: list[SampleRow]) -> None:
-    found = []
-    for apart in (False, True):
-        stages, tokens = make_stages(stages=count), []
-        for batch in steps(draws):
-            step, result = batch.one_by_one(NO_SLOT) if apart else batch, None
-            for stage in stages:
-                result = stage.run(step, result)
-            assert isinstance(result, Sampled)
-            if count > 1:
-                stages[0].feed(step, result.token_ids)
-            tokens.append((result.token_ids.tolist(), {i: lp.chosen for i, lp in result.host_logprobs().items()}))
-        found.append(tokens)
-    together, apart_ = found
-    assert [ids for ids, _ in together] == [ids for ids, _ in apart_]
-    for (_, a), (_, b) in zip(together, apart_, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+    assert_equal(run(make_stages(stages=count), draws, apart=True), run(make_stages(stages=count), draws))
+
+
+class Recorder:
+    """In place of a graph: computes again what would have been captured, into the same tensors."""
+
+    def __init__(self, step: Callable[[], Decoded]) -> None:
+        self._step, self.done = step, step()
+
+    def replay(self) -> None:
+        done = self._step()
+        self.done.out.copy_(done.out)
+        if self.done.likeliest is not None and done.likeliest is not None:
+            self.done.likeliest.copy_(done.likeliest)
+
+
+class Uncaptured(StepGraphs):
+    """The same steps on any device."""
+
+    def _capture(self, size: int, mixed: bool, pool: Any) -> tuple[Any, Decoded]:
+        recorder = Recorder(lambda: self._step(size, mixed))
+        return recorder, recorder.done
+
+
+@pytest.mark.parametrize("draws", DRAWS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_captured_steps_give_the_tokens_of_eager_ones(count: int, draws: list[SampleRow]) -> None:
+    """Padding, pieces, slots and all; only the capturing itself is left out."""
+    stages = make_stages(stages=count)
+    for stage in stages:
+        with torch.inference_mode():
+            stage._graphs = Uncaptured(stage.decoder, stage.kv, stage._newest, 64)
+        assert all(stage._graphs.take(batch) for batch in steps(draws))
+    assert_equal(run(stages, draws), run(make_stages(stages=count), draws))
+
+
+def test_pieces_begin_with_their_sequence() -> None:
+    """Single tokens are alone; of others at most so many go together."""
+    lens = ints(1, 1, 5, 1, 4, 2)
+    assert pieces_of(lens, 4).tolist() == [0, 0, 4, WITHIN, WITHIN, WITHIN, 1, 0, 4, WITHIN, WITHIN, WITHIN, 2, WITHIN]
+    assert pieces_of(ints(1, 1), 4).tolist() == [0, 0]
+    assert pieces_of(ints(3), 1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("groups", "tokens"), [(1, 64), (2, 32), (3, 16), (8, 8), (64, 1), (71, 1)])
+def test_a_piece_fills_a_tile_with_queries(groups: int, tokens: int) -> None:
+    assert piece_tokens(groups) == tokens
 
 
 def test_what_nothing_is_sampled_after_keeps_no_slot() -> None:
@@ -65,11 +133,11 @@ def test_what_nothing_is_sampled_after_keeps_no_slot() -> None:
     assert third.one_by_one(NO_SLOT) is third
 
 
-def test_keys_are_read_again_by_tokens_of_prompts_alone() -> None:
+def test_a_piece_reads_its_keys_once() -> None:
     first, second, third = steps([])
-    assert tokens_read_again(first) == sum(range(1, 6)) + sum(range(1, 11))
-    assert tokens_read_again(second) == sum(range(11, 17)) + sum(range(1, 8))
-    assert tokens_read_again(third) == 0
+    assert keys_read_by_pieces(first, 8) == 1 * 6 + 2 * 9
+    assert keys_read_by_pieces(second, 8) == (10 + 7) + 7
+    assert keys_read_by_pieces(third, 8) == 0
 
 
 def test_what_is_not_captured_is_loaded_before_traffic() -> None:
@@ -93,11 +161,9 @@ def test_memory_is_left_for_a_step_with_decodes_and_a_prompt(max_num_seqs: int, 
     assert batch.num_seqs >= min(max_num_seqs, max_num_batched_tokens - 1)
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 7, 20, 64, 256, 300, 512, 768])
-@pytest.mark.parametrize("max_num_batched_tokens", [1, 64, 500, 2048])
-def test_buckets_end_with_what_may_come(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    sizes = buckets(max_num_seqs, max_num_batched_tokens)
-    assert sizes == sorted(set(sizes))
-    assert {1, max_num_seqs} <= set(sizes)
-    assert sizes[-1] == max(max_num_seqs, min(max_num_batched_tokens, MIXED_TOKENS))
-    assert all(b - a <= 64 for a, b in pairwise(sizes))
+@pytest.mark.parametrize("most", [1, 2, 7, 20, 64, 256, 300, 512, 768])
+def test_buckets_end_with_what_may_come(most: int) -> None:
+    for sizes, last in ((decode_buckets(most), most), (mixed_buckets(most), min(most, MIXED_TOKENS))):
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == last
+        assert all(b - a <= 32 for a, b in pairwise(sizes))

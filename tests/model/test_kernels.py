@@ -3,11 +3,23 @@
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from model.batch import SAMPLED
-from model.kernels import Cache, DecodeInputs, Int4Weight, PrefillMetadata, Quantized, kernels_for
+from model.graphs import pieces_of
+from model.kernels import (
+    WITHIN,
+    Cache,
+    DecodeInputs,
+    Int4Weight,
+    Pieces,
+    PrefillMetadata,
+    Quantized,
+    kernels_for,
+    piece_tokens,
+)
 from model.kernels.device import has_warp_groups, tickets
 from model.kernels.reference import ReferenceKernels, cached_rows
 from model.kernels.stream_k import MAX_ROWS, Tile
@@ -157,6 +169,33 @@ def test_decode_attention_over_8_bits(dtype: torch.dtype, h: int, k: int, d: int
     context = torch.tensor(lens, device=GPU)
     found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, context)
     expected = REFERENCE.decode_attention(q.float(), k_cache, v_cache, tables, context)
+    assert error(found, expected) < TOLERANCE[dtype]
+
+
+PROMPTS = [[(0, 2)], [(0, 1), (7, 1), (0, 64), (3, 65)], [(1000, 1), (15, 9), (900, 130), (0, 7), (16, 16)]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_8", [False, True])
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("sequences", PROMPTS, ids=str)  # (tokens computed before, tokens to compute now)
+def test_pieces_of_prompts_attend_as_each_token_for_itself(
+    dtype: torch.dtype, in_8: bool, h: int, k: int, d: int, sequences: list[tuple[int, int]]
+) -> None:
+    torch.manual_seed(0)
+    *caches, tables = paged([before + now for before, now in sequences], k, d, dtype)
+    k_cache, v_cache = (in_8_bits(cache) if in_8 else cache for cache in caches)
+    exact = (k_cache, v_cache) if in_8 else tuple(cache.float() for cache in caches)
+    query_lens = np.array([now for _, now in sequences], np.int32)
+    row_tables = torch.cat([tables[i].expand(now, -1) for i, (_, now) in enumerate(sequences)]).contiguous()
+    context = torch.cat([torch.arange(before + 1, before + now + 1) for before, now in sequences]).to(GPU)
+    counts = torch.from_numpy(pieces_of(query_lens, piece_tokens(h // k))).long().to(GPU)
+    pieces = Pieces(counts.clamp(min=0), torch.where(counts == 0, context, 0))
+    q = torch.randn(len(context), h, d, device=GPU, dtype=dtype)
+    expected = REFERENCE.decode_attention(q.float(), *exact, row_tables, context)  # type: ignore[arg-type]
+    kernels = kernels_for(GPU)
+    found = kernels.decode_attention(q, k_cache, v_cache, row_tables, pieces.lone_lens)
+    kernels.piece_attention(q, k_cache, v_cache, row_tables, context, pieces, found)
     assert error(found, expected) < TOLERANCE[dtype]
 
 
@@ -349,16 +388,20 @@ def test_unpack_decodes(size: int, width: int) -> None:
     n = 3
     lengths = torch.randint(0, width * BLOCK, (n,))
     parts = torch.tensor([n, width]), torch.tensor([7, SAMPLED, 9]), lengths, torch.tensor([2, 0, 1])
-    packed = torch.cat([*parts, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
+    pieces = torch.tensor([0, 2, WITHIN])
+    packed = torch.cat([*parts, pieces, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
     newest = torch.randint(0, 1000, (5,), device=GPU)
-    made = [
-        DecodeInputs(*(torch.full((size,), -5, device=GPU) for _ in range(5)), torch.full((size, 310), -5, device=GPU))
-        for _ in range(2)
-    ]
+    made = []
+    for _ in range(2):
+        a, b, c, d, e, counts, lone_lens = (torch.full((size,), -5, device=GPU) for _ in range(7))
+        tables = torch.full((size, 310), -5, device=GPU)
+        made.append(DecodeInputs(a, b, c, d, e, tables, Pieces(counts, lone_lens)))
     for kernels, inputs in zip((kernels_for(GPU), REFERENCE), made, strict=True):
         kernels.unpack_decodes(packed, newest, inputs, BLOCK, 12345)
     for name in ("token_ids", "positions", "slot_mapping", "context_lens", "seq_slots"):
         assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name
+    assert torch.equal(made[0].pieces.counts, made[1].pieces.counts)
+    assert torch.equal(made[0].pieces.lone_lens, made[1].pieces.lone_lens)
     assert torch.equal(made[0].block_tables[:n], made[1].block_tables[:n])
 
 
