@@ -24,6 +24,7 @@ from model.llama import Decoder
 
 MIXED_TOKENS = 512  # of a step with tokens of prompts: a larger one takes the GPU longer than the host
 PIECES_BYTES = 2**30  # keys and values of a layer that pieces read at most
+TABLE_ENTRIES = 2**20  # of a step with prompts, whose tokens have a block table each: the host copies them
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
@@ -84,9 +85,16 @@ class StepGraphs:
 
     def take(self, batch: Batch) -> bool:
         """Whether this step is one of them."""
-        if batch.prompt_rows or batch.num_tokens > self._sizes[batch.num_tokens > batch.num_seqs][-1]:
+        mixed = batch.num_tokens > batch.num_seqs
+        if batch.prompt_rows or batch.num_tokens > self._sizes[mixed][-1]:
             return False
-        return keys_read_by_pieces(batch, self._piece_tokens) * self._kv.token_bytes <= PIECES_BYTES
+        return not mixed or self._is_light(batch)
+
+    def _is_light(self, batch: Batch) -> bool:
+        """Whether prompts are short enough: an eager step copies one table of each, and reads its keys once."""
+        width = len(batch.block_tables) // batch.num_seqs
+        read = keys_read_by_pieces(batch, self._piece_tokens) * self._kv.token_bytes
+        return read <= PIECES_BYTES and batch.num_tokens * width <= TABLE_ENTRIES
 
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
         """One step with a row for each token; hidden [T, C] on all stages but the first."""

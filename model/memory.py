@@ -11,7 +11,7 @@ from model.stage import Stage
 
 log = logging.getLogger(__name__)
 
-GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one pool of the largest decode step's size
+GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one pool of the largest captured step's size
 
 
 def kv_budget(

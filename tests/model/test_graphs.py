@@ -4,11 +4,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from model.batch import SAMPLED, Batch, SampleRow
+from model.batch import SAMPLED, Batch, PromptRow, SampleRow
 from model.graphs import (
     MIXED_TOKENS,
     Decoded,
@@ -107,6 +108,21 @@ def test_captured_steps_give_the_tokens_of_eager_ones(count: int, draws: list[Sa
             stage._graphs = Uncaptured(stage.decoder, stage.kv, stage._newest, 64)
         assert all(stage._graphs.take(batch) for batch in steps(draws))
     assert_equal(run(stages, draws), run(make_stages(stages=count), draws))
+
+
+def test_steps_that_are_too_much_for_a_captured_one_are_left_out() -> None:
+    (stage,) = make_stages()
+    with torch.inference_mode():
+        graphs = Uncaptured(stage.decoder, stage.kv, stage._newest, 32)
+    _, mixed, decode = steps([])
+    many = np.zeros(33, np.int32)
+    assert graphs.take(mixed)
+    assert not graphs.take(msgspec.structs.replace(mixed, prompt_rows=[PromptRow(1, 5, 0)]))
+    assert not graphs.take(msgspec.structs.replace(mixed, token_ids=many, query_lens=ints(1, 6, 26)))
+    wide = np.zeros(3 * 2**17, np.int32)
+    assert not graphs.take(msgspec.structs.replace(mixed, block_tables=wide))
+    assert graphs.take(msgspec.structs.replace(decode, block_tables=wide))
+    assert not graphs.take(msgspec.structs.replace(mixed, num_computed_tokens=ints(5, 10**7, 0)))
 
 
 def test_pieces_begin_with_their_sequence() -> None:
