@@ -18,6 +18,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from cluster.account import Account
 from cluster.awaited_masks import AwaitedMasks, Unmasked
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
@@ -187,14 +188,16 @@ class Scheduler:
         self._take_prompt_logprobs(batch, output, sequences)
         advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
+        errors, logprobs = output.errors, output.logprobs
         for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
             seq = sequences[row]
             seq.num_pending_tokens -= 1
             if seq.slot < 0:
                 continue
-            seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
+            if errors or seq.matcher is not None:
+                seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or errors.get(i)
             if seq.failure is None:
-                events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
+                events.append(self._take_token(seq, token_id, logprobs.get(i)))
                 if seq.matcher is not None and events[-1].finish_reason is None:
                     advanced.append((seq.matcher, token_id))
             else:
@@ -216,10 +219,12 @@ class Scheduler:
                 seq.prompt_logprobs += found
 
     def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # it leaves with the first token
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
             self._release(seq)
+        if logprobs is None and not seq.num_cached_tokens and seq.prompt_logprobs is None:
+            return TokenEvent(seq.request_id, token_id, finish_reason)
+        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
         return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
@@ -268,7 +273,9 @@ class Scheduler:
         for seq in decoding:
             if len(chosen) == share:
                 break
-            if not seq.may_decode or seq.slot < 0:  # no slot: it was preempted just now
+            if seq.num_pending_tokens >= seq.max_pending_tokens or seq.num_computed_tokens >= seq.max_computed_tokens:
+                continue  # as many as may be ahead of what is known are, or the last one is
+            if seq.slot < 0:  # it was preempted just now
                 continue
             if seq.num_pending_tokens and seq.last_step > latest:
                 continue
@@ -281,8 +288,8 @@ class Scheduler:
                 if not self._make_room(seq, victims, chosen):
                     continue
             mask_seconds -= missing
-            seq.charge(1)
             chosen.append(seq)
+        _charge_decodes(chosen)
         return chosen
 
     def _schedule_prefills(self, num_decodes: int) -> list[tuple[Sequence, int]]:
@@ -481,6 +488,18 @@ class Scheduler:
             draws=draws,
             prompt_rows=prompt_rows,
         )
+
+
+def _charge_decodes(decodes: list[Sequence]) -> None:
+    """A token of each, those of a tenant at once."""
+    outputs: dict[Account[Sequence], int] = {}
+    for seq in decodes:
+        if seq.num_computed_tokens < seq.num_prompt_tokens or seq.num_computed_tokens < seq.num_paid_tokens:
+            seq.charge(1)
+        else:
+            outputs[seq.account] = outputs.get(seq.account, 0) + 1
+    for account, count in outputs.items():
+        account.charge(0, count)
 
 
 def _missing_mask_seconds(seq: Sequence) -> float:

@@ -160,14 +160,6 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def may_decode(self) -> bool:
-        """Whether a batch may take its next token now, if it is decoding: only while another one is wanted.
-
-        Its mask may be missing: whether the batch can start without it is the scheduler's affair.
-        """
-        return self.num_pending_tokens < self.max_pending_tokens and self.num_computed_tokens < self.max_computed_tokens
-
-    @property
     def mask(self) -> bytes | None:
         """For its next token, see SampleRow; None if it is not known yet."""
         if self.matcher is None:
