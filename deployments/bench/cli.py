@@ -382,7 +382,9 @@ def scaling(
     device: Annotated[
         str, typer.Option(help="cuda: Llama 2 70B; cpu: a small model; one-gpu: it shares one; default: cuda or cpu")
     ] = "",
-    rows: Annotated[str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1; default: all")] = "",
+    rows: Annotated[
+        str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1 or, of two stages, http-1x2; default: all")
+    ] = "",
     row_timeout: Annotated[float, typer.Option(help="seconds that one row may take")] = 1200.0,
     plot: Plot = None,
 ) -> None:
@@ -392,7 +394,7 @@ def scaling(
     """
     import torch
 
-    from deployments.bench.scaling import PLANS, bench_scaling, draw, row_names, scaling_table, throughputs
+    from deployments.bench.scaling import PLANS, bench_scaling, draw, is_row, row_names, scaling_table, throughputs
 
     check_plot(plot)
     gpus = torch.cuda.device_count()
@@ -401,8 +403,9 @@ def scaling(
     if plan is None:
         fail(f"--device {device}: must be one of {', '.join(PLANS)}")
     wanted = rows.split(",") if rows else row_names(plan)
-    if unknown := set(wanted) - set(row_names(plan)):
-        fail(f"--rows: there is no {', '.join(sorted(unknown))}; there are {', '.join(row_names(plan))}")
+    if unknown := [name for name in wanted if not is_row(plan, name)]:
+        known = ", ".join(row_names(plan))
+        fail(f"--rows: there is no {', '.join(unknown)}; there are {known}, and http-1x2 and the like")
     result = bench_scaling(plan, gpus, wanted, file, row_timeout)
     report(scaling_table(result), result, None, width=180)  # Markdown must not be folded
     if plot is not None and throughputs(result):

@@ -8,6 +8,7 @@ and the file says so. The work grows with the stages, so that each has the same 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,11 @@ def row_names(plan: Plan) -> list[str]:
     return [f"{precision}x{stages}" for precision, stages in plan.rows] + ["http-1", "http-2"]
 
 
+def is_row(plan: Plan, name: str) -> bool:
+    """One of those, or pipelines of so many stages: http-1x2 is one of two."""
+    return name in row_names(plan) or re.fullmatch(r"http-[12]x[1-9]\d*", name) is not None
+
+
 def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, port: int = 8000) -> Json:
     """The Serve configuration of a row."""
     cuda = plan.device == "cuda"
@@ -146,14 +152,20 @@ def too_few(plan: Plan, stages: int, gpus: int) -> Json | None:
 
 
 def offline_row(plan: Plan, precision: str, stages: int, timeout_s: float) -> Json:
-    """`caravan bench offline` in processes of its own."""
+    """The list at once, single batches, steady decode."""
+    steady = f"{plan.seqs_per_stage * stages}x{plan.context}"
+    result = measure_offline(plan, precision, stages, ["--batch-sizes", BATCH_SIZES, "--steady", steady], timeout_s)
+    return result if "error" in result else {"stages": stages, "precision": precision, **result}
+
+
+def measure_offline(plan: Plan, precision: str, stages: int, options: list[str], timeout_s: float) -> Json:
+    """`caravan bench offline` in processes of its own; what it measured, or why not."""
     with tempfile.TemporaryDirectory() as directory:
         config, output = Path(directory) / "config.yaml", Path(directory) / "result.json"
         config.write_text(yaml.safe_dump(serve_config(plan, precision, stages)))
         command = [
             sys.executable, "-m", "deployments.cli", "bench", "offline", str(config),
-            "--requests", str(plan.requests_per_stage * stages), "--max-tokens", str(plan.longest),
-            "--batch-sizes", BATCH_SIZES, "--steady", f"{plan.seqs_per_stage * stages}x{plan.context}",
+            "--requests", str(plan.requests_per_stage * stages), "--max-tokens", str(plan.longest), *options,
             "--output", str(output),
         ]  # fmt: skip
         try:
@@ -163,21 +175,32 @@ def offline_row(plan: Plan, precision: str, stages: int, timeout_s: float) -> Js
         if done.returncode:
             words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return {"error": words[-1]}
-        result = json.loads(output.read_text())
-    del result["list"]["trace"], result["steady"]["trace"], result["command"]
-    return {"stages": stages, "precision": precision, **result}
+        result: Json = json.loads(output.read_text())
+    del result["command"]
+    for part in ("list", "steady"):
+        result.get(part, {}).pop("trace", None)
+    return result
 
 
 # -- pipelines behind one endpoint ------------------------------------------------------------------------------------
 
 
-def http_row(plan: Plan, stages: int, pipelines: int) -> Json:
-    """`pipelines` of `stages` each, deployed, under so many streams; of several, one then loses a stage under load."""
+def http_row(plan: Plan, stages: int, pipelines: int, timeout_s: float) -> Json:
+    """`pipelines` of `stages` each, deployed, under so many streams.
+
+    One is set beside its engine alone, with as many requests open; of several, one then loses a stage under load.
+    """
     from deployments.local import LocalError, await_ready, free_port, ray_head
 
     cpus = max(os.cpu_count() or 1, 2 if plan.device == "cpu" else 2 * pipelines * (stages + 3))
     precision = plan.rows[0][0]
     result: Json = {"stages": stages, "pipelines": pipelines, "precision": precision}
+    if pipelines == 1:
+        streams = ["--concurrency", str(plan.streams_per_pipeline)]
+        alone = measure_offline(plan, precision, stages, streams, timeout_s)
+        if "error" in alone:
+            return alone
+        result["engine_output_throughput"] = alone["list"]["output_throughput"]
     with tempfile.TemporaryDirectory() as directory:
         config, port = Path(directory) / "config.yaml", free_port(8000)
         config.write_text(yaml.safe_dump(serve_config(plan, precision, stages, pipelines, port)))
@@ -193,6 +216,8 @@ def http_row(plan: Plan, stages: int, pipelines: int) -> Json:
                 head.serve("shutdown", "-y")
         except LocalError as error:
             return {"error": str(error)}
+    if pipelines == 1:
+        result["share_of_engine"] = round(result["output_throughput"] / result["engine_output_throughput"], 3)
     return result
 
 
@@ -259,9 +284,9 @@ def _is_measured(row: Json | None) -> bool:
 
 def _row(plan: Plan, name: str, gpus: int, timeout_s: float) -> Json:
     if name.startswith("http-"):
-        pipelines = int(name.removeprefix("http-"))
-        stages = min(4, max(1, gpus // 2)) if plan.device == "cuda" else 1
-        return too_few(plan, stages * pipelines, gpus) or http_row(plan, stages, pipelines)
+        pipelines, _, stages_ = name.removeprefix("http-").partition("x")
+        stages = int(stages_) if stages_ else min(4, max(1, gpus // 2)) if plan.device == "cuda" else 1
+        return too_few(plan, stages * int(pipelines), gpus) or http_row(plan, stages, int(pipelines), timeout_s)
     precision, _, stages_ = name.rpartition("x")
     return too_few(plan, int(stages_), gpus) or offline_row(plan, precision, int(stages_), timeout_s)
 
@@ -326,7 +351,8 @@ def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
 def _add_http(table: Table, row: Json, ratio: float | None) -> None:
     what = f"HTTP: {row['pipelines']} x {row['stages']} stages, {row['streams']} streams"
     speeds = f"{row['output_throughput']:,.0f}", f"{row['total_token_throughput']:,.0f}"
-    table.add_row(what, *speeds, f"{ratio:.2f}" if ratio and row["pipelines"] == 2 else "")
+    share = f"{row['share_of_engine']:.0%} of the engine alone" if "share_of_engine" in row else ""
+    table.add_row(what, *speeds, f"{ratio:.2f}" if ratio and row["pipelines"] == 2 else share)
     if killed := row.get("stage_killed"):
         seen = f"{killed['failed']} failed, {killed['output_tokens']:,} of {killed['wanted_tokens']:,} tokens"
         gap = f"longest gap {killed['longest_gap_s']:.1f} s"

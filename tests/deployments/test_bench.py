@@ -259,6 +259,30 @@ def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path
     assert {stages for _, stages in plan.rows} == {1, 2, 4, 8}
 
 
+def test_one_pipeline_is_set_beside_its_engine() -> None:
+    row = {"pipelines": 1, "stages": 2, "streams": 256, "output_throughput": 95.0, "total_token_throughput": 190.0}
+    result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}}, "two_pipelines": None, "speedup": {}}
+    console = Console(record=True, width=180, file=io.StringIO())
+    console.print(bench_scaling.scaling_table(result))
+    assert "95% of the engine alone" in console.export_text()
+
+
+def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def row(plan: Any, stages: int, pipelines: int, timeout_s: float) -> dict[str, Any]:
+        seen.append((pipelines, stages))
+        return {"output_throughput": 1.0}
+
+    monkeypatch.setattr(bench_scaling, "http_row", row)
+    rows = ["http-1", "http-1x2", "http-2", "http-2x2"]
+    result = bench_scaling.bench_scaling(bench_scaling.PLANS["cuda"], 2, rows, tmp_path / "s.json", 1.0)
+    assert seen == [(1, 1), (1, 2), (2, 1)]
+    assert all(bench_scaling.is_row(bench_scaling.PLANS["cuda"], name) for name in rows)
+    assert not any(bench_scaling.is_row(bench_scaling.PLANS["cuda"], name) for name in ("http-3", "http-1x", "fp8x3"))
+    assert result["rows"]["http-2x2"]["skipped"] == "needs 4 GPUs, this machine has 2"
+
+
 def test_two_pipelines_are_compared_with_one() -> None:
     rows = {"http-1": {"output_throughput": 100.0}, "http-2": {"output_throughput": 195.0}}
     assert bench_scaling.two_pipelines({"rows": rows}) == 1.95
