@@ -406,7 +406,10 @@ def scaling(
     if unknown := [name for name in wanted if not is_row(plan, name)]:
         known = ", ".join(row_names(plan))
         fail(f"--rows: there is no {', '.join(unknown)}; there are {known}, and http-1x2 and the like")
-    result = bench_scaling(plan, gpus, wanted, file, row_timeout)
+    try:
+        result = bench_scaling(plan, gpus, wanted, file, row_timeout)
+    except ValueError as error:
+        fail(str(error))
     report(scaling_table(result), result, None, width=180)  # Markdown must not be folded
     if plot is not None and throughputs(result):
         draw(result, plot)

@@ -263,9 +263,15 @@ def kill_stage(head: "Head") -> int:
 
 
 def bench_scaling(plan: Plan, gpus: int, rows: Sequence[str], file: Path, timeout_s: float) -> Json:
-    """Measure those of `rows` that `file` does not hold yet; the file is written after each."""
+    """Measure those of `rows` that `file` does not hold yet; the file is written after each.
+
+    Raises `ValueError` for a file whose rows were measured by another plan: they cannot be compared.
+    """
     result: Json = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    result |= {"plan": asdict(plan), "gpus": gpus, "cores": os.cpu_count()}
+    its_plan = json.loads(json.dumps(asdict(plan)))
+    if result.get("plan", its_plan) != its_plan:
+        raise ValueError(f"{file}: its rows were measured by another plan: name another file, or move this one away")
+    result |= {"plan": its_plan, "gpus": gpus, "cores": os.cpu_count()}
     for name in rows:
         if _is_measured(result["rows"].get(name)):
             continue

@@ -243,6 +243,8 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
     assert measured == [1, 2, 4], "what was measured stays, what was skipped is tried again"
     assert again["speedup"]["fp8"][4] == pytest.approx(4**0.9, abs=0.01)
+    with pytest.raises(ValueError, match="measured by another plan"):
+        bench_scaling.bench_scaling(shared, 1, [], file, 1.0)
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(again))
     lines = console.export_text().splitlines()
