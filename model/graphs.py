@@ -18,11 +18,12 @@ import torch
 
 from model.attention import AttentionMetadata
 from model.batch import Batch, Int32Array
-from model.kernels import WITHIN, DecodeInputs, Pieces, packed_size, piece_tokens
+from model.kernels import DecodeInputs, Pieces, packed_size, piece_tokens
 from model.kv_cache import KVCache
 from model.llama import Decoder
 
 MIXED_TOKENS = 512  # of a step with tokens of prompts: a larger one takes the GPU longer than the host
+MIXED_PROMPTS = 64  # in such a step: each ends in a piece of its own
 PIECES_BYTES = 2**30  # keys and values of a layer that pieces read at most
 TABLE_ENTRIES = 2**20  # of a step with prompts, whose tokens have a block table each: the host copies them
 
@@ -70,9 +71,10 @@ class StepGraphs:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
 
-        self._inputs = DecodeInputs(
-            zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks), Pieces(zeros(n), zeros(n))
-        )
+        # Which rows are pieces comes from the host as it is: where they begin and how many each has, [2, P].
+        self._pieces = zeros(2, n // self._piece_tokens + MIXED_PROMPTS).int()
+        pieces = Pieces(self._pieces[0], self._pieces[1], zeros(n))
+        self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks), pieces)
         self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
         self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
         self._sizes = sizes
@@ -91,16 +93,20 @@ class StepGraphs:
         return not mixed or self._is_light(batch)
 
     def _is_light(self, batch: Batch) -> bool:
-        """Whether prompts are short enough: an eager step copies one table of each, and reads its keys once."""
+        """Whether prompts are few and short enough: an eager step copies one table of each, and reads its keys once."""
         width = len(batch.block_tables) // batch.num_seqs
         read = keys_read_by_pieces(batch, self._piece_tokens) * self._kv.token_bytes
-        return read <= PIECES_BYTES and batch.num_tokens * width <= TABLE_ENTRIES
+        prompts = int(np.count_nonzero(batch.query_lens > 1))
+        return prompts <= MIXED_PROMPTS and read <= PIECES_BYTES and batch.num_tokens * width <= TABLE_ENTRIES
 
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
         """One step with a row for each token; hidden [T, C] on all stages but the first."""
         n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
-        packed = packed_decodes(batch, len(self._newest) - 1, self._piece_tokens)
+        packed = packed_decodes(batch, len(self._newest) - 1)
         self._packed[: len(packed)].copy_(packed, non_blocking=True)
+        if mixed:
+            pieces = pieces_of(batch.query_lens, self._piece_tokens, self._pieces.shape[1])
+            self._pieces.copy_(pieces, non_blocking=True)
         if hidden is not None:
             self._hidden[:n].copy_(hidden)
         graph, done = self._graphs[next(size for size in self._sizes[mixed] if size >= n), mixed]
@@ -117,10 +123,11 @@ class StepGraphs:
 
     def _step(self, size: int, mixed: bool) -> Decoded:
         decoder, all_ = self._decoder, self._inputs
+        slots = size // self._piece_tokens + MIXED_PROMPTS
         inputs = DecodeInputs(
             all_.token_ids[:size], all_.positions[:size], all_.slot_mapping[:size], all_.context_lens[:size],
             all_.seq_slots[:size], all_.block_tables[:size],
-            Pieces(all_.pieces.counts[:size], all_.pieces.lone_lens[:size]),
+            Pieces(all_.pieces.rows[:slots], all_.pieces.counts[:slots], all_.pieces.lone_lens[:size]),
         )  # fmt: skip
         padding_slot = self._kv.num_blocks * self._kv.block_size
         decoder.kernels.unpack_decodes(self._packed, self._newest, inputs, self._kv.block_size, padding_slot)
@@ -144,14 +151,17 @@ class StepGraphs:
         return Decoded(logits, likeliest)
 
 
-def pieces_of(query_lens: Int32Array, most: int) -> Int32Array:
-    """For each token [T]: how many follow from it on in its piece of `most` at most; see `Kernels.unpack_decodes`."""
-    total = int(query_lens.sum())
-    stops = np.repeat(np.cumsum(query_lens), query_lens)
-    behind = stops - np.arange(total)  # tokens of its sequence from this one on
-    begins = (np.repeat(query_lens, query_lens) - behind) % most == 0
-    pieces = np.where(begins, np.minimum(behind, most), WITHIN)
-    return np.where(np.repeat(query_lens, query_lens) > 1, pieces, 0).astype(np.int32)
+def pieces_of(query_lens: Int32Array, most: int, slots: int) -> torch.Tensor:
+    """Prompts in pieces of `most` rows at most: where each begins, and how many it has; [2, slots] int32."""
+    pieces = torch.zeros(2, slots, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    many = query_lens > 1
+    lens, begins = query_lens[many], (np.cumsum(query_lens) - query_lens)[many]
+    each = -(-lens // most)  # pieces of each prompt
+    within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)  # which of its prompt's
+    total = len(within)
+    pieces.numpy()[0, :total] = np.repeat(begins, each) + within * most
+    pieces.numpy()[1, :total] = np.minimum(np.repeat(lens, each) - within * most, most)
+    return pieces
 
 
 def keys_read_by_pieces(batch: Batch, most: int) -> int:
@@ -161,16 +171,14 @@ def keys_read_by_pieces(batch: Batch, most: int) -> int:
     return int((-(-now // most) * (before + (now + most) // 2)).sum())
 
 
-def packed_decodes(batch: Batch, no_slot: int, most: int) -> torch.Tensor:
-    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU; see `one_by_one`.
-
-    Pieces have `most` tokens at most.
-    """
-    pieces, batch = pieces_of(batch.query_lens, most), batch.one_by_one(no_slot)
+def packed_decodes(batch: Batch, no_slot: int) -> torch.Tensor:
+    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU; see `one_by_one`."""
+    alone = np.repeat(batch.query_lens == 1, batch.query_lens).astype(np.int32)
+    batch = batch.one_by_one(no_slot)
     width = len(batch.block_tables) // batch.num_seqs
     size = packed_size(batch.num_seqs, width)
     packed = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_available())
     head = np.array([batch.num_seqs, width], np.int32)
-    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, pieces, batch.block_tables
+    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, alone, batch.block_tables
     np.concatenate(parts, out=packed.numpy())
     return packed

@@ -22,13 +22,11 @@ class PrefillMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Of a step whose rows are one token each: which of them follow each other in a prompt and attend together.
+    """Of a step whose rows are one token each: which of them follow each other in a prompt and attend together."""
 
-    Both [S] int64.
-    """
-
-    counts: torch.Tensor  # tokens of the piece that begins here; 0: none does
-    lone_lens: torch.Tensor  # context_lens of tokens outside of pieces; 0: it belongs to one, or is padding
+    rows: torch.Tensor  # [P] int32, where each begins
+    counts: torch.Tensor  # [P] int32, how many rows it has; 0: it is none
+    lone_lens: torch.Tensor  # [S] int64, context_lens of rows outside of pieces; 0: it is in one, or padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,6 @@ class Int4Weight(NamedTuple):
 
 
 PIECE_ROWS = 64  # queries of a piece
-WITHIN = -1  # where tokens of a piece are counted: one that comes with another
 
 Activations = torch.Tensor | Quantized
 # Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
@@ -93,7 +90,7 @@ class Kernels(Protocol):
         """A step as it comes from the host, into `inputs`, where a captured graph finds it.
 
         packed, int32: the number of sequences n, the width of their tables w, then [n] token ids, [n] computed tokens,
-        [n] seq_slots, [n] tokens of the piece that begins there (0: it is alone; WITHIN: none does), [n * w] tables.
+        [n] seq_slots, [n] whether they are outside of pieces (1) or not (0), [n * w] tables.
         An id SAMPLED stands for newest[seq_slots]. Rows from n on become padding: their keys go to `padding_slot`,
         their newest token to the last entry of `newest`.
         """

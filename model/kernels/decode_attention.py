@@ -89,16 +89,16 @@ def piece_attention(
     pieces: Pieces, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """See `Kernels.piece_attention`. Keys are not cut: there are pieces enough."""
-    n, h, d = q.shape
+    _, h, d = q.shape
     scaled = isinstance(k_cache, Quantized)
     keys, k_scales = k_cache if isinstance(k_cache, Quantized) else (k_cache, k_cache)
     values, v_scales = v_cache if isinstance(v_cache, Quantized) else (v_cache, v_cache)
     block_size, kv_heads = keys.shape[1:3]
     groups, tokens = h // kv_heads, piece_tokens(h // kv_heads)
-    tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, pieces.counts, out
+    tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, pieces.counts, pieces.rows
     rows = max(16, tokens * triton.next_power_of_2(groups))
     tile, warps = (64, 4) if q.dtype != torch.float32 else (16, 8)  # without matrix units all is kept in registers
-    _decode_split[(kv_heads, n, 1)](
+    _decode_split[(kv_heads, len(pieces.rows), 1)](
         *tensors, d**-0.5 * 1.4426950408889634, block_tables.stride(0), h, kv_heads, groups, rows, d,
         triton.next_power_of_2(d), block_size, scaled, tile, 1, tokens, False, num_warps=warps, num_stages=2, **early(),
     )  # fmt: skip
@@ -159,14 +159,16 @@ def _decode_split(
 ):  # fmt: skip
     """One of `splits` parts of a context, for all queries that share a KV head.
 
-    With `tokens` > 1 those of a piece of at most so many; `partial` then says how many it has, and nothing is split.
+    With `tokens` > 1 those of a piece of at most so many: `lse` then says where it begins, `partial` how many it has,
+    and nothing is split.
     """
     kv = tl.program_id(0)  # fastest: a token's heads lie side by side, and sequences come longest first
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     count = 1
-    if tokens > 1:
-        count = tl.load(partial + seq).to(tl.int32)  # written when tables and lengths were
+    if tokens > 1:  # both written before this step began
+        count = tl.load(partial + seq)
+        seq = tl.load(lse + seq).to(tl.int64)
     start, stop = _begin_part(
         k_cache, v_cache, tables, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile, splits,
         ahead, early,

@@ -31,8 +31,8 @@ class FusedKernels:
     ) -> None:
         _unpack_decodes[(len(inputs.token_ids),)](
             packed, newest, inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.context_lens,
-            inputs.seq_slots, inputs.pieces.counts, inputs.pieces.lone_lens, inputs.block_tables,
-            inputs.block_tables.stride(0), block_size, padding_slot, len(newest) - 1, SAMPLED, 256, num_warps=4,
+            inputs.seq_slots, inputs.pieces.lone_lens, inputs.block_tables, inputs.block_tables.stride(0), block_size,
+            padding_slot, len(newest) - 1, SAMPLED, 256, num_warps=4,
         )  # fmt: skip
 
     def add_rms_norm(
@@ -193,8 +193,8 @@ def _outputs(x: torch.Tensor, width: int, quantize: bool) -> tuple[torch.Tensor,
 
 @triton.jit(do_not_specialize=["table_stride", "padding_slot", "last_slot"])
 def _unpack_decodes(
-    packed, newest, token_ids, positions, slot_mapping, context_lens, seq_slots, counts, lone_lens, tables,
-    table_stride, block_size, padding_slot, last_slot, sampled: tl.constexpr, chunk: tl.constexpr,
+    packed, newest, token_ids, positions, slot_mapping, context_lens, seq_slots, lone_lens, tables, table_stride,
+    block_size, padding_slot, last_slot, sampled: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     n = tl.load(packed)
@@ -205,15 +205,14 @@ def _unpack_decodes(
     slot = tl.load(to_row + 2 * n, mask=real, other=last_slot)
     token = tl.load(to_row, mask=real, other=0).to(tl.int64)
     token = tl.where(token == sampled, tl.load(newest + slot), token)
-    piece = tl.load(to_row + 3 * n, mask=real, other=0)
+    alone = tl.load(to_row + 3 * n, mask=real, other=0)
     table = packed + 2 + 4 * n + row * width
     block = tl.load(table + position // block_size, mask=real, other=0).to(tl.int64)
     tl.store(token_ids + row, token)
     tl.store(positions + row, position.to(tl.int64))
     tl.store(seq_slots + row, slot.to(tl.int64))
     tl.store(context_lens + row, tl.where(real, position + 1, 0).to(tl.int64))
-    tl.store(counts + row, tl.maximum(piece, 0).to(tl.int64))
-    tl.store(lone_lens + row, tl.where(real & (piece == 0), position + 1, 0).to(tl.int64))
+    tl.store(lone_lens + row, ((position + 1) * alone).to(tl.int64))
     tl.store(slot_mapping + row, tl.where(real, block * block_size + position % block_size, padding_slot))
     i = tl.arange(0, chunk)
     for start in range(0, width, chunk):

@@ -17,16 +17,15 @@ class ReferenceKernels:
         self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
     ) -> None:
         n, width = packed[:2].tolist()
-        token_ids, positions, slots, pieces = packed[2 : 2 + 4 * n].long().view(4, n)
+        token_ids, positions, slots, alone = packed[2 : 2 + 4 * n].long().view(4, n)
         tables = packed[2 + 4 * n : packed_size(n, width)].long().view(n, width)
         inputs.token_ids[:n] = torch.where(token_ids == SAMPLED, newest[slots], token_ids)
         inputs.positions[:n], inputs.context_lens[:n], inputs.seq_slots[:n] = positions, positions + 1, slots
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
         inputs.slot_mapping[:n] = blocks * block_size + positions % block_size
         inputs.block_tables[:n, :width] = tables
-        counts, lone_lens = inputs.pieces.counts, inputs.pieces.lone_lens
-        counts[:n], lone_lens[:n] = pieces.clamp(min=0), torch.where(pieces == 0, positions + 1, 0)
-        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens, counts, lone_lens):
+        inputs.pieces.lone_lens[:n] = (positions + 1) * alone
+        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens, inputs.pieces.lone_lens):
             padded[n:] = 0
         inputs.slot_mapping[n:], inputs.seq_slots[n:] = padding_slot, len(newest) - 1
 

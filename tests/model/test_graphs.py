@@ -11,6 +11,7 @@ import torch
 
 from model.batch import SAMPLED, Batch, PromptRow, SampleRow
 from model.graphs import (
+    MIXED_PROMPTS,
     MIXED_TOKENS,
     Decoded,
     StepGraphs,
@@ -19,7 +20,7 @@ from model.graphs import (
     mixed_buckets,
     pieces_of,
 )
-from model.kernels import WITHIN, piece_tokens
+from model.kernels import piece_tokens
 from model.memory import _largest_batch
 from model.sampling import Sampled
 from model.stage import Stage
@@ -123,14 +124,27 @@ def test_steps_that_are_too_much_for_a_captured_one_are_left_out() -> None:
     assert not graphs.take(msgspec.structs.replace(mixed, block_tables=wide))
     assert graphs.take(msgspec.structs.replace(decode, block_tables=wide))
     assert not graphs.take(msgspec.structs.replace(mixed, num_computed_tokens=ints(5, 10**7, 0)))
+    with torch.inference_mode():
+        roomy = Uncaptured(stage.decoder, stage.kv, stage._newest, 256)
+    for count in (MIXED_PROMPTS, MIXED_PROMPTS + 1):
+        twos, none = np.full(count, 2, np.int32), np.zeros(count, np.int32)
+        prompts = Batch(0, 0, np.zeros(2 * count, np.int32), twos, none, none, none, -1, none, [])
+        assert roomy.take(prompts) == (count == MIXED_PROMPTS)
 
 
 def test_pieces_begin_with_their_sequence() -> None:
-    """Single tokens are alone; of others at most so many go together."""
-    lens = ints(1, 1, 5, 1, 4, 2)
-    assert pieces_of(lens, 4).tolist() == [0, 0, 4, WITHIN, WITHIN, WITHIN, 1, 0, 4, WITHIN, WITHIN, WITHIN, 2, WITHIN]
-    assert pieces_of(ints(1, 1), 4).tolist() == [0, 0]
-    assert pieces_of(ints(3), 1).tolist() == [1, 1, 1]
+    """Single tokens are in none; of others at most so many go together."""
+    assert pieces_of(ints(1, 1, 5, 1, 4, 2), 4, 6).tolist() == [[2, 6, 8, 12, 0, 0], [4, 1, 4, 2, 0, 0]]
+    assert pieces_of(ints(1, 1), 4, 2).tolist() == [[0, 0], [0, 0]]
+    assert pieces_of(ints(3), 1, 3).tolist() == [[0, 1, 2], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("most", [1, 8, 64])
+def test_there_is_room_for_all_pieces_that_may_come(most: int) -> None:
+    """So many prompts with one token more than fills their pieces."""
+    lens = np.full(MIXED_PROMPTS, most + 1, np.int32)
+    slots = int(lens.sum()) // most + MIXED_PROMPTS
+    assert int(pieces_of(lens, most, slots)[1].count_nonzero()) == 2 * MIXED_PROMPTS
 
 
 @pytest.mark.parametrize(("groups", "tokens"), [(1, 64), (2, 32), (3, 16), (8, 8), (64, 1), (71, 1)])

@@ -10,7 +10,6 @@ import torch
 from model.batch import SAMPLED
 from model.graphs import pieces_of
 from model.kernels import (
-    WITHIN,
     Cache,
     DecodeInputs,
     Int4Weight,
@@ -189,8 +188,9 @@ def test_pieces_of_prompts_attend_as_each_token_for_itself(
     query_lens = np.array([now for _, now in sequences], np.int32)
     row_tables = torch.cat([tables[i].expand(now, -1) for i, (_, now) in enumerate(sequences)]).contiguous()
     context = torch.cat([torch.arange(before + 1, before + now + 1) for before, now in sequences]).to(GPU)
-    counts = torch.from_numpy(pieces_of(query_lens, piece_tokens(h // k))).long().to(GPU)
-    pieces = Pieces(counts.clamp(min=0), torch.where(counts == 0, context, 0))
+    rows, counts = pieces_of(query_lens, piece_tokens(h // k), len(context)).to(GPU)
+    alone = torch.from_numpy(np.repeat(query_lens == 1, query_lens)).to(GPU)
+    pieces = Pieces(rows, counts, context * alone)
     q = torch.randn(len(context), h, d, device=GPU, dtype=dtype)
     expected = REFERENCE.decode_attention(q.float(), *exact, row_tables, context)  # type: ignore[arg-type]
     kernels = kernels_for(GPU)
@@ -388,19 +388,18 @@ def test_unpack_decodes(size: int, width: int) -> None:
     n = 3
     lengths = torch.randint(0, width * BLOCK, (n,))
     parts = torch.tensor([n, width]), torch.tensor([7, SAMPLED, 9]), lengths, torch.tensor([2, 0, 1])
-    pieces = torch.tensor([0, 2, WITHIN])
-    packed = torch.cat([*parts, pieces, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
+    alone = torch.tensor([1, 0, 1])
+    packed = torch.cat([*parts, alone, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
     newest = torch.randint(0, 1000, (5,), device=GPU)
     made = []
     for _ in range(2):
-        a, b, c, d, e, counts, lone_lens = (torch.full((size,), -5, device=GPU) for _ in range(7))
+        a, b, c, d, e, lone_lens = (torch.full((size,), -5, device=GPU) for _ in range(6))
         tables = torch.full((size, 310), -5, device=GPU)
-        made.append(DecodeInputs(a, b, c, d, e, tables, Pieces(counts, lone_lens)))
+        made.append(DecodeInputs(a, b, c, d, e, tables, Pieces(a[:0], a[:0], lone_lens)))
     for kernels, inputs in zip((kernels_for(GPU), REFERENCE), made, strict=True):
         kernels.unpack_decodes(packed, newest, inputs, BLOCK, 12345)
     for name in ("token_ids", "positions", "slot_mapping", "context_lens", "seq_slots"):
         assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name
-    assert torch.equal(made[0].pieces.counts, made[1].pieces.counts)
     assert torch.equal(made[0].pieces.lone_lens, made[1].pieces.lone_lens)
     assert torch.equal(made[0].block_tables[:n], made[1].block_tables[:n])
 

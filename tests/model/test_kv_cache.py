@@ -97,9 +97,9 @@ def test_an_unpacked_step_is_the_prepared_one(rows: int) -> None:
         np.array([4, 1, 5, 3, 2, 6], np.int32), np.array([2, 0, 1], np.int32), -1, np.arange(3, dtype=np.int32), [],
     )  # fmt: skip
     newest = torch.tensor([11, 12, 13, 99])
-    a, b, c, d, e, counts, lone_lens = (torch.full((rows,), -5) for _ in range(7))
-    inputs = DecodeInputs(a, b, c, d, e, torch.full((rows, 4), -5), Pieces(counts, lone_lens))
-    KERNELS.unpack_decodes(packed_decodes(batch, 3, 8), newest, inputs, BLOCK, 77)
+    a, b, c, d, e, lone_lens = (torch.full((rows,), -5) for _ in range(6))
+    inputs = DecodeInputs(a, b, c, d, e, torch.full((rows, 4), -5), Pieces(a[:0], a[:0], lone_lens))
+    KERNELS.unpack_decodes(packed_decodes(batch, 3), newest, inputs, BLOCK, 77)
     expected = prepare(batch, BLOCK, CPU)
     assert inputs.token_ids.tolist() == [7, 11, 9] + [0] * (rows - 3)
     assert inputs.positions.tolist() == expected.positions.tolist() + [0] * (rows - 3)
@@ -107,5 +107,4 @@ def test_an_unpacked_step_is_the_prepared_one(rows: int) -> None:
     assert inputs.context_lens.tolist() == expected.context_lens.tolist() + [0] * (rows - 3)
     assert inputs.seq_slots.tolist() == [2, 0, 1] + [3] * (rows - 3)
     assert torch.equal(inputs.block_tables[:3, :2], expected.block_tables)
-    assert counts.tolist() == [0] * rows
     assert torch.equal(lone_lens, inputs.context_lens)
