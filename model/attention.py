@@ -47,7 +47,7 @@ def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMet
         [
             positions,
             slots,
-            starts[batch.sample_rows + 1] - 1,
+            batch.sample_tokens,
             tables[:decodes, :width].reshape(-1),
             context_lens[:decodes],
             np.concatenate(prefill_slots) if prefill_slots else np.empty(0, np.int64),
@@ -80,13 +80,10 @@ def paged_attention(
     q: [T, H, D]; k_cache, v_cache: [N, B, K, D], holding this step's keys already. Returns [T, H, D].
     """
     n = metadata.num_decodes
-    if metadata.pieces is not None:
-        out = kernels.decode_attention(q, k_cache, v_cache, metadata.block_tables, metadata.pieces.lone_lens)
-        kernels.piece_attention(q, k_cache, v_cache, metadata.block_tables, metadata.context_lens, metadata.pieces, out)
-        return out
     parts = []
     if n:
-        parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, metadata.block_tables, metadata.context_lens))
+        tables, lens = metadata.block_tables, metadata.context_lens
+        parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, tables, lens, metadata.pieces))
     if metadata.prefill is not None:
         parts.append(kernels.prefill_attention(q[n:], k_cache, v_cache, metadata.prefill))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -79,6 +79,12 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
         return len(self.query_lens)
 
     @property
+    def sample_tokens(self) -> Int32Array:
+        """[R] the last token of each sequence in `sample_rows`: what its logits follow."""
+        last: Int32Array = np.cumsum(self.query_lens, dtype=np.int32)[self.sample_rows] - 1
+        return last
+
+    @property
     def awaits_masks(self) -> bool:
         return any(draw.awaits_mask for draw in self.draws)
 
@@ -93,8 +99,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
         of_token = np.repeat(np.arange(self.num_seqs), self.query_lens)
         stops = np.cumsum(self.query_lens, dtype=np.int32)
         before = self.num_computed_tokens - (stops - self.query_lens)
-        sample_rows = stops[self.sample_rows] - 1
-        slots = np.full(self.num_tokens, no_slot, np.int32)
+        slots, sample_rows = np.full(self.num_tokens, no_slot, np.int32), self.sample_tokens
         slots[sample_rows] = self.slots[self.sample_rows]
         return msgspec.structs.replace(
             self,

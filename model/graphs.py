@@ -72,7 +72,7 @@ class StepGraphs:
             return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
 
         # Which rows are pieces comes from the host as it is: where they begin and how many each has, [2, P].
-        self._pieces = zeros(2, n // self._piece_tokens + MIXED_PROMPTS).int()
+        self._pieces = zeros(2, self._most_pieces(sizes[True][-1])).int()
         pieces = Pieces(self._pieces[0], self._pieces[1], zeros(n))
         self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks), pieces)
         self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
@@ -99,6 +99,10 @@ class StepGraphs:
         prompts = int(np.count_nonzero(batch.query_lens > 1))
         return prompts <= MIXED_PROMPTS and read <= PIECES_BYTES and batch.num_tokens * width <= TABLE_ENTRIES
 
+    def _most_pieces(self, size: int) -> int:
+        """Of so many tokens: what is left of each prompt is one more."""
+        return size // self._piece_tokens + MIXED_PROMPTS
+
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
         """One step with a row for each token; hidden [T, C] on all stages but the first."""
         n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
@@ -123,7 +127,7 @@ class StepGraphs:
 
     def _step(self, size: int, mixed: bool) -> Decoded:
         decoder, all_ = self._decoder, self._inputs
-        slots = size // self._piece_tokens + MIXED_PROMPTS
+        slots = self._most_pieces(size)
         inputs = DecodeInputs(
             all_.token_ids[:size], all_.positions[:size], all_.slot_mapping[:size], all_.context_lens[:size],
             all_.seq_slots[:size], all_.block_tables[:size],

@@ -104,7 +104,7 @@ class Stage:
             return done.out.clone()
         if not batch.draws and len(batch.sample_rows) == batch.num_tokens:
             return Sampled(done.likeliest.clone(), {}, [])
-        rows = _on(self.decoder.device, np.cumsum(batch.query_lens, dtype=np.int32)[batch.sample_rows] - 1)
+        rows = _on(self.decoder.device, batch.sample_tokens)
         return Unsampled(batch, done.out[rows], []) if batch.draws else Sampled(done.likeliest[rows], {}, [])
 
     def _eager(

@@ -128,26 +128,12 @@ class Kernels(Protocol):
         v_cache: Cache,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
+        pieces: Pieces | None = None,
     ) -> torch.Tensor:
         """softmax(q k / sqrt(D)) v of one token per sequence: q [S, H, D], caches [N, B, K, D] -> [S, H, D].
 
-        block_tables [S, W], context_lens [S] with the token itself; a length of 0 gives 0.
-        """
-        ...
-
-    def piece_attention(
-        self,
-        q: torch.Tensor,
-        k_cache: Cache,
-        v_cache: Cache,
-        block_tables: torch.Tensor,
-        context_lens: torch.Tensor,
-        pieces: Pieces,
-        out: torch.Tensor,
-    ) -> None:
-        """The same of the tokens in `pieces`, of which a piece reads its keys once, into their rows of `out` [S, H, D].
-
-        A piece has at most `piece_tokens` tokens, which follow each other in one sequence.
+        block_tables [S, W], context_lens [S] with the token itself; a length of 0 gives 0. With `pieces`
+        the result is the same, and the tokens of a piece, `piece_tokens` at most, may read its keys together.
         """
         ...
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from model.kernels import Cache, Pieces, Quantized, piece_tokens
 from model.kernels.early import await_inputs, begin, early, fetch_ahead, let_next_start
 
+LOG2_E = 1.4426950408889634
 FETCHED_AHEAD = 512  # programs at most: of more, many start when memory is busy already
 
 
@@ -58,15 +59,14 @@ def decode_attention(
     """See `Kernels.decode_attention`."""
     n, h, d = q.shape
     scaled = isinstance(k_cache, Quantized)
-    keys, k_scales = k_cache if isinstance(k_cache, Quantized) else (k_cache, k_cache)
-    values, v_scales = v_cache if isinstance(v_cache, Quantized) else (v_cache, v_cache)
+    (keys, k_scales), (values, v_scales) = _parts(k_cache), _parts(v_cache)
     block_size, kv_heads = keys.shape[1:3]
     splits, groups, width = tiling.splits, h // kv_heads, triton.next_power_of_2(d)
     out = torch.empty_like(q)
     partial = torch.empty(n, h, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(n, h, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, partial, lse
-    scale = d**-0.5 * 1.4426950408889634
+    scale = d**-0.5 * LOG2_E
     ahead = early()["early"] and d * keys.itemsize % 16 == 0 and n * kv_heads * splits <= FETCHED_AHEAD
     shape = d, width, block_size
     if groups == 1 and scaled:
@@ -77,29 +77,33 @@ def decode_attention(
     else:
         _decode_split[(kv_heads, n, splits)](
             *tensors, scale, block_tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
-            *shape, scaled, tiling.tile, splits, 1, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
+            *shape, scaled, tiling.tile, splits, 0, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
         )  # fmt: skip
     if splits > 1:
         _combine_splits[(n, h)](partial, lse, out, h, d, width, splits, num_warps=2, **early())
     return out
 
 
+def _parts(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept, and its scales where there are any."""
+    return cache if isinstance(cache, Quantized) else (cache, cache)
+
+
 def piece_attention(
     q: torch.Tensor, k_cache: Cache, v_cache: Cache, block_tables: torch.Tensor, context_lens: torch.Tensor,
     pieces: Pieces, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """See `Kernels.piece_attention`. Keys are not cut: there are pieces enough."""
+    """Of the tokens in `pieces`, into their rows of `out`. Keys are not cut: there are pieces enough."""
     _, h, d = q.shape
     scaled = isinstance(k_cache, Quantized)
-    keys, k_scales = k_cache if isinstance(k_cache, Quantized) else (k_cache, k_cache)
-    values, v_scales = v_cache if isinstance(v_cache, Quantized) else (v_cache, v_cache)
+    (keys, k_scales), (values, v_scales) = _parts(k_cache), _parts(v_cache)
     block_size, kv_heads = keys.shape[1:3]
     groups, tokens = h // kv_heads, piece_tokens(h // kv_heads)
     tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, pieces.counts, pieces.rows
     rows = max(16, tokens * triton.next_power_of_2(groups))
     tile, warps = (64, 4) if q.dtype != torch.float32 else (16, 8)  # without matrix units all is kept in registers
     _decode_split[(kv_heads, len(pieces.rows), 1)](
-        *tensors, d**-0.5 * 1.4426950408889634, block_tables.stride(0), h, kv_heads, groups, rows, d,
+        *tensors, d**-0.5 * LOG2_E, block_tables.stride(0), h, kv_heads, groups, rows, d,
         triton.next_power_of_2(d), block_size, scaled, tile, 1, tokens, False, num_warps=warps, num_stages=2, **early(),
     )  # fmt: skip
 
@@ -159,26 +163,26 @@ def _decode_split(
 ):  # fmt: skip
     """One of `splits` parts of a context, for all queries that share a KV head.
 
-    With `tokens` > 1 those of a piece of at most so many: `lse` then says where it begins, `partial` how many it has,
+    With `tokens` > 0 those of a piece of at most so many: `lse` then says where it begins, `partial` how many it has,
     and nothing is split.
     """
     kv = tl.program_id(0)  # fastest: a token's heads lie side by side, and sequences come longest first
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     count = 1
-    if tokens > 1:  # both written before this step began
+    if tokens > 0:  # both written before this step began
         count = tl.load(partial + seq)
         seq = tl.load(lse + seq).to(tl.int64)
     start, stop = _begin_part(
         k_cache, v_cache, tables, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile, splits,
         ahead, early,
     )  # fmt: skip
-    if tokens > 1 and count == 0:
+    if tokens > 0 and count == 0:
         return
     g = tl.arange(0, rows)
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
-    if tokens > 1:
+    if tokens > 0:
         token, g = g // (rows // tokens), g % (rows // tokens)
         at = ((seq + token[:, None]) * h + kv * groups + g[:, None]) * d + i[None, :]
         ours = ((g < groups) & (token < count))[:, None] & (i < d)[None, :]
@@ -202,7 +206,7 @@ def _decode_split(
         if scaled:
             scores *= tl.load(k_scales + to_scale, mask=inside, other=0.0)[None, :]
         scores = tl.where(inside[None, :], scores, -float("inf"))
-        if tokens > 1:  # causally: the last of a piece sees all
+        if tokens > 0:  # causally: the last of a piece sees all
             scores = tl.where(position[None, :] <= stop - count + token[:, None], scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 1))
         p = tl.exp2(scores - better[:, None])

@@ -78,23 +78,16 @@ class FusedKernels:
         v_cache: Cache,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
+        pieces: Pieces | None = None,
     ) -> torch.Tensor:
         kv_heads = cache_shape(k_cache)[2]
         element_bytes = 1 if isinstance(k_cache, Quantized) else k_cache.itemsize
         tiling = tiling_for(len(q), kv_heads, q.shape[1] // kv_heads, element_bytes)
-        return decode_attention(q, k_cache, v_cache, block_tables, context_lens, tiling)
-
-    def piece_attention(
-        self,
-        q: torch.Tensor,
-        k_cache: Cache,
-        v_cache: Cache,
-        block_tables: torch.Tensor,
-        context_lens: torch.Tensor,
-        pieces: Pieces,
-        out: torch.Tensor,
-    ) -> None:
+        if pieces is None:
+            return decode_attention(q, k_cache, v_cache, block_tables, context_lens, tiling)
+        out = decode_attention(q, k_cache, v_cache, block_tables, pieces.lone_lens, tiling)
         piece_attention(q, k_cache, v_cache, block_tables, context_lens, pieces, out)
+        return out
 
     def prefill_attention(
         self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata

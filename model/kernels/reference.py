@@ -69,6 +69,7 @@ class ReferenceKernels:
         v_cache: Cache,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
+        pieces: Pieces | None = None,
     ) -> torch.Tensor:
         n, h, d = q.shape
         block_size, kv_heads = cache_shape(k_cache)[1:3]
@@ -82,20 +83,6 @@ class ReferenceKernels:
         grouped = q.reshape(n, kv_heads, h // kv_heads, d)
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None, :]).reshape(n, h, d)
         return out if int(context_lens.min()) else out.masked_fill(context_lens.view(n, 1, 1) == 0, 0.0)
-
-    def piece_attention(
-        self,
-        q: torch.Tensor,
-        k_cache: Cache,
-        v_cache: Cache,
-        block_tables: torch.Tensor,
-        context_lens: torch.Tensor,
-        pieces: Pieces,
-        out: torch.Tensor,
-    ) -> None:
-        rows = ((context_lens > 0) & (pieces.lone_lens == 0)).nonzero().squeeze(1)
-        if len(rows):
-            out[rows] = self.decode_attention(q[rows], k_cache, v_cache, block_tables[rows], context_lens[rows])
 
     def prefill_attention(
         self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata

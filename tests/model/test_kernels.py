@@ -193,9 +193,7 @@ def test_pieces_of_prompts_attend_as_each_token_for_itself(
     pieces = Pieces(rows, counts, context * alone)
     q = torch.randn(len(context), h, d, device=GPU, dtype=dtype)
     expected = REFERENCE.decode_attention(q.float(), *exact, row_tables, context)  # type: ignore[arg-type]
-    kernels = kernels_for(GPU)
-    found = kernels.decode_attention(q, k_cache, v_cache, row_tables, pieces.lone_lens)
-    kernels.piece_attention(q, k_cache, v_cache, row_tables, context, pieces, found)
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, row_tables, context, pieces)
     assert error(found, expected) < TOLERANCE[dtype]
 
 
