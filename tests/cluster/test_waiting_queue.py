@@ -171,6 +171,19 @@ class Bare:
         return sum(a.num_running for a in self.scheduler._waiting.accounts if a.tenant == tenant)
 
 
+def test_every_token_that_is_computed_is_charged() -> None:
+    """Prompts and what follows, of two tenants in the same batches; the last token of an answer is not computed."""
+    bare = Bare()
+    for tenant, count in (("a", 3), ("b", 1)):
+        for i in range(count):
+            bare.scheduler.add(of(tenant, f"{tenant}{i}", tokens=10, max_tokens=16))
+    bare.steps(80)
+    assert len(bare.finished) == 4
+    charged = {account.tenant: account.counter for account in bare.scheduler._waiting.accounts}
+    one = 10 * INPUT_WEIGHT + 15 * OUTPUT_WEIGHT
+    assert charged == {"a": 3 * one, "b": one}
+
+
 def test_a_full_engine_makes_way_up_to_an_equal_share() -> None:
     bare = Bare(max_num_seqs=8)
     for i in range(20):

@@ -183,6 +183,18 @@ def test_what_is_not_captured_is_loaded_before_traffic() -> None:
         assert stage._newest[:-1].eq(7).all()
 
 
+def test_capturing_begins_with_a_step_that_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    (stage,) = make_stages()
+    seen: list[bool] = []
+    eager = stage._eager
+    monkeypatch.setattr("model.stage.StepGraphs", Uncaptured)
+    monkeypatch.setattr(
+        stage, "_eager", lambda ids, x, step: seen.append(step.prefill is not None) or eager(ids, x, step)
+    )
+    stage.capture(64, lambda done, total: None)
+    assert seen == [True]
+
+
 @pytest.mark.parametrize(("max_num_seqs", "max_num_batched_tokens"), [(512, 512), (8, 2), (1, 1), (64, 512), (512, 64)])
 def test_memory_is_left_for_a_step_with_decodes_and_a_prompt(max_num_seqs: int, max_num_batched_tokens: int) -> None:
     batch = _largest_batch(max_num_seqs, max_num_batched_tokens, 16, 2048)
