@@ -383,7 +383,7 @@ def scaling(
         str, typer.Option(help="cuda: Llama 2 70B; cpu: a small model; one-gpu: it shares one; default: cuda or cpu")
     ] = "",
     rows: Annotated[
-        str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1 or, of two stages, http-1x2; default: all")
+        str, typer.Option(help="only these, e.g. fp8x1,fp8x2,http-1x2 (one pipeline of two stages); default: all")
     ] = "",
     row_timeout: Annotated[float, typer.Option(help="seconds that one row may take")] = 1200.0,
     plot: Plot = None,
@@ -405,7 +405,7 @@ def scaling(
     wanted = rows.split(",") if rows else row_names(plan)
     if unknown := [name for name in wanted if not is_row(plan, name)]:
         known = ", ".join(row_names(plan))
-        fail(f"--rows: there is no {', '.join(unknown)}; there are {known}, and http-1x2 and the like")
+        fail(f"--rows: there is no {', '.join(unknown)}; there are {known}, and http-2x2 and the like")
     try:
         result = bench_scaling(plan, gpus, wanted, file, row_timeout)
     except ValueError as error:

@@ -1,10 +1,12 @@
 """`caravan bench scaling`: one pipeline on more and more stages, then two pipelines behind one endpoint.
 
 A table of rows, each measured in processes of its own and written to the result file as soon as it is done: a run that
-is cut short goes on where it stopped, and a row that fails says why. What the machine has too few GPUs for is skipped,
-and the file says so. The work grows with the stages, so that each has the same to do.
+is cut short goes on where it stopped, a row that fails says why, and several runs may fill one file, each with GPUs of
+its own. What the machine has too few GPUs for is skipped, and the file says so. The work grows with the stages, so that
+each has the same to do.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -45,6 +47,7 @@ class Plan:
     shape: str
     max_model_len: int
     rows: tuple[tuple[str, int], ...]  # (precision, stages)
+    http_stages: int  # of each pipeline behind an endpoint
     requests_per_stage: int
     longest: int  # prompts and outputs of the list are cut to this
     seqs_per_stage: int  # in steady decode
@@ -62,6 +65,7 @@ PLANS: dict[str, Plan] = {
         shape="llama-2-70b",
         max_model_len=4096,
         rows=(*(("fp8", n) for n in (1, 2, 4, 8)), *(("bfloat16", n) for n in (2, 4, 8))),
+        http_stages=4,
         requests_per_stage=600,
         longest=workload.LONGEST,
         seqs_per_stage=128,
@@ -77,6 +81,7 @@ PLANS: dict[str, Plan] = {
         shape="test-50m",
         max_model_len=2048,
         rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
+        http_stages=1,
         requests_per_stage=64,
         longest=256,
         seqs_per_stage=16,
@@ -92,6 +97,7 @@ PLANS: dict[str, Plan] = {
         shape="test-50m",
         max_model_len=1024,
         rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
+        http_stages=1,
         requests_per_stage=8,
         longest=64,
         seqs_per_stage=4,
@@ -107,11 +113,12 @@ PLANS: dict[str, Plan] = {
 
 def row_names(plan: Plan) -> list[str]:
     """In the order in which they are measured."""
-    return [f"{precision}x{stages}" for precision, stages in plan.rows] + ["http-1", "http-2"]
+    http = [f"http-{pipelines}x{plan.http_stages}" for pipelines in (1, 2)]
+    return [f"{precision}x{stages}" for precision, stages in plan.rows] + http
 
 
 def is_row(plan: Plan, name: str) -> bool:
-    """One of those, or pipelines of so many stages: http-1x2 is one of two."""
+    """One of those, or pipelines of another number of stages: http-1x2 is one of two."""
     return name in row_names(plan) or re.fullmatch(r"http-[12]x[1-9]\d*", name) is not None
 
 
@@ -263,22 +270,38 @@ def kill_stage(head: "Head") -> int:
 
 
 def bench_scaling(plan: Plan, gpus: int, rows: Sequence[str], file: Path, timeout_s: float) -> Json:
-    """Measure those of `rows` that `file` does not hold yet; the file is written after each.
+    """Measure those of `rows` that `file` does not hold yet; each is written as soon as it is done.
 
     Raises `ValueError` for a file whose rows were measured by another plan: they cannot be compared.
     """
-    result: Json = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    its_plan = json.loads(json.dumps(asdict(plan)))
-    if result.get("plan", its_plan) != its_plan:
-        raise ValueError(f"{file}: its rows were measured by another plan: name another file, or move this one away")
-    result |= {"plan": its_plan, "gpus": gpus, "cores": os.cpu_count()}
+    result = _rows_of(file, plan)
     for name in rows:
         if _is_measured(result["rows"].get(name)):
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        about = {"date": date.today().isoformat(), "load_average_before": round(os.getloadavg()[0], 1)}
-        result["rows"][name] = {**about, **_row(plan, name, gpus, timeout_s)}
-        result["speedup"], result["two_pipelines"] = speedup(result), two_pipelines(result)
+        load = round(os.getloadavg()[0], 1)
+        about = {"date": date.today().isoformat(), "gpus": gpus, "cores": os.cpu_count(), "load_average_before": load}
+        result = _write(file, plan, name, {**about, **_row(plan, name, gpus, timeout_s)})
+    return result
+
+
+def _rows_of(file: Path, plan: Plan) -> Json:
+    """What `file` holds, of this plan; nothing yet if there is none."""
+    its_plan = json.loads(json.dumps(asdict(plan)))
+    text = file.read_text() if file.exists() else ""
+    result: Json = json.loads(text) if text else {"plan": its_plan, "rows": {}}
+    if result["plan"] != its_plan:
+        raise ValueError(f"{file}: its rows were measured by another plan: name another file, or move this one away")
+    return result
+
+
+def _write(file: Path, plan: Plan, name: str, row: Json) -> Json:
+    """Add `row` to what `file` holds by now: another run may have added its own meanwhile."""
+    with open(file, "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = _rows_of(file, plan)
+        result["rows"][name] = row
+        result |= {"speedup": speedup(result), "two_pipelines": two_pipelines(result)}
         file.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -290,14 +313,13 @@ def _is_measured(row: Json | None) -> bool:
 
 def _row(plan: Plan, name: str, gpus: int, timeout_s: float) -> Json:
     if name.startswith("http-"):
-        pipelines, _, stages_ = name.removeprefix("http-").partition("x")
-        stages = int(stages_) if stages_ else min(4, max(1, gpus // 2)) if plan.device == "cuda" else 1
-        return too_few(plan, stages * int(pipelines), gpus) or http_row(plan, stages, int(pipelines), timeout_s)
+        pipelines, stages = map(int, name.removeprefix("http-").split("x"))
+        return too_few(plan, stages * pipelines, gpus) or http_row(plan, stages, pipelines, timeout_s)
     precision, _, stages_ = name.rpartition("x")
     return too_few(plan, int(stages_), gpus) or offline_row(plan, precision, int(stages_), timeout_s)
 
 
-def speedup(result: Json) -> Json:
+def speedup(result: Json) -> dict[str, dict[int, float]]:
     """Of each precision: output throughput on n stages over that on the fewest, by n."""
     found: dict[str, dict[int, float]] = {}
     for precision, values in throughputs(result).items():
@@ -315,10 +337,11 @@ def throughputs(result: Json) -> dict[str, dict[int, float]]:
     return found
 
 
-def two_pipelines(result: Json) -> float | None:
-    """HTTP throughput of two pipelines over that of one; None where one of the rows is missing."""
-    one, two = (result["rows"].get(f"http-{n}", {}).get("output_throughput") for n in (1, 2))
-    return round(two / one, 2) if one and two else None
+def two_pipelines(result: Json) -> dict[int, float]:
+    """HTTP throughput of two pipelines over that of one, by their stages, where both rows were measured."""
+    done = {name: row["output_throughput"] for name, row in result["rows"].items() if "pipelines" in row}
+    stages = sorted(int(name.removeprefix("http-2x")) for name in done if name.startswith("http-2x"))
+    return {n: round(done[f"http-2x{n}"] / done[f"http-1x{n}"], 2) for n in stages if f"http-1x{n}" in done}
 
 
 def scaling_table(result: Json) -> Table:
@@ -331,10 +354,9 @@ def scaling_table(result: Json) -> Table:
         if not _is_measured(row):
             table.add_row(name, " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
         elif name.startswith("http-"):
-            _add_http(table, row, result["two_pipelines"])
+            _add_http(table, row, two_pipelines(result).get(row["stages"]))
         else:
-            times = result["speedup"][row["precision"]]
-            _add_offline(table, name, row, times.get(row["stages"], times.get(str(row["stages"]))))
+            _add_offline(table, name, row, speedup(result)[row["precision"]][row["stages"]])
     return table
 
 

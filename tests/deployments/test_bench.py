@@ -236,8 +236,8 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     assert measured == [1, 2]
     assert result["rows"]["fp8x4"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert json.loads(file.read_text())["speedup"] == {"fp8": {"1": 1.0, "2": 1.87}}
-    alone = bench_scaling.bench_scaling(plan, 1, ["http-2"], tmp_path / "one.json", 1.0)
-    assert alone["rows"]["http-2"]["skipped"] == "needs 2 GPUs, this machine has 1"
+    alone = bench_scaling.bench_scaling(plan, 1, ["http-2x1"], tmp_path / "one.json", 1.0)
+    assert alone["rows"]["http-2x1"]["skipped"] == "needs 2 GPUs, this machine has 1"
     shared = bench_scaling.PLANS["one-gpu"]
     assert [bench_scaling.too_few(shared, 8, gpus) is None for gpus in (1, 0)] == [True, False]
     again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
@@ -263,7 +263,7 @@ def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path
 
 def test_one_pipeline_is_set_beside_its_engine() -> None:
     row = {"pipelines": 1, "stages": 2, "streams": 256, "output_throughput": 95.0, "total_token_throughput": 190.0}
-    result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}}, "two_pipelines": None, "speedup": {}}
+    result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}}}
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(result))
     assert "95% of the engine alone" in console.export_text()
@@ -274,21 +274,43 @@ def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPat
 
     def row(plan: Any, stages: int, pipelines: int, timeout_s: float) -> dict[str, Any]:
         seen.append((pipelines, stages))
-        return {"output_throughput": 1.0}
+        return {"stages": stages, "pipelines": pipelines, "output_throughput": 1.0}
 
     monkeypatch.setattr(bench_scaling, "http_row", row)
-    rows = ["http-1", "http-1x2", "http-2", "http-2x2"]
-    result = bench_scaling.bench_scaling(bench_scaling.PLANS["cuda"], 2, rows, tmp_path / "s.json", 1.0)
+    rows, plan = ["http-1x1", "http-1x2", "http-2x1", "http-2x2"], bench_scaling.PLANS["cuda"]
+    result = bench_scaling.bench_scaling(plan, 2, rows, tmp_path / "s.json", 1.0)
     assert seen == [(1, 1), (1, 2), (2, 1)]
-    assert all(bench_scaling.is_row(bench_scaling.PLANS["cuda"], name) for name in rows)
-    assert not any(bench_scaling.is_row(bench_scaling.PLANS["cuda"], name) for name in ("http-3", "http-1x", "fp8x3"))
+    assert all(bench_scaling.is_row(plan, name) for name in (*rows, "http-2x4"))
+    assert not any(bench_scaling.is_row(plan, name) for name in ("http-1", "http-3x2", "http-1x", "fp8x3"))
     assert result["rows"]["http-2x2"]["skipped"] == "needs 4 GPUs, this machine has 2"
+    assert result["two_pipelines"] == {1: 1.0}
 
 
-def test_two_pipelines_are_compared_with_one() -> None:
-    rows = {"http-1": {"output_throughput": 100.0}, "http-2": {"output_throughput": 195.0}}
-    assert bench_scaling.two_pipelines({"rows": rows}) == 1.95
-    assert bench_scaling.two_pipelines({"rows": {"http-1": rows["http-1"], "http-2": {"error": "x"}}}) is None
+def test_several_runs_fill_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, plan = tmp_path / "scaling.json", bench_scaling.PLANS["cuda"]
+
+    def row(plan: Any, precision: str, stages: int, timeout_s: float) -> dict[str, Any]:
+        if stages == 2:  # while it is measured, another run, which began with no file either, is done with its own
+            bench_scaling.bench_scaling(plan, 1, ["fp8x1"], file, 1.0)
+        return offline_result(1000.0 * stages, stages)
+
+    monkeypatch.setattr(bench_scaling, "offline_row", row)
+    result = bench_scaling.bench_scaling(plan, 2, ["fp8x2"], file, 1.0)
+    assert result == json.loads(file.read_text(), object_hook=numbered)
+    assert sorted(result["rows"]) == ["fp8x1", "fp8x2"]
+    assert result["speedup"]["fp8"] == {1: 1.0, 2: 2.0}
+
+
+def numbered(value: dict[str, Any]) -> dict[Any, Any]:
+    """JSON's keys are text: numbers again."""
+    return {int(key) if key.isdigit() else key: item for key, item in value.items()}
+
+
+def test_two_pipelines_are_compared_with_one_of_as_many_stages() -> None:
+    speeds = {"http-1x1": 100.0, "http-2x1": 200.0, "http-1x2": 200.0, "http-2x2": 390.0, "http-2x4": 800.0}
+    rows = {name: {"pipelines": int(name[5]), "output_throughput": speed} for name, speed in speeds.items()}
+    assert bench_scaling.two_pipelines({"rows": rows}) == {1: 2.0, 2: 1.95}
+    assert bench_scaling.two_pipelines({"rows": rows | {"http-2x2": {"error": "x"}}}) == {1: 2.0}
 
 
 def test_kernels_need_a_gpu() -> None:
