@@ -46,33 +46,34 @@ class Deployed:
 
 @contextmanager
 def deployed(config: Path, sections: dict[str, Json], haproxy: bool) -> Iterator[Deployed]:
-    """One pipeline of `config` with these settings in place of its own, on a free port. Raises `LocalError`."""
-    with tempfile.TemporaryDirectory(prefix="cv") as temporary, ingress(Path(temporary), haproxy):
-        file, url, model = adapted(config, sections, Path(temporary))
-        with ray_head(2) as head:
-            done = head.serve("deploy", str(file))
-            if done.returncode:
-                raise LocalError(f"serve deploy failed:\n{done.stderr.strip()}")
-            await_ready(head, url)
-            try:
-                yield Deployed(head, url, model)
-            finally:
-                head.serve("shutdown", "-y")
-
-
-def adapted(config: Path, sections: dict[str, Json], directory: Path) -> tuple[Path, str, str]:
-    """The configuration on a free port, one pipeline of one stage; its file, address and model."""
+    """One pipeline of `config` with these settings in place of its own. Raises `LocalError`."""
     content = yaml.safe_load(config.read_text("utf-8"))
-    port = free_port()
-    content["http_options"] = {**(content.get("http_options") or {}), "host": "127.0.0.1", "port": port}
     args = content["applications"][0]["args"]
     # One stage, so that a small machine has a core left for the gateway and for the clients.
     for name, section in {"pipeline": {"stages": 1, "split": "auto"}, **sections}.items():
         args[name] = {**args.get(name, {}), **section}
     args["autoscaling"] = {"min_replicas": 1, "max_replicas": 1}
-    file = directory / "deployed.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file, f"http://127.0.0.1:{port}", args["model"]["name"]
+    with serving(content, haproxy) as service:
+        yield service
+
+
+@contextmanager
+def serving(content: Json, haproxy: bool, num_cpus: int = 2, pipelines: int = 1) -> Iterator[Deployed]:
+    """This Serve configuration, on a free port; so many of its pipelines are ready. Raises `LocalError`."""
+    with tempfile.TemporaryDirectory(prefix="cv") as temporary, ingress(Path(temporary), haproxy):
+        port, file = free_port(), Path(temporary) / "deployed.yaml"
+        http = {**(content.get("http_options") or {}), "host": "127.0.0.1", "port": port}
+        file.write_text(yaml.safe_dump({**content, "http_options": http}))
+        with ray_head(num_cpus) as head:
+            done = head.serve("deploy", str(file))
+            if done.returncode:
+                raise LocalError(f"serve deploy failed:\n{done.stderr.strip()}")
+            url = f"http://127.0.0.1:{port}"
+            await_ready(head, url, pipelines)
+            try:
+                yield Deployed(head, url, content["applications"][0]["args"]["model"]["name"])
+            finally:
+                head.serve("shutdown", "-y")
 
 
 @contextmanager

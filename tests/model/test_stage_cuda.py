@@ -138,11 +138,15 @@ def difference(found: Stage, expected: Stage) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ignore", [[], ["wqkv"], ["wo"], ["w13"], ["w2"], ["wqkv", "layers.2.*"], ["wo", "w2"]])
 def test_products_in_8_bits_beside_others(ignore: list[str], dtype: torch.dtype) -> None:
-    """Near the same mixture on the CPU; captured steps of one row and of several give the tokens of uncaptured ones."""
+    """As far from the same mixture in float32 as a CPU in this dtype: now and then rounding to 8 bits falls otherwise.
+
+    Captured steps of one row and of several give the tokens of uncaptured ones.
+    """
     config = shape(16, 2, 128)
     fp8 = float8_products(config, ignore)
-    found, expected = make(config, "cuda", dtype, fp8=fp8), make(config, "cpu", torch.float32, fp8=fp8)
-    assert difference(found, expected) < 4e-2
+    expected = make(config, "cpu", torch.float32, fp8=fp8)
+    of_cpu = difference(make(config, "cpu", dtype, fp8=fp8), expected)
+    assert difference(make(config, "cuda", dtype, fp8=fp8), expected) < 1.25 * of_cpu
     captured, not_ = (make(config, "cuda", dtype, graphs, fp8=fp8) for graphs in (StepGraphs, Uncaptured))
     for prompts in (PROMPTS[:1], PROMPTS):
         assert generate(captured, prompts, 20) == generate(not_, prompts, 20)
