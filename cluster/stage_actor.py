@@ -22,7 +22,7 @@ from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
 from cluster.stage_loop import Activity, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import ModelConfig, StageLayers, product_of
-from model.heap import freed_blocks_returned
+from model.heap import freed_blocks_returned, freeze_heap
 from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
 from model.memory import kv_budget
@@ -167,7 +167,7 @@ class StageActor:
         return budget // per_block - 1  # one block is for padding
 
     def allocate(self, num_blocks: int) -> None:
-        """The KV cache, and on a GPU the captured steps that work on it: once, for all epochs."""
+        """The KV cache, and on a GPU the captured steps that work on it: the end of the start, once for all epochs."""
         cache, scheduler = self._spec.config.cache, self._spec.config.scheduler
         self._stage = Stage(self._decoder, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
         if self._device.type == "cuda":
@@ -175,6 +175,7 @@ class StageActor:
                 scheduler.max_num_batched_tokens,
                 lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total),
             )
+        freeze_heap()
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
         """Open the meeting point for the link to the next stage, on the last one for that to the first."""

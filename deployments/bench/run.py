@@ -20,6 +20,7 @@ from cluster.sequence import Request, TokenEvent
 from deployments.app import bundles
 from deployments.config import AppConfig
 from model.batch import StageTiming
+from model.heap import freeze_heap
 from model.sampling_params import SamplingParams
 from ops.load import percentiles
 
@@ -174,6 +175,7 @@ def engine_in(config: AppConfig, group: Any) -> Iterator[tuple[Engine, Run]]:
     run = Run()
     engine = launch_engine(config, group, 1, run)
     run.blocks = engine.scheduler.blocks
+    freeze_heap()
     try:
         yield engine, run
     finally:

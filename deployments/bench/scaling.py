@@ -223,12 +223,17 @@ def killed_row(plan: Plan, stages: int, pipelines: int) -> Json:
         streams = plan.streams_per_pipeline
         first = under_load(plan, service, todo[: 2 * streams], streams, pipelines)
         wanted = sum(int(body["max_tokens"]) for body in todo)
-        killer = threading.Timer(wanted / first["output_throughput"] / 3, kill_stage, [service.head])
+        if first["failed"]:
+            return {"error": f"{first['failed']} requests failed before a stage was killed"}
+        killed: list[int] = []
+        third_s = wanted / first["output_throughput"] / 3
+        killer = threading.Timer(third_s, lambda: killed.append(kill_stage(service.head)))
         killer.start()
         result = under_load(plan, service, todo, streams, pipelines)
-        if killer.is_alive():
-            killer.cancel()
-            return {"error": "all requests were done before a stage was to be killed: ask for more of them"}
+        killer.cancel()
+        killer.join()
+        if not killed:
+            return {"error": f"all requests were done before a stage was killed, {third_s:.1f} s after the first"}
         return {"wanted_tokens": wanted, **result}
 
     return deployed_row(plan, stages, pipelines, load)
