@@ -46,9 +46,6 @@ class GlooLink:
             self._group.recv([into], self._peer, 0).wait(timedelta(seconds=timeout_s))
         return into
 
-    def is_waiting(self) -> bool:
-        return False  # `receive` waits itself
-
     def check(self) -> None:
         """`receive` has said it already."""
 

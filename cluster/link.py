@@ -37,10 +37,6 @@ class Link(Protocol):
         """Fill `into` with the next hidden state; the shape follows from the batch, so none is sent."""
         ...
 
-    def is_waiting(self) -> bool:
-        """Whether something that `receive` promised is not there yet. Safe from any thread."""
-        ...
-
     def check(self) -> None:
         """Raises `LinkBroken` if what `receive` promised never came: ask before passing on what became of it."""
         ...

@@ -120,9 +120,6 @@ class NcclLink:
         self._remember(self._received, Pending(is_done, into, time.monotonic() + timeout_s, self._from))
         return into
 
-    def is_waiting(self) -> bool:
-        return self._oldest(self._received) is not None
-
     def check(self) -> None:
         if self._broken is not None:
             raise LinkBroken(self._broken)

@@ -67,11 +67,14 @@ class StageLoop:
 
     @property
     def activity(self) -> Activity:
-        """What it does now; read by another thread, to find the stage that hangs."""
-        if not self._outbox:
-            return self._activity
-        waiting = any(link is not None and link.is_waiting() for link in (self._upstream, self._tokens))
-        return "receiving" if waiting else "computing"
+        """What it does now; read by another thread, to find the stage that hangs.
+
+        A device is at the oldest step that it has not finished: in it, or still waiting for what it begins with.
+        """
+        for step in tuple(self._outbox):
+            if not step.span.is_over():
+                return "computing" if step.span.has_begun() else "receiving"
+        return self._activity
 
     def run(self) -> None:
         """Until told to stop. Raises `LinkBroken` if a neighbour is gone, `RuntimeError` if the order is broken."""

@@ -9,6 +9,7 @@ import torch
 class Span(Protocol):
     """One stretch of work. All times in seconds of `time.monotonic`; they may be asked for once the span is over."""
 
+    def has_begun(self) -> bool: ...
     def is_over(self) -> bool: ...
     def wait(self) -> float:
         """Idle time between the span before and this one."""
@@ -23,6 +24,9 @@ class HostSpan:
 
     def __init__(self, idle_since: float, started: float, finished: float) -> None:
         self._idle_since, self._started, self._finished = idle_since, started, finished
+
+    def has_begun(self) -> bool:
+        return True
 
     def is_over(self) -> bool:
         return True
@@ -43,6 +47,9 @@ class DeviceSpan:
     def __init__(self, before: Any, start: Any, end: Any) -> None:
         self._before, self._start, self._end = before, start, end
         self._seen_over = 0.0
+
+    def has_begun(self) -> bool:
+        return bool(self._start.query())
 
     def is_over(self) -> bool:
         return bool(self._end.query())

@@ -130,9 +130,6 @@ class Wire:
         self.happened.append(f"receive {into.tolist()}")
         return into
 
-    def is_waiting(self) -> bool:
-        return False
-
     def check(self) -> None:
         pass
 
@@ -167,6 +164,32 @@ def first_stage(batches: list[Batch], max_in_flight: int, monkeypatch: pytest.Mo
     StageLoop(0, stage, engine, 0, None, downstream, tokens, max_in_flight).run()
     assert engine.answered == list(range(len(batches)))
     return happened
+
+
+@pytest.mark.parametrize(("begun", "activity"), [(True, "computing"), (False, "receiving")])
+def test_a_device_that_hangs_in_its_own_step_is_told_from_one_that_waits(
+    begun: bool, activity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has been launched behind that step, such as a receive, waits too."""
+    span = SimpleNamespace(has_begun=lambda: begun, is_over=lambda: False)
+    monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=lambda: span))
+    engine: Any = Timings([make_batch(n) for n in range(2)])
+    seen: list[str] = []
+
+    def receive(wait: bool = True) -> Any:
+        if engine.orders:
+            return engine.orders.pop(0)
+        if not loop._outbox:
+            return None
+        seen.append(loop.activity)
+        raise StopRequested
+
+    engine.receive = receive
+    upstream: Any = SimpleNamespace(receive=lambda into, s: into, on_device=True, check=lambda: None)
+    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3]), {}))
+    loop = StageLoop(1, stage, engine, 0, upstream, None)
+    loop.run()
+    assert seen == [activity]
 
 
 def test_the_first_stage_lets_its_device_wait_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
