@@ -37,6 +37,7 @@ pytestmark = pytest.mark.timeout(400)
 SHORT = {"streams": 16, "requests": 60, "cases": 16, "tokens": (64, 160), "calm_s": 1.0}
 
 
+@pytest.mark.faults
 def test_streams_survive_a_stage_and_an_engine() -> None:
     """The deployed service; kill -9 under 16 streams, half of them sampled: every token as without faults."""
     report = run(Setting(workers=2, gateways=1), Plan(kinds=["stage", "engine"], faults=2, seed=1, **SHORT))  # type: ignore[arg-type]

@@ -420,6 +420,7 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
     assert service.gauge("streams_broken_total") == 0
 
 
+@pytest.mark.faults
 def test_an_update_hands_its_streams_to_the_new_replica(service: Service) -> None:
     """`serve deploy` of a changed configuration with one replica: the new one is ready before the old one goes."""
     body = {
