@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Deployed:
     head: Head
     url: str
     model: str
+    start_s: float  # from `serve deploy` until it was ready
 
     @property
     def completions(self) -> str:
@@ -65,13 +67,15 @@ def serving(content: Json, haproxy: bool, num_cpus: int = 2, pipelines: int = 1)
         http = {**(content.get("http_options") or {}), "host": "127.0.0.1", "port": port}
         file.write_text(yaml.safe_dump({**content, "http_options": http}))
         with ray_head(num_cpus) as head:
+            started = time.monotonic()
             done = head.serve("deploy", str(file))
             if done.returncode:
                 raise LocalError(f"serve deploy failed:\n{done.stderr.strip()}")
             url = f"http://127.0.0.1:{port}"
             await_ready(head, url, pipelines)
+            start_s = round(time.monotonic() - started, 1)
             try:
-                yield Deployed(head, url, content["applications"][0]["args"]["model"]["name"])
+                yield Deployed(head, url, content["applications"][0]["args"]["model"]["name"], start_s)
             finally:
                 head.serve("shutdown", "-y")
 

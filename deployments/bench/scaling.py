@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -222,10 +221,10 @@ def killed_row(plan: Plan, stages: int, pipelines: int) -> Json:
     def load(service: Deployed, todo: list[Json]) -> Json:
         streams = plan.streams_per_pipeline
         first = under_load(plan, service, todo[: 2 * streams], streams, pipelines)
-        wanted = sum(int(body["max_tokens"]) for body in todo)
         if first["failed"]:
             return {"error": f"{first['failed']} requests failed before a stage was killed"}
         killed: list[int] = []
+        wanted = sum(int(body["max_tokens"]) for body in todo)
         third_s = wanted / first["output_throughput"] / 3
         killer = threading.Timer(third_s, lambda: killed.append(kill_stage(service.head)))
         killer.start()
@@ -233,7 +232,7 @@ def killed_row(plan: Plan, stages: int, pipelines: int) -> Json:
         killer.cancel()
         killer.join()
         if not killed:
-            return {"error": f"all requests were done before a stage was killed, {third_s:.1f} s after the first"}
+            return {"error": f"no stage was killed after {third_s:.1f} s, and now all requests were done"}
         return {"wanted_tokens": wanted, **result}
 
     return deployed_row(plan, stages, pipelines, load)
@@ -244,16 +243,16 @@ def deployed_row(plan: Plan, stages: int, pipelines: int, load: Callable[[Deploy
     vocab_size = min(workload.VOCAB_SIZE, SHAPES[plan.shape].vocab_size)
     todo = bodies(plan.shape, plan.requests_per_stage * stages * pipelines, vocab_size, plan.longest)
     cpus = max(os.cpu_count() or 1, 2 if plan.device == "cpu" else 2 * pipelines * (stages + 3))
-    config, started = serve_config(plan, plan.precision, stages, pipelines), time.monotonic()
+    config = serve_config(plan, plan.precision, stages, pipelines)
+    about = {"stages": stages, "pipelines": pipelines, "precision": plan.precision}
     try:
         with serving(config, plan.haproxy, cpus, pipelines) as service:
-            start_s = round(time.monotonic() - started, 1)
             warm = todo[: plan.streams_per_pipeline * pipelines]
             under_load(plan, service, warm, len(warm), pipelines)
             result = load(service, todo)
     except LocalError as error:
         return {"error": str(error)}
-    return {"stages": stages, "pipelines": pipelines, "precision": plan.precision, "start_s": start_s, **result}
+    return result if "error" in result else {**about, "start_s": service.start_s, **result}
 
 
 def under_load(plan: Plan, service: Deployed, requests: list[Json], streams: int, pipelines: int) -> Json:
@@ -295,8 +294,7 @@ def bench_scaling(plan: Plan, gpus: int, rows: Sequence[str], file: Path, timeou
 def _rows_of(file: Path, plan: Plan) -> Json:
     """What `file` holds, of this plan; nothing yet if there is none."""
     its_plan = json.loads(json.dumps(asdict(plan)))
-    text = file.read_text() if file.exists() else ""
-    result: Json = json.loads(text) if text else {"plan": its_plan, "rows": {}}
+    result: Json = json.loads(file.read_text()) if file.exists() else {"plan": its_plan, "rows": {}}
     if result["plan"] != its_plan:
         raise ValueError(f"{file}: its rows were measured by another plan: name another file, or move this one away")
     return result
@@ -304,12 +302,17 @@ def _rows_of(file: Path, plan: Plan) -> Json:
 
 def _write(file: Path, plan: Plan, name: str, row: Json) -> Json:
     """Add `row` to what `file` holds by now: another run may have added its own meanwhile."""
-    with open(file, "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
         result = _rows_of(file, plan)
         result["rows"][name] = row
         result |= {"speedup": speedup(result), "two_pipelines": two_pipelines(result)}
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        temporary = file.with_suffix(".new")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(file)  # at once: whoever reads it, or is ended meanwhile, has the old rows or all
+    finally:
+        os.close(directory)
     return result
 
 
@@ -326,9 +329,9 @@ def _row(plan: Plan, name: str, gpus: int, timeout_s: float) -> Json:
         return skipped
     if kind == "killed":
         return killed_row(plan, stages, pipelines)
-    return (
-        http_row(plan, stages, pipelines, timeout_s) if kind == "http" else offline_row(plan, kind, stages, timeout_s)
-    )
+    if kind == "http":
+        return http_row(plan, stages, pipelines, timeout_s)
+    return offline_row(plan, kind, stages, timeout_s)
 
 
 def speedup(result: Json) -> dict[str, dict[int, float]]:

@@ -324,18 +324,22 @@ class Clients:
 
 
 @pytest.mark.parametrize(("throughput", "killed"), [(1e6, 1), (10.0, 0)])
-def test_a_stage_is_killed_while_clients_wait(throughput: float, killed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_killed_while_clients_wait(
+    throughput: float, killed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """After a third of what the requests take; where they are done sooner, the row says so instead."""
     kills: list[Any] = []
 
     @contextmanager
     def serving(*_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(head="head", url="")
+        yield SimpleNamespace(head="head", url="", start_s=1.0)
 
     monkeypatch.setattr(bench_scaling, "serving", serving)
     monkeypatch.setattr(bench_scaling, "kill_stage", kills.append)
     monkeypatch.setattr(bench_scaling, "measure", Clients(throughput, 0.3).measure)
-    row = bench_scaling.killed_row(bench_scaling.PLANS["cpu"], 1, 2)
+    result = bench_scaling.bench_scaling(bench_scaling.PLANS["cpu"], 0, ["killed-2x1"], tmp_path / "s.json", 1.0)
+    Console(file=io.StringIO()).print(bench_scaling.scaling_table(result))
+    row = result["rows"]["killed-2x1"]
     assert kills == ["head"] * killed
     assert ("all requests were done" in row.get("error", "")) == (not killed)
     if killed:
