@@ -13,7 +13,6 @@ from deployments.config import AppConfig, parse_app_config
 from deployments.engine_client import ServeEngineClient
 from deployments.engine_replica import EngineReplica
 from deployments.http import create_gateway
-from model.heap import freeze_heap
 from ops import logs
 from ops.metrics import Recorder
 
@@ -34,9 +33,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
-        gateway = create_gateway(self._config, client, Recorder(serve_metrics, "gateway"), echo_request_id=False)
-        freeze_heap()
-        return gateway
+        return create_gateway(self._config, client, Recorder(serve_metrics, "gateway"), echo_request_id=False)
 
 
 def warn_if_open() -> None:

@@ -28,7 +28,6 @@ from deployments.status import ReplicaStatus
 from deployments.token_link import GatewayLost, ReplyAddress, TokenSender
 from model.batch import StageTiming
 from model.grammar import Masks
-from model.heap import freeze_heap
 from model.sampling_params import SamplingParams
 from model.tokenizer import load_tokenizer
 from model.weights import resolve_path
@@ -108,7 +107,6 @@ class EngineReplica:
             self._await_probe(
                 min(self._config.scheduler.max_num_batched_tokens, self._engine.scheduler.max_model_len - 1)
             )
-            freeze_heap()
             self._serving = True
         except BaseException:
             self._shut_down()

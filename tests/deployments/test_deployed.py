@@ -156,6 +156,30 @@ def test_constrained_answers_even_if_a_stage_dies(service: Service) -> None:
     assert texts == expected
 
 
+FREEZES = """
+import gc, ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+for actor in ray.util.list_named_actors(all_namespaces=True):
+    if "#Engine#" in actor["name"] or "#Gateway#" in actor["name"]:
+        replica = ray.get_actor(actor["name"], namespace=actor["namespace"])
+        print(ray.get(replica.__ray_call__.remote(lambda self: gc.get_freeze_count())))
+"""
+
+
+def test_the_garbage_collector_leaves_alone_what_engine_and_gateway_started_with(service: Service) -> None:
+    """To look through it takes a tenth of a second, in which no token is passed on: Serve sees to it."""
+    lines = " ".join(cmdline(pid) for pid in session_processes(service.head))
+    found = re.search(r"--gcs-address=(\S+)", lines)
+    assert found is not None, lines
+    asked = subprocess.run(
+        [sys.executable, "-c", FREEZES, found[1]], env=service.head.environment, capture_output=True, text=True
+    )
+    assert asked.returncode == 0, asked.stderr
+    counts = [int(line) for line in asked.stdout.split()]
+    assert len(counts) >= 2
+    assert min(counts) > 50_000
+
+
 def test_openai_errors_are_its_exception_classes(service: Service) -> None:
     ask = {"messages": [{"role": "user", "content": "hi"}], "model": NAME}
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
