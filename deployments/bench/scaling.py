@@ -369,7 +369,7 @@ def scaling_table(result: Json) -> Table:
         if not _is_measured(row):
             table.add_row(name, "", " ".join(f"{k}: {v}" for k, v in row.items() if k in ("skipped", "error")))
         elif "pipelines" in row:
-            _add_http(table, row, two_pipelines(result).get(row["stages"]))
+            _add_http(table, row, two_pipelines(result).get(row["stages"]) if row["pipelines"] == 2 else None)
         else:
             _add_offline(table, row, speedup(result)[row["precision"]][row["stages"]])
     return table
