@@ -88,6 +88,12 @@ def test_the_locks_name_each_package_once_and_no_host() -> None:
         assert len(set(names)) == len(names), lock
 
 
+def test_results_that_documents_name_are_there() -> None:
+    for document in ("README.md", "ops/results/README.md", "ops/runbook.md"):
+        named = re.findall(r"([\w*-]+-20[\d*-]+\.(?:json|png))", (ROOT / document).read_text("utf-8"))
+        assert {name for name in named if not any((ROOT / "ops/results").glob(name))} == set(), document
+
+
 def test_results_are_json() -> None:
     for file in (ROOT / "ops/results").glob("*.json"):
         json.loads(file.read_text())
