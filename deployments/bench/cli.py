@@ -266,7 +266,7 @@ def overload(
     config: Annotated[Path, typer.Option(help="the configuration to deploy here, with one stage")] = Path(
         "ray_config.yaml"
     ),
-    target: Annotated[float, typer.Option(help="admission.target_ttft_s")] = 5.0,
+    target: Annotated[float, typer.Option(help="admission.target_ttft_s; longer on a slow machine")] = 5.0,
     seconds: Annotated[float, typer.Option(help="how long")] = 60.0,
     factor: Annotated[float, typer.Option(help="how much more than it can take")] = 10.0,
     haproxy: Annotated[bool, typer.Option(help="HAProxy as Serve's ingress")] = True,

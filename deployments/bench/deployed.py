@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from deployments.local import Head, LocalError, await_ready, free_port, ray_head
-from ops import workload
+from ops import load, workload
 
 VOCAB = 49_000
 Json = dict[str, Any]
@@ -44,6 +44,16 @@ class Deployed:
             }
             for i in range(count)
         ]
+
+
+def all_served(capacity: load.Summary) -> load.Summary:
+    """A run that shows what a service can take. Raises `LocalError` if it refused some: then it does not show that."""
+    if capacity.failed:
+        raise LocalError(
+            f"{capacity.failed} of {capacity.requests} requests failed while it was measured what the service takes: "
+            "this machine is too slow for the time to the first token that is asked of it (admission.target_ttft_s)"
+        )
+    return capacity
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from deployments.bench.deployed import Deployed, deployed
+from deployments.bench.deployed import Deployed, all_served, deployed
 from deployments.tenants import add_key
 from ops import load, top
 
@@ -48,7 +48,7 @@ class _Tenants:
 
     async def measure(self, shares: list[float], seconds: float) -> Json:
         await self._ask("greedy", 4 * MAX_SEQS, MAX_SEQS)  # warm
-        capacity = await self._ask("greedy", 12 * MAX_SEQS, MAX_SEQS + 2)
+        capacity = all_served(await self._ask("greedy", 12 * MAX_SEQS, MAX_SEQS + 2))
         rows = [await self._row(share, capacity, seconds) for share in shares]
         await asyncio.sleep(METRICS_S)
         metered = {name: int(self._metered(name)) for name in self._received}

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-from deployments.bench.deployed import Deployed, deployed
+from deployments.bench.deployed import Deployed, all_served, deployed
 from deployments.local import Head, LocalError, session_processes
 from ops import load, overload
 
@@ -44,7 +44,7 @@ def _measure(service: Deployed, seconds: float, factor: float) -> Json:
     asyncio.run(load.run(path, bodies(2 * MAX_SEQS, 50_000), MAX_SEQS))  # warm
     # A few more than run at once, so that there is always one to take the place of one that ended.
     capacity, _ = asyncio.run(load.run(path, bodies(8 * MAX_SEQS, 0), MAX_SEQS + 4))
-    rate = capacity.request_throughput
+    rate = all_served(capacity).request_throughput
     gateway = gateway_process(service.head)
     memory: list[tuple[float, float]] = []
 
@@ -61,7 +61,6 @@ def _measure(service: Deployed, seconds: float, factor: float) -> Json:
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "capacity_requests_per_s": round(rate, 2),
-        "capacity_failed": capacity.failed,
         "capacity_ttft_s": capacity.ttft_s,
         "factor": factor,
         **overload.summary(offered, seconds),

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +21,14 @@ from typer.testing import CliRunner
 
 from cluster.engine import StepReport
 from deployments.bench import scaling as bench_scaling
+from deployments.bench.deployed import all_served
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
 from deployments.bench.sweep import Load
 from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
+from deployments.local import LocalError
 from model.batch import StageTiming
 from model.config import split_layers
 from model.families import SHAPES
@@ -307,6 +309,14 @@ def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPat
     assert not any(bench_scaling.is_row(plan, name) for name in ("http-1", "http-3x2", "http-1x", "fp8x3"))
     assert result["rows"]["http-2x2"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert result["two_pipelines"] == {1: 1.0}
+
+
+def test_a_service_that_refused_has_not_shown_what_it_can_take() -> None:
+    times = {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+    served = Summary(128, 0, 1.0, 1, 6.8, 1.0, 1.0, times, times, times, times, 0.5)
+    assert all_served(served).request_throughput == 6.8
+    with pytest.raises(LocalError, match=r"112 of 128 requests failed .*admission.target_ttft_s"):
+        all_served(replace(served, failed=112))
 
 
 @dataclass
