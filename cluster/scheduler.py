@@ -12,19 +12,17 @@ gets it from the tenant that holds more, up to an equal share.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
-from operator import attrgetter
-
-import numpy as np
 
 from cluster.account import Account
-from cluster.awaited_masks import AwaitedMasks, Unmasked
+from cluster.awaited_masks import AwaitedMasks
+from cluster.batch_builder import build_batch, in_order
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
+from cluster.running import Running
 from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.waiting_queue import Policy, WaitingQueue
-from model.batch import SAMPLED, Batch, LateMasks, Penalties, PromptRow, SampleRow, StepOutput, TokenLogprobs, uniform
+from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
@@ -68,14 +66,10 @@ class Scheduler:
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
         self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
-        self._running: dict[str, Sequence] = {}  # least recently scheduled first
+        self._running = Running(blocks, max_num_seqs, self.max_model_len)
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
-        self._priorities: Counter[int] = Counter()  # of running sequences
-        self._slots = list(range(max_num_seqs))  # free ones
-        # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
-        self._tables = np.zeros((max_num_seqs, blocks.blocks_for(self.max_model_len)), np.int32)
         self._next_step = 0
         self._arrivals = 0
         self._preemptions = self._prefix_queried = self._prefix_hits = 0
@@ -107,7 +101,7 @@ class Scheduler:
         """
         seq = self._running.get(request_id)
         if seq is not None:
-            self._release(seq)
+            self._running.release(seq)
         else:
             self._waiting.remove(request_id)
 
@@ -118,7 +112,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             running=len(self._running),
-            running_tokens=sum(s.num_tokens for s in self._running.values()),
+            running_tokens=sum(s.num_tokens for s in self._running),
             waiting=len(self._waiting),
             waiting_tokens=self._waiting.num_tokens,
             kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
@@ -129,16 +123,10 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Assert that the books are right: see `BlockManager.check`."""
-        self.blocks.check(list(self._running.values()))
-        for seq in [*self._running.values(), *self._waiting]:
+        """Assert that the books are right: see `Running.check`."""
+        self._running.check(self._waiting.accounts)
+        for seq in [*self._running, *self._waiting]:
             seq.check()
-        taken = [seq.slot for seq in self._running.values()]
-        assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
-        for account in self._waiting.accounts:
-            own = [seq for seq in self._running.values() if seq.account is account]
-            held = sum(len(seq.block_table) for seq in own)
-            assert (account.num_running, account.num_blocks) == (len(own), held), f"{account.tenant}'s books are wrong"
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -152,31 +140,15 @@ class Scheduler:
             decodes = self._schedule_decodes(self._next_step - 1)
         if not decodes and not chunks:
             return None
-        sequences, counts = _placed(decodes, chunks)
-        batch = self._build(sequences, counts)
+        sequences, counts = in_order(decodes, chunks)
+        batch, unmasked = build_batch(self.epoch, self._next_step, sequences, counts, self._running.tables)
+        self._awaited.expect(batch.step_id, unmasked)
         if decodes:
             self._cohorts.add(batch.step_id)
         self._in_flight[batch.step_id] = sequences
-        self._advance(sequences, counts)
+        self._running.advance(sequences, counts, batch.step_id)
         self._next_step += 1
         return batch
-
-    def _advance(self, sequences: list[Sequence], counts: list[int]) -> None:
-        """What the next batch computes counts as computed from now on."""
-        step_id, running = self._next_step, self._running
-        caching, block_size = self.blocks.prefix_caching, self.blocks.block_size
-        for seq, count in zip(sequences, counts, strict=True):
-            seq.num_computed_tokens += count
-            seq.num_in_flight += 1
-            seq.last_step = step_id
-            if count == seq.num_uncomputed_tokens:  # what follows is sampled
-                seq.num_pending_tokens += 1
-                seq.num_uncomputed_tokens = 1
-            else:
-                seq.num_uncomputed_tokens -= count
-            running[seq.request_id] = running.pop(seq.request_id)  # it is the last one now
-            if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
-                self.blocks.mark_computed(seq)
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
@@ -201,7 +173,7 @@ class Scheduler:
                 if seq.matcher is not None and events[-1].finish_reason is None:
                     advanced.append((seq.matcher, token_id))
             else:
-                self._release(seq)
+                self._running.release(seq)
                 events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
         for matcher, token_id in advanced:  # in a row: their masks shall be ready together
             matcher.advance(token_id)
@@ -221,7 +193,7 @@ class Scheduler:
     def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         finish_reason = seq.append(token_id)
         if finish_reason is not None:
-            self._release(seq)
+            self._running.release(seq)
         if logprobs is None and not seq.num_cached_tokens and seq.prompt_logprobs is None:
             return TokenEvent(seq.request_id, token_id, finish_reason)
         cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
@@ -234,7 +206,7 @@ class Scheduler:
         self._in_flight.clear()
         self._cohorts.clear()
         self._awaited.clear()
-        for seq in sorted(self._running.values(), key=lambda s: -s.arrival):
+        for seq in sorted(self._running, key=lambda s: -s.arrival):
             self._preempt(seq)
         self.blocks.forget()
         self.epoch += 1
@@ -264,8 +236,7 @@ class Scheduler:
         """
         if len(self._cohorts) > self.depth:
             return []
-        running = self._running.values()
-        decoding = [seq for seq in running if seq.num_uncomputed_tokens == 1 and seq.num_computed_tokens]
+        decoding = [seq for seq in self._running if seq.num_uncomputed_tokens == 1 and seq.num_computed_tokens]
         mask_seconds, block_size = MASK_SECONDS, self.blocks.block_size
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
         victims: list[Sequence] | None = None
@@ -282,9 +253,9 @@ class Scheduler:
             missing = 0.0 if seq.matcher is None else _missing_mask_seconds(seq)
             if missing > mask_seconds:
                 continue
-            if seq.num_computed_tokens % block_size == 0 and not self._grow(seq):  # only where a block may end
+            if seq.num_computed_tokens % block_size == 0 and not self._running.grow(seq):  # only where a block may end
                 if victims is None:  # sorted once: a cache that is full for one is full for many
-                    victims = sorted((s for s in running if s.num_in_flight == 0), key=self._expendable)
+                    victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._expendable)
                 if not self._make_room(seq, victims, chosen):
                     continue
             mask_seconds -= missing
@@ -295,7 +266,7 @@ class Scheduler:
     def _schedule_prefills(self, num_decodes: int) -> list[tuple[Sequence, int]]:
         """Prompt chunks beside so many decodes: what runs or could, spread over several turns of the pipeline."""
         chunks: list[tuple[Sequence, int]] = []
-        prefilling = [seq for seq in self._running.values() if seq.num_uncomputed_tokens > 1]
+        prefilling = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         left = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._admissible_tokens()
         share = -(-left // (PREFILL_TURNS * self.depth if self.depth > 1 else 1))
         budget = max(share, MIN_STEP_TOKENS - len(self._running), MIN_PREFILL_CHUNK)
@@ -311,9 +282,10 @@ class Scheduler:
 
     def _admissible_tokens(self) -> int:
         """About how many tokens wait that there are slots and blocks for."""
-        if not len(self._waiting):
+        tokens, count = self._waiting.num_tokens, len(self._waiting)
+        if not count:
             return 0
-        by_slots = self._waiting.num_tokens * min(len(self._slots), len(self._waiting)) // len(self._waiting)
+        by_slots = tokens * min(self._running.num_free_slots, count) // count
         free = self.blocks.num_free - len(self._running)
         return max(0, min(by_slots, free * self.blocks.block_size))
 
@@ -329,42 +301,21 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Let a waiting sequence run, with blocks for all it knows now; False if there is no room."""
-        prefix = self._room_for(seq)
+        prefix = self._running.prefix_for(seq)
         if prefix is None:
             return False
         self._waiting.remove(seq.request_id)
-        self.blocks.allocate(seq, prefix, seq.num_tokens)
-        account = seq.account
-        account.num_running += 1
-        account.num_blocks += len(seq.block_table)
-        self._priorities[seq.request.priority] += 1
-        seq.slot = self._slots.pop()
-        self._tables[seq.slot, : len(seq.block_table)] = seq.block_table
-        seq.num_computed_tokens = len(prefix) * self.blocks.block_size
-        seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
-        if seq.num_output_tokens == len(seq.request.output_ids):
-            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+        self._running.admit(seq, prefix)
         self._prefix_queried += seq.num_tokens
         self._prefix_hits += seq.num_computed_tokens
-        self._running[seq.request_id] = seq
         self.admitted.append(seq.request_id)
         return True
-
-    def _room_for(self, seq: Sequence) -> list[int] | None:
-        """The blocks that hold the beginning of a waiting sequence already, if it may run now; None if not."""
-        if not self._slots:
-            return None
-        # Whose logprobs are wanted must be computed, even if its keys and values are there.
-        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
-        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
-        headroom = len(self._running) * self.blocks.block_size
-        return prefix if self.blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
 
     def _make_way(self) -> None:
         """Admit who is next at the cost of those that hold more or are less urgent; others wait for free room."""
         while (seq := self._waiting.next()) is not None and self._may_displace(seq):
             displaced = 0
-            while self._room_for(seq) is None:
+            while self._running.prefix_for(seq) is None:
                 victim = self._victim_for(seq)
                 if victim is None:
                     return
@@ -376,7 +327,7 @@ class Scheduler:
 
     def _may_displace(self, seq: Sequence) -> bool:
         """Whether anybody runs who could have to make way: a quick look that ends the matter with a single tenant."""
-        return max(self._priorities, default=0) > seq.request.priority or (seq.account.num_running < len(self._running))
+        return self._running.worst_priority > seq.request.priority or seq.account.num_running < len(self._running)
 
     def _victim_for(self, seq: Sequence) -> Sequence | None:
         """Who is to make way for `seq`, or None if it has to wait.
@@ -384,8 +335,8 @@ class Scheduler:
         That is who is less urgent; among equals, the youngest of the tenant that holds most, as long as `seq`'s tenant
         stays within its fair share and has not had more service. It may be in flight: what comes of that is dropped.
         """
-        queue, worst = self._waiting, max(self._priorities)
-        candidates = (s for s in self._running.values() if s.request.priority == worst)
+        queue, worst = self._waiting, self._running.worst_priority
+        candidates = (s for s in self._running if s.request.priority == worst)
         if worst <= seq.request.priority:
             account, active = seq.account, [a for a in queue.accounts if a.num_running or a.waiting]
             other = max(active, key=queue.share)
@@ -405,7 +356,7 @@ class Scheduler:
 
         False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
         """
-        while not self._grow(seq):
+        while not self._running.grow(seq):
             while victims and (victims[-1] in chosen or not victims[-1].is_running):
                 victims.pop()
             if not victims or (victims[-1] is seq and len(self._running) > len(victims)):
@@ -416,78 +367,11 @@ class Scheduler:
                 return False
         return True
 
-    def _grow(self, seq: Sequence) -> bool:
-        """Blocks for one token more, if it needs any; False if there are none."""
-        before, num_tokens = len(seq.block_table), seq.num_computed_tokens + 1
-        if not self.blocks.can_grow(seq, num_tokens):
-            return False
-        self.blocks.grow(seq, num_tokens)
-        seq.account.num_blocks += len(seq.block_table) - before
-        self._tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
-        return True
-
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
-        self._release(seq)
+        self._running.release(seq)
         self._waiting.push(seq.again())
         self._preemptions += 1
-
-    def _release(self, seq: Sequence) -> None:
-        """Take back what a running sequence holds.
-
-        A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
-        """
-        del self._running[seq.request_id]
-        account = seq.account
-        account.num_running -= 1
-        account.num_blocks -= len(seq.block_table)
-        self._priorities[seq.request.priority] -= 1
-        self._priorities += Counter()  # forgets what is at zero
-        self.blocks.free(seq)
-        self._slots.append(seq.slot)
-        seq.slot = -1
-
-    # -- the message ------------------------------------------------------------------------------------------------
-
-    def _build(self, sequences: list[Sequence], counts: list[int]) -> Batch:
-        token_ids: list[int] = []
-        sample_rows: list[int] = []
-        draws: list[SampleRow] = []
-        prompt_rows: list[PromptRow] = []
-        unmasked: list[Unmasked] = []
-        tokens_from = -1
-        for row, (seq, count) in enumerate(zip(sequences, counts, strict=True)):
-            start = seq.num_computed_tokens
-            if seq.num_pending_tokens:
-                token_ids.append(SAMPLED)
-                if seq.last_step > tokens_from:
-                    tokens_from = seq.last_step
-            else:
-                token_ids += seq.token_ids[start : start + count]
-            if count == seq.num_uncomputed_tokens:
-                if not seq.is_greedy:
-                    draws.append(_sample_row(len(sample_rows), seq))
-                    if draws[-1].awaits_mask:
-                        unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
-                sample_rows.append(row)
-            if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
-                prompt_rows.append(_prompt_row(row, seq, start + count))
-        self._awaited.expect(self._next_step, unmasked)
-        width = max([len(seq.block_table) for seq in sequences])
-        slots = np.array([seq.slot for seq in sequences], np.int32)
-        return Batch(
-            epoch=self.epoch,
-            step_id=self._next_step,
-            token_ids=np.array(token_ids, np.int32),
-            query_lens=np.array(counts, np.int32),
-            num_computed_tokens=np.array([seq.num_computed_tokens for seq in sequences], np.int32),
-            block_tables=self._tables[slots, :width].reshape(-1),
-            slots=slots,
-            tokens_from=tokens_from,
-            sample_rows=np.array(sample_rows, np.int32),
-            draws=draws,
-            prompt_rows=prompt_rows,
-        )
 
 
 def _charge_decodes(decodes: list[Sequence]) -> None:
@@ -505,45 +389,3 @@ def _charge_decodes(decodes: list[Sequence]) -> None:
 def _missing_mask_seconds(seq: Sequence) -> float:
     """What it takes to make the mask of its next token, if that is not known yet."""
     return seq.matcher.seconds if seq.matcher is not None and seq.mask is None else 0.0
-
-
-def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
-    """Of a chunk that ends before token `stop`."""
-    wanted = seq.request.sampling.prompt_logprobs
-    assert wanted is not None
-    return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
-
-
-def _placed(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], list[int]]:
-    """The batch's sequences and how many tokens of each: single ones first, as Batch promises.
-
-    Of those the longest contexts come first, which take longest: a GPU starts blocks in this order, and the last ones
-    to start should not be the last ones to end.
-    """
-    singles = decodes + [seq for seq, count in chunks if count == 1]
-    singles.sort(key=attrgetter("num_computed_tokens"), reverse=True)
-    others = [(seq, count) for seq, count in chunks if count > 1]
-    return singles + [seq for seq, _ in others], [1] * len(singles) + [count for _, count in others]
-
-
-def _sample_row(row: int, seq: Sequence) -> SampleRow:
-    p, mask = seq.request.sampling, seq.mask  # read once: another thread makes it
-    penalties = (
-        Penalties(p.repetition_penalty, p.presence_penalty, p.frequency_penalty, seq.output_counts)
-        if p.needs_counts
-        else None
-    )
-    return SampleRow(
-        row=row,
-        uniform=uniform(p.seed, seq.num_tokens + seq.num_pending_tokens) if p.temperature > 0 else 0.0,
-        temperature=p.temperature,
-        top_k=p.top_k,
-        top_p=p.top_p,
-        min_p=p.min_p,
-        logprobs=-1 if p.logprobs is None else p.logprobs,
-        logit_bias=p.logit_bias or None,
-        penalties=penalties,
-        banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
-        mask=mask or b"",
-        awaits_mask=mask is None,
-    )

@@ -1,0 +1,99 @@
+"""The message that says what a step computes, from the sequences that are in it."""
+
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.awaited_masks import Unmasked
+from cluster.sequence import Sequence
+from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, uniform
+
+
+def in_order(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], list[int]]:
+    """The batch's sequences and how many tokens of each: single ones first, as Batch promises.
+
+    Of those the longest contexts come first, which take longest: a GPU starts blocks in this order, and the last ones
+    to start should not be the last ones to end.
+    """
+    singles = decodes + [seq for seq, count in chunks if count == 1]
+    singles.sort(key=attrgetter("num_computed_tokens"), reverse=True)
+    others = [(seq, count) for seq, count in chunks if count > 1]
+    return singles + [seq for seq, _ in others], [1] * len(singles) + [count for _, count in others]
+
+
+def build_batch(
+    epoch: int, step_id: int, sequences: list[Sequence], counts: list[int], tables: NDArray[np.int32]
+) -> tuple[Batch, list[Unmasked]]:
+    """So many of the next tokens of each sequence, in the order of `in_order`; and the rows whose masks are not known.
+
+    `tables` has the block table of every slot.
+    """
+    token_ids: list[int] = []
+    sample_rows: list[int] = []
+    draws: list[SampleRow] = []
+    prompt_rows: list[PromptRow] = []
+    unmasked: list[Unmasked] = []
+    tokens_from = -1
+    for row, (seq, count) in enumerate(zip(sequences, counts, strict=True)):
+        start = seq.num_computed_tokens
+        if seq.num_pending_tokens:
+            token_ids.append(SAMPLED)
+            if seq.last_step > tokens_from:
+                tokens_from = seq.last_step
+        else:
+            token_ids += seq.token_ids[start : start + count]
+        if count == seq.num_uncomputed_tokens:
+            if not seq.is_greedy:
+                draws.append(_sample_row(len(sample_rows), seq))
+                if draws[-1].awaits_mask:
+                    unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
+            sample_rows.append(row)
+        if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
+            prompt_rows.append(_prompt_row(row, seq, start + count))
+    width = max([len(seq.block_table) for seq in sequences])
+    slots = np.array([seq.slot for seq in sequences], np.int32)
+    batch = Batch(
+        epoch=epoch,
+        step_id=step_id,
+        token_ids=np.array(token_ids, np.int32),
+        query_lens=np.array(counts, np.int32),
+        num_computed_tokens=np.array([seq.num_computed_tokens for seq in sequences], np.int32),
+        block_tables=tables[slots, :width].reshape(-1),
+        slots=slots,
+        tokens_from=tokens_from,
+        sample_rows=np.array(sample_rows, np.int32),
+        draws=draws,
+        prompt_rows=prompt_rows,
+    )
+    return batch, unmasked
+
+
+def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
+    """Of a chunk that ends before token `stop`."""
+    wanted = seq.request.sampling.prompt_logprobs
+    assert wanted is not None
+    return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
+
+
+def _sample_row(row: int, seq: Sequence) -> SampleRow:
+    p, mask = seq.request.sampling, seq.mask  # read once: another thread makes it
+    penalties = (
+        Penalties(p.repetition_penalty, p.presence_penalty, p.frequency_penalty, seq.output_counts)
+        if p.needs_counts
+        else None
+    )
+    return SampleRow(
+        row=row,
+        uniform=uniform(p.seed, seq.num_tokens + seq.num_pending_tokens) if p.temperature > 0 else 0.0,
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        logprobs=-1 if p.logprobs is None else p.logprobs,
+        logit_bias=p.logit_bias or None,
+        penalties=penalties,
+        banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
+        mask=mask or b"",
+        awaits_mask=mask is None,
+    )

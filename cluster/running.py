@@ -1,0 +1,115 @@
+"""Who runs, and what each of them holds: a slot, KV blocks, a place in its tenant's account."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from cluster.account import Account
+from cluster.block_manager import BlockManager
+from cluster.sequence import Sequence
+
+
+class Running:
+    """The running sequences, least recently scheduled first. What they hold is given and taken back here alone."""
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_model_len: int) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
+        self.tables = np.zeros((max_num_seqs, blocks.blocks_for(max_model_len)), np.int32)
+        self._seqs: dict[str, Sequence] = {}
+        self._slots = list(range(max_num_seqs))  # free ones
+        self._priorities: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._seqs)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._seqs.values())
+
+    def get(self, request_id: str) -> Sequence | None:
+        return self._seqs.get(request_id)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def worst_priority(self) -> int:
+        """Of those that run: who is least urgent has the largest. 0 if nobody runs."""
+        return max(self._priorities, default=0)
+
+    def prefix_for(self, seq: Sequence) -> list[int] | None:
+        """The blocks that hold the beginning of a waiting sequence already, if it may run now; None if not."""
+        if not self._slots:
+            return None
+        # Whose logprobs are wanted must be computed, even if its keys and values are there.
+        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
+        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
+        headroom = len(self._seqs) * self.blocks.block_size
+        return prefix if self.blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
+
+    def admit(self, seq: Sequence, prefix: list[int]) -> None:
+        """Let it run, with blocks for all it knows now, of which `prefix` are computed."""
+        self.blocks.allocate(seq, prefix, seq.num_tokens)
+        seq.account.num_running += 1
+        seq.account.num_blocks += len(seq.block_table)
+        self._priorities[seq.request.priority] += 1
+        seq.slot = self._slots.pop()
+        self.tables[seq.slot, : len(seq.block_table)] = seq.block_table
+        seq.num_computed_tokens = len(prefix) * self.blocks.block_size
+        seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
+        if seq.num_output_tokens == len(seq.request.output_ids):
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+        self._seqs[seq.request_id] = seq
+
+    def grow(self, seq: Sequence) -> bool:
+        """Blocks for one token more, if it needs any; False if there are none."""
+        before, num_tokens = len(seq.block_table), seq.num_computed_tokens + 1
+        if not self.blocks.can_grow(seq, num_tokens):
+            return False
+        self.blocks.grow(seq, num_tokens)
+        seq.account.num_blocks += len(seq.block_table) - before
+        self.tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
+        return True
+
+    def advance(self, sequences: list[Sequence], counts: list[int], step_id: int) -> None:
+        """What this step computes counts as computed from now on, and who is in it is behind all others."""
+        seqs, caching, block_size = self._seqs, self.blocks.prefix_caching, self.blocks.block_size
+        for seq, count in zip(sequences, counts, strict=True):
+            seq.num_computed_tokens += count
+            seq.num_in_flight += 1
+            seq.last_step = step_id
+            if count == seq.num_uncomputed_tokens:  # what follows is sampled
+                seq.num_pending_tokens += 1
+                seq.num_uncomputed_tokens = 1
+            else:
+                seq.num_uncomputed_tokens -= count
+            seqs[seq.request_id] = seqs.pop(seq.request_id)
+            if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
+                self.blocks.mark_computed(seq)
+
+    def release(self, seq: Sequence) -> None:
+        """Take back what it holds.
+
+        A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
+        """
+        del self._seqs[seq.request_id]
+        seq.account.num_running -= 1
+        seq.account.num_blocks -= len(seq.block_table)
+        self._priorities[seq.request.priority] -= 1
+        self._priorities += Counter()  # forgets what is at zero
+        self.blocks.free(seq)
+        self._slots.append(seq.slot)
+        seq.slot = -1
+
+    def check(self, accounts: Iterable[Account[Sequence]]) -> None:
+        """Assert that the books are right, those of the blocks and of the tenants too."""
+        self.blocks.check(list(self))
+        taken = [seq.slot for seq in self]
+        assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
+        for account in accounts:
+            own = [seq for seq in self if seq.account is account]
+            held = sum(len(seq.block_table) for seq in own)
+            assert (account.num_running, account.num_blocks) == (len(own), held), f"{account.tenant}'s books are wrong"
