@@ -62,7 +62,9 @@ class PipelineArgs(Strict):
 
     stages: PositiveInt = Field(default=1, description="number of stage actors")
     split: Literal["auto"] | list[PositiveInt] = Field(
-        default="auto", description="layers per stage, e.g. [41, 39]; auto balances by weight"
+        default="auto",
+        description="layers per stage, e.g. [41, 39]; auto balances by weight; `bench offline --steady` proposes one "
+        "by measured steps",
     )
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="where stages compute")
     threads: PositiveInt = Field(default=1, description="CPU threads per stage")

@@ -267,7 +267,8 @@ def split_layers(config: ModelConfig, stages: int, split: list[int] | None = Non
     """Cut the decoder into `stages` consecutive parts.
 
     Without `split` the parts are balanced by the weights a step reads: every layer counts its bytes, the last
-    stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers.
+    stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers:
+    `caravan bench offline --steady` says which would be balanced by the times that steps took.
     """
     if split is not None:
         if len(split) != stages or sum(split) != config.n_layers or min(split) < 1:
@@ -276,17 +277,23 @@ def split_layers(config: ModelConfig, stages: int, split: list[int] | None = Non
             )
         counts = split
     else:
-        counts = _balanced_counts(config, stages)
+        if not 1 <= stages <= config.n_layers:
+            raise ValueError(
+                f"pipeline.stages must be between 1 and the model's {config.n_layers} layers, got {stages}"
+            )
+        head = 2 * config.embedding_parameters / config.layer_bytes(2)  # the head's weight, counted in layers
+        counts = balanced_counts(config.n_layers, [1.0] * stages, [0.0] * (stages - 1) + [head])
     bounds = [sum(counts[:i]) for i in range(stages + 1)]
     return [StageLayers(bounds[i], bounds[i + 1], config.n_layers) for i in range(stages)]
 
 
-def _balanced_counts(config: ModelConfig, stages: int) -> list[int]:
-    if not 1 <= stages <= config.n_layers:
-        raise ValueError(f"pipeline.stages must be between 1 and the model's {config.n_layers} layers, got {stages}")
-    head = 2 * config.embedding_parameters / config.layer_bytes(2)  # the head's weight, counted in layers
-    counts = [1] * stages
-    for _ in range(config.n_layers - stages):
-        loads = [counts[i] + (head if i == stages - 1 else 0.0) for i in range(stages)]
-        counts[loads.index(min(loads))] += 1
+def balanced_counts(n_layers: int, layer: list[float], rest: list[float]) -> list[int]:
+    """How many layers each stage gets, at least one, so that the one that takes longest takes as little as can be.
+
+    A layer costs stage i `layer[i]`, and what it has beside its layers `rest[i]`.
+    """
+    counts = [1] * len(layer)
+    for _ in range(n_layers - len(layer)):
+        with_one_more = [r + (n + 1) * cost for n, cost, r in zip(counts, layer, rest, strict=True)]
+        counts[with_one_more.index(min(with_one_more))] += 1
     return counts

@@ -39,6 +39,7 @@ class StageWork:
     flops_per_token: float  # in the layers: two for each weight that is not in 8 bits
     float8_flops_per_token: float  # of those in 8 bits
     flops_per_sample: float  # in the head
+    head_share: float  # of the weights' bytes
     kv_bytes_per_token: int  # read for each token of context
 
     @classmethod
@@ -63,6 +64,7 @@ class StageWork:
             flops_per_token=2.0 * (layers * config.layer_parameters - in_8_bits),
             float8_flops_per_token=2.0 * in_8_bits,
             flops_per_sample=2.0 * head,
+            head_share=head * dtype.itemsize / (reading + head * dtype.itemsize),
             kv_bytes_per_token=KVCache.bytes_per_block(config, layers, 1, kv_dtype or dtype),
         )
 

@@ -21,6 +21,7 @@ from deployments.bench.run import (
     Json,
     Run,
     Work,
+    busy_seconds,
     engine_in,
     own_ray,
     placed,
@@ -31,7 +32,7 @@ from deployments.bench.run import (
     trace,
 )
 from deployments.config import AppConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, balanced_counts
 from model.kv_cache import FLOAT8
 from model.roofline import Rates, StageWork
 from ops import workload
@@ -94,6 +95,7 @@ class Floor:
 
         dtype, fp8 = getattr(torch, config.model.dtype), in_8_bits(config.model, model)
         kv_dtype = FLOAT8 if config.cache.dtype == "fp8" else dtype
+        self.layers = [part.stop - part.start for part in stage_layers(config, model)]  # of each stage
         self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in stage_layers(config, model)]
         self._rates = rates
 
@@ -108,6 +110,15 @@ class Floor:
         """Seconds of all steps of `run` on the slowest stage: no pipeline can be faster than that."""
         steps = [self.step_s(r.num_tokens, r.num_seqs) for r in run.reports]
         return max(map(sum, zip(*steps, strict=True)))
+
+    def measured_split(self, busy_s: list[float]) -> list[int]:
+        """The layers of each stage that would take equally long, by what each took for those it has.
+
+        The head's part of the last stage's time is its part of that stage's weights.
+        """
+        rest = [seconds * work.head_share for seconds, work in zip(busy_s, self._work, strict=True)]
+        layer = [(seconds - r) / n for seconds, r, n in zip(busy_s, rest, self.layers, strict=True)]
+        return balanced_counts(sum(self.layers), layer, rest)
 
     def limit(self, done: Json) -> float:
         """Output tok/s of a list if nothing but its multiplications took time: all in one step of the slowest stage."""
@@ -207,6 +218,8 @@ def steady_window(run: Run, floor: Floor, first: int, last: int, depth: int, con
         "share_of_floor": round(floor_s * len(reports) / seconds, 3),
         "scheduler_ms": scheduler_ms(reports),
         "stages": stage_shares(timings, depth),
+        "split": floor.layers,
+        "measured_split": floor.measured_split(busy_seconds(timings, depth)),
         "trace": trace(reports, timings, depth),
     }
 
@@ -308,6 +321,8 @@ def _add_steady(table: Table, steady: Json) -> None:
     table.add_row("", f"{steady['output_throughput']:,.0f} output tok/s", gaps)
     table.add_row("scheduler, p50 / p99", "{p50:.2f} / {p99:.2f} ms a step".format(**steady["scheduler_ms"]))
     _add_stages(table, steady["stages"])
+    if len(steady["split"]) > 1:
+        table.add_row("pipeline.split", f"{steady['split']}", f"by these steps: {steady['measured_split']}")
 
 
 def _add_list(table: Table, done: Json, policy: str) -> None:

@@ -252,16 +252,21 @@ def scheduler_ms(reports: list[StepReport]) -> dict[str, float]:
     return {name: 1000 * seconds for name, seconds in percentiles([r.scheduler_seconds for r in reports]).items()}
 
 
+def busy_seconds(timings: list[StageTiming], stages: int) -> list[float]:
+    """Of each stage in all of these steps."""
+    return [sum(t.finished - t.started for t in timings if t.stage == stage) for stage in range(stages)]
+
+
 def stage_shares(timings: list[StageTiming], stages: int) -> list[dict[str, float]]:
     """Busy, waiting and transfer share of each stage, from its first of these steps to its last.
 
     The bubble is what is not busy.
     """
     shares = []
-    for stage in range(stages):
+    for stage, busy in enumerate(busy_seconds(timings, stages)):
         own = [t for t in timings if t.stage == stage]
         parts = {
-            "busy": sum(t.finished - t.started for t in own),
+            "busy": busy,
             "waiting": sum(t.wait for t in own[1:]),  # before its first step a stage waits for work, not in it
             "transfer": sum(t.transfer for t in own[1:]),
         }

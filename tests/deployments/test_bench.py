@@ -118,13 +118,22 @@ def test_a_steady_window_counts_its_own_steps_only() -> None:
     assert found["step_ms"]["longest"] == pytest.approx(25)
 
 
+def test_layers_are_weighed_by_the_time_that_steps_took() -> None:
+    """70B on two devices, one of which is slower than its weights say; the head weighs as much as 0.3 layers."""
+    assert floor().layers == [40, 40]
+    assert floor().measured_split([16.0, 16.13]) == [40, 40]
+    assert floor().measured_split([20.0, 16.13]) == [36, 44]  # a layer takes 0.5 here, 0.4 there: 18.0 and 17.7
+    assert floor().measured_split([16.0, 20.16]) == [45, 35]  # 18.0 and 17.7, the head's 0.15 included
+    assert floor(stages=1).measured_split([30.0]) == [80]
+
+
 def test_a_late_step_is_told_from_steps_that_are_all_slow() -> None:
     run = Run(first_step=0)
     for i in range(101):
         run.on_step(StepReport(128, 128, 0.001, []))
         run.ended[-1] = 0.01 * i + (0.25 if i >= 50 else 0.0)
         run.on_timing(timing(0, i, 0.01 * i, 0.01, 0.0))
-    found = steady_window(run, floor(), 1, 101, 1, 450)
+    found = steady_window(run, floor(stages=1), 1, 101, 1, 450)
     assert found["ms_per_step"] == pytest.approx(12.5)
     assert found["step_ms"]["p50"] == pytest.approx(10)
     assert found["step_ms"]["longest"] == pytest.approx(260)
