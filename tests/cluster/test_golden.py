@@ -21,6 +21,7 @@ from tests import golden
 from tests.conftest import Collector, request
 
 SHORT = range(16)  # prompts of up to 200 tokens; the others take minutes
+FEW = 24  # tokens, where all take long: `make test-long` asks for all of them in each of these ways
 BLOCK = 16
 
 
@@ -59,10 +60,10 @@ def start(
     return engine, collector
 
 
-def check(indices: range | list[int], **options: Any) -> Engine:
-    """All prompts of `indices` at once; their tokens must be those of transformers."""
+def check(indices: range | list[int], num_tokens: int = golden.NEW_TOKENS, **options: Any) -> Engine:
+    """All prompts of `indices` at once; their first tokens, so many, must be those of transformers."""
     engine, collector = start(**options)
-    expected = golden.load()
+    expected = [(prompt, tokens[:num_tokens]) for prompt, tokens in golden.load()]
     try:
         for i in indices:
             prompt, tokens = expected[i]
@@ -99,7 +100,7 @@ def test_sixteen_short_prompts_at_once() -> None:
 
 @pytest.mark.parametrize("stages", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_more_stages(stages: int) -> None:
-    check([0, 2, 8, 13], stages=stages)
+    check([0, 2, 8, 13], FEW, stages=stages)
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_a_gpu_in_float32_gives_the_same_tokens(stages: int) -> None:
 
 
 def test_prompts_in_chunks_of_seven_tokens() -> None:
-    check([1, 4, 9], stages=2, max_num_batched_tokens=7)
+    check([1, 4, 9], FEW, stages=2, max_num_batched_tokens=7)
 
 
 @pytest.mark.slow
@@ -127,13 +128,14 @@ def test_all_prompts_in_chunks_of_seven_tokens() -> None:
 
 
 def test_preemption() -> None:
-    engine = check([2, 3, 4, 5], stages=2, num_blocks=14)
-    assert engine.scheduler.stats().preemptions > 0, "a cache of 14 blocks should have been too small"
+    engine = check([2, 3, 4, 5], FEW, stages=2, num_blocks=7)
+    assert engine.scheduler.stats().preemptions > 0, "a cache of 7 blocks should have been too small"
 
 
 def test_prefix_hit() -> None:
     engine, collector = start(stages=2)
     prompt, tokens = golden.load()[15]
+    tokens = tokens[:FEW]
     try:
         for name in ("first", "second"):
             engine.add(request(name, prompt, max_tokens=len(tokens)))
@@ -170,7 +172,7 @@ def test_naive_forward_gives_the_golden_tokens() -> None:
     """Every token from a pass over everything before it: no cache, no chunks, no company."""
     for i in (0, 2, 9):
         prompt, tokens = golden.load()[i]
-        for n in range(0, len(tokens), 7):
+        for n in range(0, len(tokens), 13):
             assert int(naive_logits(prompt + tokens[:n])[0].argmax()) == tokens[n]
 
 
