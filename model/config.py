@@ -267,8 +267,7 @@ def split_layers(config: ModelConfig, stages: int, split: list[int] | None = Non
     """Cut the decoder into `stages` consecutive parts.
 
     Without `split` the parts are balanced by the weights a step reads: every layer counts its bytes, the last
-    stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers:
-    `caravan bench offline --steady` says which would be balanced by the times that steps took.
+    stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers.
     """
     if split is not None:
         if len(split) != stages or sum(split) != config.n_layers or min(split) < 1:

@@ -169,7 +169,7 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
 
 
 def test_naive_forward_gives_the_golden_tokens() -> None:
-    """Every token from a pass over everything before it: no cache, no chunks, no company."""
+    """A token from a pass over everything before it: no cache, no chunks, no company."""
     for i in (0, 2, 9):
         prompt, tokens = golden.load()[i]
         for n in range(0, len(tokens), 13):
