@@ -9,7 +9,7 @@ CHAOS = $(BIN)/python -m deployments.chaos --requests 1000 --streams 64
 DAY = $(shell date +%F)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve clients test test-faults test-long chaos chaos-network check format bench lock clean
+.PHONY: help setup demo serve clients test test-golden test-faults test-long chaos chaos-network check format bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,7 +44,10 @@ $(CLIENTS): tests/clients/requirements.lock $(READY)
 	@touch $@
 
 test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 9 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -m "not slow and not faults"
+	@$(BIN)/python -m pytest -q -m "not slow and not faults and not golden"
+
+test-golden: $(READY)  ## the default model's tokens in chunks, on three stages, preempted, sampled, without a cache (2 minutes)
+	@$(BIN)/python -m pytest -q -m "golden and not slow"
 
 test-faults: $(READY)  ## streams of a deployed service that go on through faults and an update (3 minutes)
 	@$(BIN)/python -m pytest -q -m "faults and not slow"

@@ -21,7 +21,6 @@ from tests import golden
 from tests.conftest import Collector, request
 
 SHORT = range(16)  # prompts of up to 200 tokens; the others take minutes
-FEW = 24  # tokens, where all take long: `make test-long` asks for all of them in each of these ways
 BLOCK = 16
 
 
@@ -60,10 +59,10 @@ def start(
     return engine, collector
 
 
-def check(indices: range | list[int], num_tokens: int = golden.NEW_TOKENS, **options: Any) -> Engine:
-    """All prompts of `indices` at once; their first tokens, so many, must be those of transformers."""
+def check(indices: range | list[int], **options: Any) -> Engine:
+    """All prompts of `indices` at once; their tokens must be those of transformers."""
     engine, collector = start(**options)
-    expected = [(prompt, tokens[:num_tokens]) for prompt, tokens in golden.load()]
+    expected = golden.load()
     try:
         for i in indices:
             prompt, tokens = expected[i]
@@ -98,9 +97,10 @@ def test_sixteen_short_prompts_at_once() -> None:
     check(SHORT, stages=1)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("stages", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_more_stages(stages: int) -> None:
-    check([0, 2, 8, 13], FEW, stages=stages)
+    check([0, 2, 8, 13], stages=stages)
 
 
 @pytest.mark.slow
@@ -117,8 +117,9 @@ def test_a_gpu_in_float32_gives_the_same_tokens(stages: int) -> None:
     check(range(20), stages=stages, device="cuda")
 
 
+@pytest.mark.golden
 def test_prompts_in_chunks_of_seven_tokens() -> None:
-    check([1, 4, 9], FEW, stages=2, max_num_batched_tokens=7)
+    check([1, 4, 9], stages=2, max_num_batched_tokens=7)
 
 
 @pytest.mark.slow
@@ -127,15 +128,15 @@ def test_all_prompts_in_chunks_of_seven_tokens() -> None:
     check(range(20), stages=2, max_num_batched_tokens=7)
 
 
+@pytest.mark.golden
 def test_preemption() -> None:
-    engine = check([2, 3, 4, 5], FEW, stages=2, num_blocks=7)
-    assert engine.scheduler.stats().preemptions > 0, "a cache of 7 blocks should have been too small"
+    engine = check([2, 3, 4, 5], stages=2, num_blocks=14)
+    assert engine.scheduler.stats().preemptions > 0, "a cache of 14 blocks should have been too small"
 
 
 def test_prefix_hit() -> None:
     engine, collector = start(stages=2)
     prompt, tokens = golden.load()[15]
-    tokens = tokens[:FEW]
     try:
         for name in ("first", "second"):
             engine.add(request(name, prompt, max_tokens=len(tokens)))
@@ -168,11 +169,12 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
     return seen[0]
 
 
+@pytest.mark.golden
 def test_naive_forward_gives_the_golden_tokens() -> None:
-    """A token from a pass over everything before it: no cache, no chunks, no company."""
+    """Every token from a pass over everything before it: no cache, no chunks, no company."""
     for i in (0, 2, 9):
         prompt, tokens = golden.load()[i]
-        for n in range(0, len(tokens), 13):
+        for n in range(0, len(tokens), 7):
             assert int(naive_logits(prompt + tokens[:n])[0].argmax()) == tokens[n]
 
 
@@ -218,6 +220,7 @@ def test_logprobs_equal_those_of_transformers() -> None:
         assert [value for _, value in logprobs.top] == pytest.approx(expected[i].topk(5).values.tolist(), abs=1e-3)
 
 
+@pytest.mark.golden
 def test_seeded_sampling_is_the_same_however_it_is_computed() -> None:
     """Alone, in a batch, after preemption, and with another number of stages."""
     prompts = {str(i): golden.load()[i][0] for i in (2, 6, 9)}
