@@ -14,8 +14,7 @@ class Running:
     """The running sequences, least recently scheduled first. What they hold is given and taken back here alone."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_model_len: int) -> None:
-        self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
+        self._blocks = blocks
         # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
         self.tables = np.zeros((max_num_seqs, blocks.blocks_for(max_model_len)), np.int32)
         self._seqs: dict[str, Sequence] = {}
@@ -45,20 +44,20 @@ class Running:
         if not self._slots:
             return None
         # Whose logprobs are wanted must be computed, even if its keys and values are there.
-        prefix = self.blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
+        prefix = self._blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
         # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
-        headroom = len(self._seqs) * self.blocks.block_size
-        return prefix if self.blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
+        headroom = len(self._seqs) * self._blocks.block_size
+        return prefix if self._blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
 
     def admit(self, seq: Sequence, prefix: list[int]) -> None:
         """Let it run, with blocks for all it knows now, of which `prefix` are computed."""
-        self.blocks.allocate(seq, prefix, seq.num_tokens)
+        self._blocks.allocate(seq, prefix, seq.num_tokens)
         seq.account.num_running += 1
         seq.account.num_blocks += len(seq.block_table)
         self._priorities[seq.request.priority] += 1
         seq.slot = self._slots.pop()
         self.tables[seq.slot, : len(seq.block_table)] = seq.block_table
-        seq.num_computed_tokens = len(prefix) * self.blocks.block_size
+        seq.num_computed_tokens = len(prefix) * self._blocks.block_size
         seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
@@ -67,16 +66,16 @@ class Running:
     def grow(self, seq: Sequence) -> bool:
         """Blocks for one token more, if it needs any; False if there are none."""
         before, num_tokens = len(seq.block_table), seq.num_computed_tokens + 1
-        if not self.blocks.can_grow(seq, num_tokens):
+        if not self._blocks.can_grow(seq, num_tokens):
             return False
-        self.blocks.grow(seq, num_tokens)
+        self._blocks.grow(seq, num_tokens)
         seq.account.num_blocks += len(seq.block_table) - before
         self.tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
         return True
 
     def advance(self, sequences: list[Sequence], counts: list[int], step_id: int) -> None:
         """What this step computes counts as computed from now on, and who is in it is behind all others."""
-        seqs, caching, block_size = self._seqs, self.blocks.prefix_caching, self.blocks.block_size
+        seqs, caching, block_size = self._seqs, self._blocks.prefix_caching, self._blocks.block_size
         for seq, count in zip(sequences, counts, strict=True):
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
@@ -88,7 +87,7 @@ class Running:
                 seq.num_uncomputed_tokens -= count
             seqs[seq.request_id] = seqs.pop(seq.request_id)
             if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
-                self.blocks.mark_computed(seq)
+                self._blocks.mark_computed(seq)
 
     def release(self, seq: Sequence) -> None:
         """Take back what it holds.
@@ -100,15 +99,15 @@ class Running:
         seq.account.num_blocks -= len(seq.block_table)
         self._priorities[seq.request.priority] -= 1
         self._priorities += Counter()  # forgets what is at zero
-        self.blocks.free(seq)
+        self._blocks.free(seq)
         self._slots.append(seq.slot)
         seq.slot = -1
 
     def check(self, accounts: Iterable[Account[Sequence]]) -> None:
         """Assert that the books are right, those of the blocks and of the tenants too."""
-        self.blocks.check(list(self))
+        self._blocks.check(list(self))
         taken = [seq.slot for seq in self]
-        assert sorted(taken + self._slots) == list(range(self.max_num_seqs)), "a slot is lost or shared"
+        assert sorted(taken + self._slots) == list(range(len(self.tables))), "a slot is lost or shared"
         for account in accounts:
             own = [seq for seq in self if seq.account is account]
             held = sum(len(seq.block_table) for seq in own)

@@ -77,3 +77,21 @@ def test_a_prompt_passes_idle_stages_about_as_fast_as_it_can(prompt: int) -> Non
     *_, first = run([(prompt, 4)], 2, 64)
     best = min((n + 1) * step_seconds(-(-prompt // n)) for n in range(1, 20))  # in n equal chunks
     assert first < 1.05 * best + TOKENS_BACK_S
+
+
+def test_more_sequences_than_a_step_takes_have_their_turns() -> None:
+    """Whoever was in a step is behind all others, though its token is known already: none is two ahead of another."""
+    scheduler = Scheduler(
+        BlockManager(100, 16, prefix_caching=False),
+        depth=2, max_num_seqs=6, max_num_batched_tokens=64, max_model_len=64,
+    )  # fmt: skip
+    for i in range(6):
+        scheduler.add(request(str(i), [1], 60))
+    tokens = {str(i): 0 for i in range(6)}
+    for _ in range(61):
+        batch = scheduler.schedule()
+        assert batch is not None
+        for event in scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, [7] * len(batch.sample_rows), {})):
+            tokens[event.request_id] += 1
+    assert min(tokens.values()) > 20
+    assert max(tokens.values()) - min(tokens.values()) <= 1
