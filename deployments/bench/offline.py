@@ -95,8 +95,9 @@ class Floor:
 
         dtype, fp8 = getattr(torch, config.model.dtype), in_8_bits(config.model, model)
         kv_dtype = FLOAT8 if config.cache.dtype == "fp8" else dtype
-        self.layers = [part.stop - part.start for part in stage_layers(config, model)]  # of each stage
-        self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in stage_layers(config, model)]
+        parts = stage_layers(config, model)
+        self.layers = [part.stop - part.start for part in parts]  # of each stage
+        self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in parts]
         self._rates = rates
 
     def step_s(self, tokens: float, samples: float, context_tokens: float = 0.0) -> list[float]:

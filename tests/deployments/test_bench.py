@@ -297,10 +297,13 @@ def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path
 def test_one_pipeline_is_set_beside_its_engine() -> None:
     row = {"pipelines": 1, "stages": 2, "streams": 256, "requests": 1200}
     row |= {"output_throughput": 95.0, "total_token_throughput": 190.0}
-    result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}}}
+    result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}, "http-1x1": row | {"stages": 1}}}
+    result["rows"]["http-2x1"] = row | {"pipelines": 2, "stages": 1, "output_throughput": 184.0}
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(result))
-    assert "95% of the engine alone" in console.export_text()
+    text = console.export_text()
+    assert "95% of the engine alone" in text
+    assert text.count("1.94") == 1, "of the two pipelines, not of the one they are set beside"
 
 
 def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
