@@ -7,6 +7,7 @@ engines speak. Put together they say, sooner than the end of a call would, that 
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,6 +42,7 @@ class Assignments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
+        self._counts: Counter[str] = Counter()  # open requests by replica; "": on none
         self._heard: dict[str, float] = {}
         self._silent: set[str] = set()
         self._rebuilding: set[str] = set()
@@ -48,18 +50,32 @@ class Assignments:
 
     def open(self, request_id: str, inbox: Failing, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
-            self._open[request_id] = Assignment(inbox, loop)
+            assignment = self._open[request_id] = Assignment(inbox, loop)
+            self._counts[assignment.replica] += 1
 
     def close(self, request_id: str) -> None:
         with self._lock:
-            self._open.pop(request_id, None)
+            assignment = self._open.pop(request_id, None)
+            if assignment is not None:
+                self._counts[assignment.replica] -= 1
 
     def assign(self, request_id: str, replica: str) -> None:
         """The router sends the request to `replica`."""
         with self._lock:
             assignment = self._open.get(request_id)
             if assignment is not None and assignment.replica != replica:
-                assignment.replica, assignment.since = replica, time.monotonic()
+                self._put(assignment, replica)
+                assignment.since = time.monotonic()
+
+    def _put(self, assignment: Assignment, replica: str) -> None:
+        """On `replica` from now on, or on none. Under the lock."""
+        self._counts[assignment.replica] -= 1
+        self._counts[replica] += 1
+        assignment.replica = replica
+
+    def count(self, replica: str) -> int:
+        """How many open requests are on it."""
+        return self._counts[replica]
 
     def replica_of(self, request_id: str) -> str:
         """Where it is now; empty if nowhere."""
@@ -70,6 +86,7 @@ class Assignments:
         """Serve routes to these now. Requests on others are handed over, if there is anybody to take them."""
         with self._lock:
             self.running = frozenset(replicas)
+            self._counts = +self._counts  # forgets those that nothing is open on: replicas come and go
             self._silent &= self.running
             self._rebuilding &= self.running
             leaving = {a.replica for a in self._open.values() if a.replica} - self.running if replicas else set()
@@ -112,7 +129,7 @@ class Assignments:
         for assignment in self._open.values():
             if assignment.replica == replica:
                 assignment.fail(why)
-                assignment.replica = ""
+                self._put(assignment, "")
 
 
 ASSIGNMENTS = Assignments()  # of this process: Serve makes the router by itself, so it cannot be handed one

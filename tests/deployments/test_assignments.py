@@ -112,3 +112,31 @@ def test_streams_move_while_their_engine_rebuilds_its_pipeline_if_another_one_wo
         book.heard("a", False)
 
     assert after(both) == [], "nobody else works: the stream waits where it is"
+
+
+def test_open_requests_are_counted_by_replica() -> None:
+    async def main() -> None:
+        book = Assignments()
+
+        def counts() -> tuple[int, int]:
+            return book.count("a"), book.count("b")
+
+        for name, replica in (("1", "a"), ("2", "a"), ("3", "b"), ("4", "")):
+            book.open(name, Waiting(), asyncio.get_running_loop())
+            if replica:
+                book.assign(name, replica)
+        assert counts() == (2, 1)
+        book.assign("2", "a")  # what the router chose is what Serve has sent it to
+        assert counts() == (2, 1)
+        book.assign("2", "b")
+        assert counts() == (1, 2)
+        book.close("1")
+        book.close("1")
+        book.close("4")
+        assert counts() == (0, 2)
+        book.set_running({"a"})  # those of b are to ask again
+        assert counts() == (0, 0)
+        book.assign("3", "a")
+        assert counts() == (1, 0)
+
+    asyncio.run(main())
