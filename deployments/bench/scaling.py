@@ -28,6 +28,7 @@ from rich.table import Column, Table
 
 from deployments.bench.deployed import Deployed, serving
 from deployments.bench.sweep import Load, bodies, measure
+from deployments.bench.watched import middle_half, watching
 from deployments.local import Head, LocalError, session_processes
 from model.families import SHAPES
 from ops import plot, workload
@@ -206,9 +207,13 @@ def http_row(plan: Plan, stages: int, pipelines: int, timeout_s: float) -> Json:
         alone = measure_offline(plan, plan.precision, stages, ["--concurrency", str(streams)], timeout_s)
         if "error" in alone:
             return alone
-    row = deployed_row(
-        plan, stages, pipelines, lambda service, todo: under_load(plan, service, todo, streams, pipelines)
-    )
+
+    def load(service: Deployed, todo: list[Json]) -> Json:
+        with watching(service.head.metrics) as seen:
+            result = under_load(plan, service, todo, streams, pipelines)
+        return {**result, "replicas": middle_half(seen)}
+
+    row = deployed_row(plan, stages, pipelines, load)
     if alone and "error" not in row:
         row["engine_output_throughput"] = alone["list"]["output_throughput"]
         row["share_of_engine"] = round(row["output_throughput"] / row["engine_output_throughput"], 3)
@@ -377,7 +382,6 @@ def scaling_table(result: Json) -> Table:
 
 def _add_offline(table: Table, row: Json, times: float) -> None:
     done, (one, many) = row["list"], row["batches"]
-    bubbles = sorted(100 * stage["bubble"] for stage in row["steady"]["stages"])
     table.add_row(
         f"{row['precision']}, {row['stages']} stage{'s' if row['stages'] > 1 else ''}",
         f"{done['requests']:,}",
@@ -386,7 +390,7 @@ def _add_offline(table: Table, row: Json, times: float) -> None:
         f"{times:.2f}",
         f"{one['ms_per_token']:.2f}",
         f"{many['ms_per_token']:.2f}",
-        f"{bubbles[0]:.1f} to {bubbles[-1]:.1f} %",
+        _range([stage["bubble"] for stage in row["steady"]["stages"]]),
         f"{row['kv_tokens']:,}",
         f"{row['start_s']:.0f}",
     )
@@ -398,10 +402,15 @@ def _add_http(table: Table, row: Json, ratio: float | None) -> None:
     if "wanted_tokens" in row:
         seen = f"{row['failed']} failed, {row['output_tokens']:,} of {row['wanted_tokens']:,} tokens"
         table.add_row(f"{what}, a stage killed", *speeds, seen, f"longest gap {row['longest_gap_s']:.1f} s")
-    elif "share_of_engine" in row:
-        table.add_row(what, *speeds, f"{row['share_of_engine']:.0%} of the engine alone")
-    else:
-        table.add_row(what, *speeds, f"{ratio:.2f}" if ratio else "")
+        return
+    compared = f"{row['share_of_engine']:.0%} of the engine alone" if "share_of_engine" in row else ""
+    bubbles = _range([1 - stage["busy"] for replica in row.get("replicas", []) for stage in replica["stages"]])
+    table.add_row(what, *speeds, f"{ratio:.2f}" if ratio else compared, "", "", bubbles)
+
+
+def _range(shares: list[float]) -> str:
+    """From the least to the largest; empty if there are none."""
+    return f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %" if shares else ""
 
 
 def draw(result: Json, path: Path) -> None:

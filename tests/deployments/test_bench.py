@@ -25,6 +25,7 @@ from deployments.bench.deployed import all_served
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
 from deployments.bench.sweep import Load
+from deployments.bench.watched import middle_half, watching
 from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
@@ -34,7 +35,9 @@ from model.config import split_layers
 from model.families import SHAPES
 from model.roofline import Rates, StageWork, measure
 from ops.load import Summary
+from ops.metrics import EXPORTED_PREFIX
 from ops.plot import PlotError, check_matplotlib, scaling
+from ops.top import Sample
 
 H200 = Rates(4.27e12, 610e12, 1220e12)
 CPU = torch.device("cpu")
@@ -298,12 +301,64 @@ def test_one_pipeline_is_set_beside_its_engine() -> None:
     row = {"pipelines": 1, "stages": 2, "streams": 256, "requests": 1200}
     row |= {"output_throughput": 95.0, "total_token_throughput": 190.0}
     result = {"rows": {"http-1x2": row | {"share_of_engine": 0.95}, "http-1x1": row | {"stages": 1}}}
-    result["rows"]["http-2x1"] = row | {"pipelines": 2, "stages": 1, "output_throughput": 184.0}
+    watched = [{"stages": [{"busy": 0.97}]}, {"stages": [{"busy": 0.99}]}]
+    two = {"pipelines": 2, "stages": 1, "output_throughput": 184.0, "replicas": watched}
+    result["rows"]["http-2x1"] = row | two
     console = Console(record=True, width=180, file=io.StringIO())
     console.print(bench_scaling.scaling_table(result))
     text = console.export_text()
     assert "95% of the engine alone" in text
     assert text.count("1.94") == 1, "of the two pipelines, not of the one they are set beside"
+    assert "1.0 to 3.0 %" in text
+
+
+def metrics_of(running: float, busy: float, waiting: float) -> Sample:
+    """What one pipeline of one stage has reported."""
+    who = ("application", "x"), ("replica", "a")
+    gauges = ("kv_blocks_used", "kv_blocks_total", "last_token_age_seconds", "weights_loaded_ratio", "waiting")
+    totals = ("preemptions_total", "generated_tokens_total")
+    sample: Sample = {(name, who): 1.0 for name in (*gauges, *totals)} | {("running", who): running}
+    stage = {"stage_busy_seconds_total": busy, "stage_wait_seconds_total": waiting}
+    return sample | {(name, (*who, ("stage", "0"))): value for name, value in stage.items()}
+
+
+def test_what_a_pipeline_did_in_the_middle_of_a_load() -> None:
+    """Of 8 looks the 3rd to the 6th: it waits before and after, and is busy for 3 of 4 s meanwhile."""
+    looks = [(9, 0.0, 0.0), (9, 0.0, 5.0), (3, 0.0, 10.0), (4, 1.5, 10.5), (5, 2.25, 10.75), (6, 3.0, 11.0)]
+    looks += [(9, 3.0, 20.0), (9, 3.0, 30.0)]
+    seen = [(float(at), metrics_of(*look)) for at, look in enumerate(looks)]
+    (replica,) = middle_half(seen)
+    assert replica["stages"] == [{"busy": 0.75, "waiting": 0.25, "transfer": 0.0}]
+    assert (replica["running"], replica["waiting"]) == (4.5, 1.0)
+    assert middle_half(seen[:1]) == []
+
+
+class ReadMetrics(BaseHTTPRequestHandler):
+    """Answers every second read only."""
+
+    reads = 0
+
+    def do_GET(self) -> None:
+        type(self).reads += 1
+        self.send_response(500 if self.reads % 2 else 200)
+        self.end_headers()
+        self.wfile.write(f"{EXPORTED_PREFIX}running {self.reads}\n".encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_look_at_metrics_that_fails_is_left_out() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ReadMetrics)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with watching(f"http://127.0.0.1:{server.server_address[1]}/metrics", period_s=0.01) as seen:
+            while ReadMetrics.reads < 5:
+                time.sleep(0.005)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [sample for _, sample in seen[:2]] == [{("running", ()): 2.0}, {("running", ()): 4.0}]
 
 
 def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

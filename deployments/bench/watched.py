@@ -1,0 +1,68 @@
+"""What each pipeline did while a load lasted, from the metrics that operators see."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import httpx
+
+from ops.top import ReplicaView, Sample, scrape, summarise
+
+PERIOD_S = 2.0
+
+Json = dict[str, Any]
+Seen = list[tuple[float, Sample]]  # when it was read (`time.monotonic`), and what
+
+
+@contextmanager
+def watching(url: str, period_s: float = PERIOD_S) -> Iterator[Seen]:
+    """Read the metrics endpoint every so often while this lasts; what could not be read is missing."""
+    seen: Seen = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(period_s):
+            try:
+                seen.append((time.monotonic(), scrape([url])))
+            except httpx.HTTPError:
+                continue
+
+    thread = threading.Thread(target=watch, name="watching", daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def middle_half(seen: Seen) -> list[Json]:
+    """Each pipeline between the first and the last quarter of what was seen, without ramp and end; [] if too little.
+
+    `running` and `waiting` are means of requests, a stage's `busy`, `waiting` and `transfer` shares of the time.
+    """
+    middle = seen[len(seen) // 4 : len(seen) - len(seen) // 4]
+    if len(middle) < 2:
+        return []
+    moments = [summarise({}, sample, 1.0).replicas for _, sample in middle]
+    (began, first), (ended, last) = middle[0], middle[-1]
+    return [
+        {
+            "running": round(fmean(m.running for m in _of(view, moments)), 1),
+            "waiting": round(fmean(m.waiting for m in _of(view, moments)), 1),
+            "output_throughput": round(view.output_tokens, 1),
+            "stages": [
+                {"busy": round(s.busy, 4), "waiting": round(s.waiting, 4), "transfer": round(s.transfer, 4)}
+                for s in view.stages
+            ],
+        }
+        for view in summarise(first, last, ended - began).replicas
+    ]
+
+
+def _of(view: ReplicaView, moments: list[list[ReplicaView]]) -> list[ReplicaView]:
+    """The same replica at all moments."""
+    return [replica for moment in moments for replica in moment if replica.replica == view.replica]
