@@ -1,4 +1,4 @@
-"""Who is served next: fair between tenants in tokens, by priority and the policy within each of them.
+"""Who is served next: fair between tenants in tokens; within each by priority, who has begun, and the policy.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588): a tenant's
 counter holds the service it got, and the one that got least is next. A tenant that comes back with nothing waiting is
@@ -15,9 +15,14 @@ from cluster.sequence import Sequence
 Policy = Literal["fcfs", "longest_first"]
 
 
+def _before_policy(seq: Sequence) -> tuple[int, int]:
+    """Priority, then who has tokens already (preempted, or from a lost engine): its client waits mid-stream."""
+    return seq.request.priority, not seq.num_output_tokens
+
+
 def _fcfs(seq: Sequence) -> tuple[int, ...]:
     """First come, first served. Who was preempted arrived before who waits, and so comes first again."""
-    return seq.request.priority, seq.arrival
+    return *_before_policy(seq), seq.arrival
 
 
 def _longest_first(seq: Sequence) -> tuple[int, ...]:
@@ -25,7 +30,7 @@ def _longest_first(seq: Sequence) -> tuple[int, ...]:
 
     (Graham, "Bounds on Multiprocessing Timing Anomalies", SIAM J. Appl. Math. 17(2), 1969.)
     """
-    return seq.request.priority, seq.num_tokens - seq.max_computed_tokens, seq.arrival
+    return *_before_policy(seq), seq.num_tokens - seq.max_computed_tokens, seq.arrival
 
 
 RANKS: dict[Policy, Callable[[Sequence], tuple[int, ...]]] = {"fcfs": _fcfs, "longest_first": _longest_first}

@@ -44,15 +44,24 @@ def test_one_tenant_is_served_in_order_of_arrival() -> None:
 
 
 def test_the_longest_goes_first_where_that_is_asked_for() -> None:
-    """Of a tenant's equally urgent requests; what has tokens already is as long as what is left of it."""
+    """Of a tenant's equally urgent requests."""
     lengths = {"a": 8, "b": 64, "c": 8, "d": 32, "f": 16}
     requests = [of("", name, max_tokens=n) for name, n in lengths.items()]
-    resumed = of("", "e", max_tokens=80, output_ids=[5] * 70)
     urgent = of("", "u", max_tokens=4, priority=-1)
-    queue = queue_of(*requests, resumed, urgent, policy="longest_first")
+    queue = queue_of(*requests, urgent, policy="longest_first")
     assert queue.remove("f") is not None
-    assert [serve(queue) for _ in range(6)] == ["u", "b", "d", "e", "a", "c"]
+    assert [serve(queue) for _ in range(5)] == ["u", "b", "d", "a", "c"]
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", "unrab"), ("longest_first", "urnba")])
+def test_streams_from_elsewhere_go_on_before_others_begin(policy: Policy, order: str) -> None:
+    """Somebody reads them. What has tokens already is as long as what is left of it."""
+    new = [of("", "a", max_tokens=20), of("", "b", max_tokens=64)]
+    resumed = [of("", name, max_tokens=80, output_ids=[5] * n) for name, n in (("n", 78), ("r", 70))]
+    urgent = of("", "u", max_tokens=4, priority=-1)
+    queue = queue_of(*new, *resumed, urgent, policy=policy)
+    assert "".join(serve(queue) for _ in range(5)) == order
 
 
 def test_tenants_share_whoever_is_longest() -> None:
