@@ -49,7 +49,7 @@ test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 9 minutes on 2 
 test-golden: $(READY)  ## the default model's tokens in chunks, on three stages, preempted, sampled, without a cache (2 minutes)
 	@$(BIN)/python -m pytest -q -m "golden and not slow"
 
-test-faults: $(READY)  ## streams of a deployed service that go on through faults and an update (3 minutes)
+test-faults: $(READY)  ## a deployed service through faults and an update, and what is left of commands that are ended (4 minutes)
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
 test-long: $(READY) $(CLIENTS)  ## all tests

@@ -8,6 +8,7 @@ import typer
 
 from deployments.bench.cli import DEFAULT_URL, bench, fail
 from deployments.chaos.command import chaos
+from deployments.interrupt import end_on_signals
 
 app = typer.Typer(
     name="caravan",
@@ -234,6 +235,7 @@ def version() -> None:
 
 def main() -> None:
     """Entry point."""
+    end_on_signals()
     app()
 
 

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deployments.chat_client import ChatFailed
 from deployments.check import check_file
+from deployments.interrupt import end_on_signals
 
 console = Console()
 BIN = Path(sys.executable).parent
@@ -226,8 +227,7 @@ def main(
     demo: Annotated[bool, typer.Option(help="show what the service does, then stop")] = False,
 ) -> None:
     """Serve a configuration on this machine: a private Ray head, `serve deploy`, and a clean end."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # explicit: a shell's background jobs start with SIGINT ignored
-        signal.signal(number, lambda *_: _interrupt())
+    end_on_signals()
     try:
         problems = check_file(config)
         if problems:
@@ -239,10 +239,6 @@ def main(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Interrupted.")
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _serve(config: Path, num_cpus: int, url: str, demo: bool) -> None:

@@ -4,26 +4,28 @@ Run it again to go on after an interruption. `python ops/scaling.py cuda fp8x1,f
 place where no command may take long.
 """
 
-import subprocess
+import os
 import sys
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def main(device: str, rows: str = "") -> int:
-    """What `caravan bench scaling` returns."""
+def main(device: str, rows: str = "") -> NoReturn:
+    """Become `caravan bench scaling`: whoever ends this process ends that, and what it has started."""
     file = RESULTS / f"scaling-{device}-{date.today().isoformat()}.json"
     file = max(RESULTS.glob(f"scaling-{device}-*.json"), default=file)
     command = [sys.executable, "-m", "deployments.cli", "bench", "scaling", str(file), "--device", device]
     command += ["--plot", str(file.with_suffix(".png"))] if find_spec("matplotlib") else []  # or draw it elsewhere
     command += ["--rows", rows] if rows else []
-    return subprocess.run(command, cwd=RESULTS.parents[1]).returncode
+    os.chdir(RESULTS.parents[1])
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python ops/scaling.py cuda|one-gpu|cpu [rows]")
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

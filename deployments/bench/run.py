@@ -127,15 +127,15 @@ def own_ray(config: AppConfig) -> Iterator[None]:
 
     cpus = sum(bundle["CPU"] for bundle in bundles(config))
     directory = tempfile.mkdtemp(prefix="cv", dir="/tmp")  # short: unix socket paths have 107 characters
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(cpus) + 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=directory,
-    )
     try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(cpus) + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=directory,
+        )
         yield
     finally:
         ray.shutdown()

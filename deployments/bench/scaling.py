@@ -26,6 +26,7 @@ import yaml
 from rich import box
 from rich.table import Column, Table
 
+from deployments import interrupt
 from deployments.bench.deployed import Deployed, serving
 from deployments.bench.sweep import Load, bodies, measure
 from deployments.bench.watched import middle_half, watching
@@ -183,7 +184,7 @@ def measure_offline(plan: Plan, precision: str, stages: int, options: list[str],
             "--output", str(output),
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+            done = interrupt.run(command, timeout_s)
         except subprocess.TimeoutExpired:
             return {"error": f"was not done within {timeout_s:g} s"}
         if done.returncode:

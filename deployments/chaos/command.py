@@ -1,7 +1,6 @@
 """The command line of a run under faults."""
 
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -64,8 +63,6 @@ def chaos(
         kinds=kinds, streams=streams, requests=requests, faults=at_least, every_s=every or None, hold_s=hold, seed=seed
     )
     started = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):  # explicit: a shell's background jobs start with SIGINT ignored
-        signal.signal(number, lambda *_: fail("interrupted; everything that was started has been ended"))
     with console.status("starting") as status:
 
         def say(text: str, passing: bool) -> None:
@@ -79,6 +76,8 @@ def chaos(
             report = run(setting, plan, say, logs)
         except (LocalError, NamespaceError, ValueError) as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted; everything that was started has been ended")
     console.print(report.render())
     typer.echo(table({"this run": [json.loads(report.as_json())]}))
     typer.echo(report.as_json())

@@ -24,6 +24,7 @@ import yaml
 
 from deployments.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
 from ops import load, top
+from tests.conftest import eventually
 from tests.deployments.test_transport import Server, head, statuses
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +61,6 @@ def cmdline(pid: int) -> str:
         return " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
         return ""
-
-
-def eventually(condition: Any, timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.5)
 
 
 def write_config(file: Path, **args: Any) -> str:
