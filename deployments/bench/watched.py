@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from ops.top import ReplicaView, Sample, scrape, summarise
+from ops.top import ReplicaView, Sample, quantile, scrape, summarise
 
 PERIOD_S = 2.0
 
@@ -66,3 +66,17 @@ def middle_half(seen: Seen) -> list[Json]:
 def _of(view: ReplicaView, moments: list[list[ReplicaView]]) -> list[ReplicaView]:
     """The same replica at all moments."""
     return [replica for moment in moments for replica in moment if replica.replica == view.replica]
+
+
+def moved(before: Sample, after: Sample) -> Json:
+    """Streams that went on with another engine between two looks, by cause, and the seconds they had none.
+
+    Quantiles are upper edges of the histogram's buckets.
+    """
+    counts: dict[str, int] = {}
+    for (name, labels), value in after.items():
+        if name == "streams_resumed_total" and (count := round(value - before.get((name, labels), 0.0))):
+            cause = dict(labels)["cause"]
+            counts[cause] = counts.get(cause, 0) + count
+    pauses = {f"p{q}": quantile(q / 100, "stream_pause_seconds", before, after) for q in (50, 95, 99)} if counts else {}
+    return {"streams_moved": counts, "stream_pause_s": pauses}

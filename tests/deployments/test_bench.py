@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from deployments.bench.deployed import all_served
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
 from deployments.bench.sweep import Load
-from deployments.bench.watched import middle_half, watching
+from deployments.bench.watched import middle_half, moved, watching
 from deployments.check import check_file
 from deployments.cli import app
 from deployments.config import parse_app_config
@@ -333,6 +334,17 @@ def test_what_a_pipeline_did_in_the_middle_of_a_load() -> None:
     assert middle_half(seen[:1]) == []
 
 
+def test_how_long_streams_had_no_engine() -> None:
+    def look(moves: float, waits: list[float]) -> Sample:
+        buckets = {(("le", str(edge)),): float(sum(w <= edge for w in waits)) for edge in (1.0, 5.0, 10.0, math.inf)}
+        sample = {("stream_pause_seconds_bucket", labels): count for labels, count in buckets.items()}
+        return sample | {("streams_resumed_total", (("cause", "lost"), ("gateway", g))): moves for g in "ab"}
+
+    found = moved(look(1, [0.5, 0.5]), look(3, [0.5, 0.5, 3, 3, 3, 9]))
+    assert found == {"streams_moved": {"lost": 4}, "stream_pause_s": {"p50": 5.0, "p95": 10.0, "p99": 10.0}}
+    assert moved(look(3, [9]), look(3, [9])) == {"streams_moved": {}, "stream_pause_s": {}}
+
+
 class ReadMetrics(BaseHTTPRequestHandler):
     """Answers every second read only."""
 
@@ -409,18 +421,24 @@ def test_a_stage_is_killed_while_clients_wait(
 
     @contextmanager
     def serving(*_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(head="head", url="", start_s=1.0)
+        yield SimpleNamespace(head=SimpleNamespace(metrics="metrics"), url="", start_s=1.0)
+
+    def scrape(urls: list[str]) -> Sample:
+        assert urls == ["metrics"]
+        return {("streams_resumed_total", (("cause", "rebuilding"),)): 2.0 + 3 * len(kills)}
 
     monkeypatch.setattr(bench_scaling, "serving", serving)
-    monkeypatch.setattr(bench_scaling, "kill_stage", kills.append)
+    monkeypatch.setattr(bench_scaling, "scrape", scrape)
+    monkeypatch.setattr(bench_scaling, "kill_stage", lambda head: kills.append(head.metrics))
     monkeypatch.setattr(bench_scaling, "measure", Clients(throughput, 0.3).measure)
     result = bench_scaling.bench_scaling(bench_scaling.PLANS["cpu"], 0, ["killed-2x1"], tmp_path / "s.json", 1.0)
     Console(file=io.StringIO()).print(bench_scaling.scaling_table(result))
     row = result["rows"]["killed-2x1"]
-    assert kills == ["head"] * killed
+    assert kills == ["metrics"] * killed
     assert ("all requests were done" in row.get("error", "")) == (not killed)
     if killed:
         assert (row["streams"], row["wanted_tokens"], row["pipelines"]) == (8, row["output_tokens"], 2)
+        assert row["streams_moved"] == {"rebuilding": 3}
 
 
 def test_several_runs_fill_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
