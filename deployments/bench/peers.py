@@ -25,6 +25,7 @@ from cluster.scheduler import Scheduler
 from cluster.sequence import Request
 from deployments.bench.run import running_engine, serve_all
 from deployments.config import AppConfig, parse_app_config
+from deployments.interrupt import end_on_signals
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams
 from ops import load, peers
@@ -190,4 +191,5 @@ def table(result: dict[str, Any], streams: int) -> Table:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     typer.run(main)
