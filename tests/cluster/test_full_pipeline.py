@@ -7,6 +7,7 @@ import pytest
 from cluster.block_manager import BlockManager
 from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
+from cluster.sequence import TokenEvent
 from cluster.waiting_queue import Policy
 from deployments.bench.simulated import SimulatedStages
 from model.batch import Batch, StepOutput
@@ -62,6 +63,48 @@ def test_a_list_ends_sooner_with_the_longest_first() -> None:
     longest_first, busy, _ = run(lengths, 2, 160, "longest_first")
     assert longest_first < 0.88 * first_come
     assert busy > 0.94
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "longest_first"])
+def test_streams_of_a_lost_engine_wait_no_longer_than_their_tokens_take(policy: Policy) -> None:
+    """64 streams come to an engine that has as many, and gets a new request whenever one has ended.
+
+    It takes 5.2 s; by the rank of the longest first alone, in which new requests go before what has little left, 13.
+    """
+    scheduler = Scheduler(
+        BlockManager(20_000, 16, prefix_caching=False),
+        depth=1, max_num_seqs=128, max_num_batched_tokens=256, max_model_len=4096,
+        policy=policy,
+    )  # fmt: skip
+    requests = (request(str(i), [1] * prompt, new) for i, (prompt, new) in enumerate(workload.lengths(2000)))
+    lost = [next(requests) for _ in range(64)]
+    for _ in range(64):
+        scheduler.add(next(requests))
+    now = 0.0
+
+    def step() -> list[TokenEvent]:
+        nonlocal now
+        batch = scheduler.schedule()
+        assert batch is not None
+        now += step_seconds(batch.num_tokens)
+        events = scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, [7] * len(batch.sample_rows), {}))
+        for _ in (event for event in events if event.finish_reason is not None):
+            scheduler.add(next(requests))
+        return events
+
+    while now < 10:
+        step()
+    arrived, tokens = now, 0
+    waited = dict.fromkeys((one.request_id for one in lost), 0.0)
+    for one in lost:
+        resumed = one.resume([7] * (one.sampling.max_tokens // 2))
+        tokens += len(resumed.token_ids) + len(resumed.output_ids)
+        scheduler.add(resumed)
+    while not all(waited.values()):
+        for event in step():
+            if not waited.get(event.request_id, now):
+                waited[event.request_id] = now - arrived
+    assert max(waited.values()) < 1.2 * tokens / (256 - 128) * step_seconds(256)
 
 
 @pytest.mark.parametrize("depth", [2, 4, 8])
