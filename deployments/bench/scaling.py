@@ -33,7 +33,6 @@ from deployments.bench.watched import middle_half, moved, watching
 from deployments.local import Head, LocalError, session_processes
 from model.families import SHAPES
 from ops import plot, workload
-from ops.top import scrape
 
 Json = dict[str, Any]
 Device = Literal["cpu", "cuda"]
@@ -234,14 +233,14 @@ def killed_row(plan: Plan, stages: int, pipelines: int) -> Json:
         wanted = sum(int(body["max_tokens"]) for body in todo)
         third_s = wanted / first["output_throughput"] / 3
         killer = threading.Timer(third_s, lambda: killed.append(kill_stage(service.head)))
-        before = scrape([service.head.metrics])
         killer.start()
-        result = under_load(plan, service, todo, streams, pipelines)
+        with watching(service.head.metrics) as seen:
+            result = under_load(plan, service, todo, streams, pipelines)
         killer.cancel()
         killer.join()
         if not killed:
             return {"error": f"no stage was killed after {third_s:.1f} s, and now all requests were done"}
-        return {"wanted_tokens": wanted, **result, **moved(before, scrape([service.head.metrics]))}
+        return {"wanted_tokens": wanted, **result, **moved(seen)}
 
     return deployed_row(plan, stages, pipelines, load)
 

@@ -1,9 +1,10 @@
 """What each pipeline did while a load lasted, from the metrics that operators see."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import Any
 
@@ -19,16 +20,19 @@ Seen = list[tuple[float, Sample]]  # when it was read (`time.monotonic`), and wh
 
 @contextmanager
 def watching(url: str, period_s: float = PERIOD_S) -> Iterator[Seen]:
-    """Read the metrics endpoint every so often while this lasts; what could not be read is missing."""
+    """Read the metrics endpoint at its begin, every so often, and at its end; what could not be read is missing."""
     seen: Seen = []
     over = threading.Event()
 
+    def look() -> None:
+        with suppress(httpx.HTTPError):
+            seen.append((time.monotonic(), scrape([url])))
+
     def watch() -> None:
+        look()
         while not over.wait(period_s):
-            try:
-                seen.append((time.monotonic(), scrape([url])))
-            except httpx.HTTPError:
-                continue
+            look()
+        look()
 
     thread = threading.Thread(target=watch, name="watching", daemon=True)
     thread.start()
@@ -68,15 +72,21 @@ def _of(view: ReplicaView, moments: list[list[ReplicaView]]) -> list[ReplicaView
     return [replica for moment in moments for replica in moment if replica.replica == view.replica]
 
 
-def moved(before: Sample, after: Sample) -> Json:
-    """Streams that went on with another engine between two looks, by cause, and the seconds they had none.
+def moved(seen: Seen) -> Json:
+    """Streams that went on with another engine meanwhile, by cause, and the seconds they had none; {} if too little.
 
-    Quantiles are upper edges of the histogram's buckets.
+    Quantiles are upper edges of the histogram's buckets, None beyond the last one.
     """
+    if len(seen) < 2:
+        return {}
+    (_, before), (_, after) = seen[0], seen[-1]
     counts: dict[str, int] = {}
     for (name, labels), value in after.items():
         if name == "streams_resumed_total" and (count := round(value - before.get((name, labels), 0.0))):
             cause = dict(labels)["cause"]
             counts[cause] = counts.get(cause, 0) + count
-    pauses = {f"p{q}": quantile(q / 100, "stream_pause_seconds", before, after) for q in (50, 95, 99)} if counts else {}
-    return {"streams_moved": counts, "stream_pause_s": pauses}
+    pauses = {f"p{q}": quantile(q / 100, "stream_pause_seconds", before, after) for q in (50, 95, 99)}
+    return {
+        "streams_moved": counts,
+        "stream_pause_s": {name: edge if math.isfinite(edge) else None for name, edge in pauses.items()},
+    }

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from cluster.engine import StepReport
 from deployments.bench import scaling as bench_scaling
+from deployments.bench import watched
 from deployments.bench.deployed import all_served
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
@@ -340,9 +341,13 @@ def test_how_long_streams_had_no_engine() -> None:
         sample = {("stream_pause_seconds_bucket", labels): count for labels, count in buckets.items()}
         return sample | {("streams_resumed_total", (("cause", "lost"), ("gateway", g))): moves for g in "ab"}
 
-    found = moved(look(1, [0.5, 0.5]), look(3, [0.5, 0.5, 3, 3, 3, 9]))
-    assert found == {"streams_moved": {"lost": 4}, "stream_pause_s": {"p50": 5.0, "p95": 10.0, "p99": 10.0}}
-    assert moved(look(3, [9]), look(3, [9])) == {"streams_moved": {}, "stream_pause_s": {}}
+    def between(*samples: Sample) -> dict[str, Any]:
+        return moved([(float(at), sample) for at, sample in enumerate(samples)])
+
+    found = between(look(1, [0.5, 0.5]), look(9, []), look(3, [0.5, 0.5, 3, 3, 3, 11]))
+    assert found == {"streams_moved": {"lost": 4}, "stream_pause_s": {"p50": 5.0, "p95": None, "p99": None}}
+    assert between(look(3, [9]), look(3, [9]))["streams_moved"] == {}
+    assert between(look(3, [9])) == {}
 
 
 class ReadMetrics(BaseHTTPRequestHandler):
@@ -371,6 +376,13 @@ def test_a_look_at_metrics_that_fails_is_left_out() -> None:
         server.shutdown()
         server.server_close()
     assert [sample for _, sample in seen[:2]] == [{("running", ()): 2.0}, {("running", ()): 4.0}]
+
+
+def test_a_load_that_is_soon_over_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "scrape", lambda urls: {("running", ()): 1.0})
+    with watching("") as seen:
+        pass
+    assert len(seen) == 2
 
 
 def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -428,7 +440,7 @@ def test_a_stage_is_killed_while_clients_wait(
         return {("streams_resumed_total", (("cause", "rebuilding"),)): 2.0 + 3 * len(kills)}
 
     monkeypatch.setattr(bench_scaling, "serving", serving)
-    monkeypatch.setattr(bench_scaling, "scrape", scrape)
+    monkeypatch.setattr(watched, "scrape", scrape)
     monkeypatch.setattr(bench_scaling, "kill_stage", lambda head: kills.append(head.metrics))
     monkeypatch.setattr(bench_scaling, "measure", Clients(throughput, 0.3).measure)
     result = bench_scaling.bench_scaling(bench_scaling.PLANS["cpu"], 0, ["killed-2x1"], tmp_path / "s.json", 1.0)
