@@ -394,7 +394,8 @@ def scaling(
     """
     import torch
 
-    from deployments.bench.scaling import PLANS, bench_scaling, draw, is_row, row_names, scaling_table, throughputs
+    from deployments.bench.scaling import bench_scaling, draw, scaling_table, throughputs
+    from deployments.bench.scaling_plan import PLANS, is_row, row_names
 
     check_plot(plot)
     gpus = torch.cuda.device_count()

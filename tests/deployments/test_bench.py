@@ -26,6 +26,7 @@ from deployments.bench import watched
 from deployments.bench.deployed import all_served
 from deployments.bench.offline import Floor, steady_window
 from deployments.bench.run import Run, stage_shares
+from deployments.bench.scaling_plan import PLANS, is_row, serve_config, too_few
 from deployments.bench.sweep import Load
 from deployments.bench.watched import middle_half, moved, watching
 from deployments.check import check_file
@@ -266,15 +267,15 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
         return offline_result(1000.0 * stages**0.9, stages)
 
     monkeypatch.setattr(bench_scaling, "offline_row", row)
-    file, plan = tmp_path / "scaling.json", bench_scaling.PLANS["cuda"]
+    file, plan = tmp_path / "scaling.json", PLANS["cuda"]
     result = bench_scaling.bench_scaling(plan, 2, ["fp8x1", "fp8x2", "fp8x4"], file, 1.0)
     assert measured == [1, 2]
     assert result["rows"]["fp8x4"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert json.loads(file.read_text())["speedup"] == {"fp8": {"1": 1.0, "2": 1.87}}
     alone = bench_scaling.bench_scaling(plan, 1, ["http-2x1"], tmp_path / "one.json", 1.0)
     assert alone["rows"]["http-2x1"]["skipped"] == "needs 2 GPUs, this machine has 1"
-    shared = bench_scaling.PLANS["one-gpu"]
-    assert [bench_scaling.too_few(shared, 8, gpus) is None for gpus in (1, 0)] == [True, False]
+    shared = PLANS["one-gpu"]
+    assert [too_few(shared, 8, gpus) is None for gpus in (1, 0)] == [True, False]
     again = bench_scaling.bench_scaling(plan, 4, ["fp8x2", "fp8x4"], file, 1.0)  # on a larger machine
     assert measured == [1, 2, 4], "what was measured stays, what was skipped is tried again"
     assert again["speedup"]["fp8"][4] == pytest.approx(4**0.9, abs=0.01)
@@ -289,12 +290,12 @@ def test_a_scaling_run_skips_what_is_too_large_and_says_so(monkeypatch: pytest.M
     assert "1.2 to 1.2 %" in two
 
 
-@pytest.mark.parametrize("name", bench_scaling.PLANS)
+@pytest.mark.parametrize("name", PLANS)
 def test_every_row_of_a_plan_has_a_valid_configuration(name: str, tmp_path: Path) -> None:
-    plan = bench_scaling.PLANS[name]
+    plan = PLANS[name]
     for precision, stages in plan.rows:
         file = tmp_path / f"{precision}{stages}.yaml"
-        file.write_text(yaml.safe_dump(bench_scaling.serve_config(plan, precision, stages, pipelines=2)))
+        file.write_text(yaml.safe_dump(serve_config(plan, precision, stages, pipelines=2)))
         assert check_file(file) == []
     assert {stages for _, stages in plan.rows} == {1, 2, 4, 8}
 
@@ -393,11 +394,11 @@ def test_rows_of_pipelines_may_say_how_many_stages(monkeypatch: pytest.MonkeyPat
         return {"stages": stages, "pipelines": pipelines, "output_throughput": 1.0}
 
     monkeypatch.setattr(bench_scaling, "http_row", row)
-    rows, plan = ["http-1x1", "http-1x2", "http-2x1", "http-2x2"], bench_scaling.PLANS["cuda"]
+    rows, plan = ["http-1x1", "http-1x2", "http-2x1", "http-2x2"], PLANS["cuda"]
     result = bench_scaling.bench_scaling(plan, 2, rows, tmp_path / "s.json", 1.0)
     assert seen == [(1, 1), (1, 2), (2, 1)]
-    assert all(bench_scaling.is_row(plan, name) for name in (*rows, "http-2x4"))
-    assert not any(bench_scaling.is_row(plan, name) for name in ("http-1", "http-3x2", "http-1x", "fp8x3"))
+    assert all(is_row(plan, name) for name in (*rows, "http-2x4"))
+    assert not any(is_row(plan, name) for name in ("http-1", "http-3x2", "http-1x", "fp8x3"))
     assert result["rows"]["http-2x2"]["skipped"] == "needs 4 GPUs, this machine has 2"
     assert result["two_pipelines"] == {1: 1.0}
 
@@ -443,7 +444,7 @@ def test_a_stage_is_killed_while_clients_wait(
     monkeypatch.setattr(watched, "scrape", scrape)
     monkeypatch.setattr(bench_scaling, "kill_stage", lambda head: kills.append(head.metrics))
     monkeypatch.setattr(bench_scaling, "measure", Clients(throughput, 0.3).measure)
-    result = bench_scaling.bench_scaling(bench_scaling.PLANS["cpu"], 0, ["killed-2x1"], tmp_path / "s.json", 1.0)
+    result = bench_scaling.bench_scaling(PLANS["cpu"], 0, ["killed-2x1"], tmp_path / "s.json", 1.0)
     Console(file=io.StringIO()).print(bench_scaling.scaling_table(result))
     row = result["rows"]["killed-2x1"]
     assert kills == ["metrics"] * killed
@@ -454,7 +455,7 @@ def test_a_stage_is_killed_while_clients_wait(
 
 
 def test_several_runs_fill_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file, plan = tmp_path / "scaling.json", bench_scaling.PLANS["cuda"]
+    file, plan = tmp_path / "scaling.json", PLANS["cuda"]
 
     def row(plan: Any, precision: str, stages: int, timeout_s: float) -> dict[str, Any]:
         if stages == 2:  # while it is measured, another run, which began with no file either, is done with its own
