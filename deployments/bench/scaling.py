@@ -286,7 +286,8 @@ def _add_http(table: Table, row: Json, ratio: float | None) -> None:
 
 def _range(shares: list[float]) -> str:
     """From the least to the largest; empty if there are none."""
-    return f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %" if shares else ""
+    ends = list(dict.fromkeys(f"{100 * share:.1f}" for share in (min(shares), max(shares)))) if shares else []
+    return " to ".join(ends) + " %" if ends else ""
 
 
 def draw(result: Json, path: Path) -> None:
