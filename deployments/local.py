@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from deployments.chat_client import ChatFailed
 from deployments.check import check_file
 from deployments.interrupt import end_on_signals
+from deployments.processes import living_processes
 
 console = Console()
 BIN = Path(sys.executable).parent
@@ -148,16 +149,7 @@ def session_processes(head: Head) -> list[int]:
 
     They share its process session: names and environments tell nothing, for Ray's workers overwrite theirs.
     """
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _parent, _group, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue  # it ended just now
-            if int(session) == head.process.pid and state != "Z":
-                found.append(int(entry.name))
-    return found
+    return [process.pid for process in living_processes() if process.session == head.process.pid]
 
 
 def _stop_head(head: Head) -> None:

@@ -46,7 +46,7 @@ def eventually(condition: Callable[[], object], timeout: float, what: str) -> No
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 def make_stages(

@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 
 from deployments.local import RAY, SERVE, LocalError, free_low_ports, free_port
+from deployments.processes import living_processes
 from ops.namespaces import Namespace, Network
 
 BIN = Path(sys.executable).parent
@@ -108,16 +109,13 @@ def living(nodes: list[Node]) -> list[Process]:
     """The processes of these nodes: they share the session of the `ray start` that they come from."""
     owners = {session: node.name for node in nodes for session in node.sessions}
     found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, _parent, _group, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(session) in owners and state != "Z":
-                title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                found.append(Process(int(entry.name), title, owners[int(session)]))
-        except OSError:
-            continue  # it ended just now
+    for process in living_processes():
+        if process.session in owners:
+            with suppress(OSError):  # it ended just now
+                title = (
+                    Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                )
+                found.append(Process(process.pid, title.strip(), owners[process.session]))
     return found
 
 

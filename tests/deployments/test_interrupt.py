@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments import interrupt
+from deployments.processes import living_processes
 from tests.conftest import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -58,18 +59,9 @@ def test_a_command_that_will_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
 
 def descendants(pid: int) -> dict[int, str]:
     """Living processes that it has started, and those that these have: their names."""
-    parents: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
-            except OSError:
-                continue  # it ended just now
-            state, parent = rest.split()[:2]
-            if state != "Z":
-                parents[int(entry.name)] = int(parent), name
+    processes = list(living_processes())
     found: dict[int, str] = {}
-    while new := {p: name for p, (parent, name) in parents.items() if parent in {pid, *found} and p not in found}:
+    while new := {p.pid: p.name for p in processes if p.parent in {pid, *found} and p.pid not in found}:
         found |= new
     return found
 
