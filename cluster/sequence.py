@@ -45,7 +45,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Matcher(Protocol):
-    """Where a sequence is in its constraint; see model/grammar.py."""
+    """Where a sequence is in its constraint; see model/text/grammar.py."""
 
     ready: bool  # whether `mask` is that of the next token
     mask: bytes  # see SampleRow

@@ -9,12 +9,12 @@ from ray.serve import metrics as serve_metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from deployments import logs
+from deployments.asgi import create_gateway
 from deployments.config import AppConfig, parse_app_config
-from deployments.engine_client import ServeEngineClient
-from deployments.engine_replica import EngineReplica
-from deployments.http import create_gateway
-from ops import logs
-from ops.metrics import Recorder
+from deployments.engine.replica import EngineReplica
+from deployments.gateway.engine_client import ServeEngineClient
+from deployments.metrics import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,  # its streams are handed over at once
         max_surge_percent=config.resources.max_surge_percent,
         request_router_config=RequestRouterConfig(
-            request_router_class="deployments.router:MostRoomRouter",
+            request_router_class="deployments.routing.router:MostRoomRouter",
             request_router_kwargs={"sequences_per_replica": config.scheduler.max_num_seqs},
             request_routing_stats_period_s=0.5,
         ),
@@ -94,7 +94,7 @@ def autoscaling(config: AppConfig) -> AutoscalingConfig:
     """Serve's part (bounds and delays) and ours (the policy)."""
     a = config.autoscaling
     policy = AutoscalingPolicy(
-        policy_function="deployments.autoscaling:TokenPolicy",
+        policy_function="deployments.routing.autoscaling:TokenPolicy",
         policy_kwargs={
             "tokens_in_flight": a.target_tokens_in_flight,
             "waiting_tokens": a.target_waiting_tokens,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.config import FLOAT8_NEEDS_CUDA, read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
-from deployments.tenants import KeyRing
+from deployments.gateway.tenants import KeyRing
 from model.config import split_layers
 
 IMPORT_PATH = "deployments.app:build"

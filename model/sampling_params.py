@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from model.constraint import Constraint
+from model.text.constraint import Constraint
 
 MAX_LOGPROBS = 20
 

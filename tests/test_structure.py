@@ -16,8 +16,8 @@ TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, tex
 ALLOWED = {
     "model": {"model"},
     "cluster": {"model", "cluster"},
-    "ops": {"ops"},
-    "deployments": {"model", "cluster", "ops", "deployments"},
+    "deployments": {"model", "cluster", "deployments"},
+    "ops": {"model", "cluster", "deployments", "ops"},
 }
 
 
@@ -58,7 +58,7 @@ def test_commands_in_the_readme_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[`\n ])", readme)) <= targets
-    cli = (ROOT / "deployments/cli.py").read_text()
+    cli = (ROOT / "ops/cli.py").read_text()
     for command in re.findall(r"^caravan ([a-z]+)", readme, re.MULTILINE):
         assert f"def {command}(" in cli or f'name="{command}"' in cli
 

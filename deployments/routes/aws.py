@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import msgspec
 from fastapi.responses import Response
 
-from deployments.exchange import Json
+from deployments.gateway.exchange import Json
 from deployments.routes.vendor import json_error
 
 EVENT_STREAM = "application/vnd.amazon.eventstream"

@@ -14,12 +14,12 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.errors import ApiError
-from deployments.exchange import Json, answer
-from deployments.gateway import Gateway, Usage
-from deployments.protocol import Number, Whole, parse_body
+from deployments.gateway.exchange import Json, answer
+from deployments.gateway.gateway import Gateway, Usage
+from deployments.gateway.text import Piece
 from deployments.routes import aws
+from deployments.routes.openai_protocol import Number, Whole, parse_body
 from deployments.routes.vendor import StrictBody, Vendor, documented, only, sampling_params
-from deployments.text import Piece
 
 DEFAULT_GEN_LEN, MAX_GEN_LEN = 512, 2048
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.5, 0.9

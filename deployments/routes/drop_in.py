@@ -8,7 +8,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from deployments.config import RouteName
-from deployments.gateway import Gateway
+from deployments.gateway.gateway import Gateway
 from deployments.routes import bedrock, sagemaker, tgi, watsonx
 from deployments.routes.vendor import Respond
 

@@ -6,13 +6,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deployments.constraints import constraint_of
 from deployments.errors import bad_request
-from deployments.exchange import AnswerFormat, answer, read_json, request_id, tenant
-from deployments.formats import ChatFormat, CompletionFormat, Head
-from deployments.gateway import Gateway, GenerationRequest, Prompt
-from deployments.openapi import documented
-from deployments.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.gateway.exchange import AnswerFormat, answer, read_json, request_id, tenant
+from deployments.gateway.gateway import Gateway, GenerationRequest, Prompt
+from deployments.routes.openai_constraints import constraint_of
 from deployments.routes.openai_examples import (
     CHAT_ANSWER,
     CHAT_EVENTS,
@@ -21,6 +18,9 @@ from deployments.routes.openai_examples import (
     TEXT_EVENTS,
     TEXT_EXAMPLES,
 )
+from deployments.routes.openai_formats import ChatFormat, CompletionFormat, Head
+from deployments.routes.openai_protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.routes.openapi import documented
 
 Json = dict[str, Any]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context

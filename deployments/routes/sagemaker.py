@@ -15,10 +15,10 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 
 from deployments.errors import ApiError
-from deployments.exchange import Json, or_disconnect
-from deployments.gateway import Gateway, Generation
-from deployments.protocol import Number, parse_body
+from deployments.gateway.exchange import Json, or_disconnect
+from deployments.gateway.gateway import Gateway, Generation
 from deployments.routes import aws
+from deployments.routes.openai_protocol import Number, parse_body
 from deployments.routes.tgi import EXAMPLE, TGI, GenerateRequest
 from deployments.routes.tgi import respond as respond_as_tgi
 from deployments.routes.vendor import Count, StrictBody, documented, only, sampling_params

@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from deployments.constraints import make_constraint
 from deployments.errors import ApiError
-from deployments.exchange import Json, answer, sse
-from deployments.gateway import Gateway, Prompt, Usage
-from deployments.protocol import Number, parse_body
+from deployments.gateway.constraints import make_constraint
+from deployments.gateway.exchange import Json, answer, sse
+from deployments.gateway.gateway import Gateway, Prompt, Usage
+from deployments.gateway.text import Piece, TokenLogprob
+from deployments.routes.openai_protocol import Number, parse_body
 from deployments.routes.vendor import (
     Count,
     Flag,
@@ -29,10 +30,9 @@ from deployments.routes.vendor import (
     sampling_params,
     stop_strings,
 )
-from deployments.text import Piece, TokenLogprob
 from deployments.version import package_version
-from model.constraint import Constraint
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
+from model.text.constraint import Constraint
 
 DEFAULT_NEW_TOKENS = 100
 MAX_STOPS = 4

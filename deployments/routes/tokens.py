@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 from pydantic import Field, WithJsonSchema
 
 from deployments.errors import bad_request
-from deployments.exchange import Json, read_json
-from deployments.gateway import Gateway
-from deployments.openapi import documented
-from deployments.protocol import Body, ChatMessage, parse_body
-from deployments.text import token_name
+from deployments.gateway.exchange import Json, read_json
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.text import token_name
+from deployments.routes.openai_protocol import Body, ChatMessage, parse_body
+from deployments.routes.openapi import documented
 
 
 class TokenizeRequest(Body):

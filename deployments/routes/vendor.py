@@ -15,12 +15,12 @@ from fastapi.responses import Response
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from deployments.errors import ApiError, bad_request
-from deployments.exchange import read_json, request_id, tenant
-from deployments.gateway import LONG_TEXT, Gateway, GenerationRequest, Prompt, in_thread_if
-from deployments.openapi import inlined
-from deployments.protocol import Body, Number, Whole
+from deployments.gateway.exchange import read_json, request_id, tenant
+from deployments.gateway.gateway import LONG_TEXT, Gateway, GenerationRequest, Prompt, in_thread_if
+from deployments.routes.openai_protocol import Body, Number, Whole
+from deployments.routes.openapi import inlined
 from model.sampling_params import SamplingParams
-from model.tokenizer import encode_prompt
+from model.text.tokenizer import encode_prompt
 
 Respond = Callable[[ApiError, str], Response]  # an error and the request's id, as a vendor writes it
 MAX_STOP_LENGTH = 1000  # characters

@@ -17,9 +17,10 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.errors import ApiError, bad_request
-from deployments.exchange import Json, answer, request_id
-from deployments.gateway import Gateway, Generation, Prompt, Usage
-from deployments.protocol import Number, Whole, parse_body
+from deployments.gateway.exchange import Json, answer, request_id
+from deployments.gateway.gateway import Gateway, Generation, Prompt, Usage
+from deployments.gateway.text import Piece, TokenLogprob, token_name
+from deployments.routes.openai_protocol import Number, Whole, parse_body
 from deployments.routes.vendor import (
     Count,
     Flag,
@@ -33,7 +34,6 @@ from deployments.routes.vendor import (
     sampling_params,
     stop_strings,
 )
-from deployments.text import Piece, TokenLogprob, token_name
 from model.sampling_params import SamplingParams
 
 DEFAULT_NEW_TOKENS = 20

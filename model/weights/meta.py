@@ -66,7 +66,7 @@ def _vocab_size(path: Path, raw: dict[str, Any]) -> int:
     tokenizer = path / "tokenizer.model"
     if not tokenizer.is_file():
         raise CheckpointError(f"{path}/params.json gives no vocab_size: put the model's tokenizer.model beside it")
-    from model.tokenizer.spm import SentencePieceTokenizer
+    from model.text.tokenizer.spm import SentencePieceTokenizer
 
     return SentencePieceTokenizer(tokenizer).vocab_size
 

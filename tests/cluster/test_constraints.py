@@ -16,9 +16,9 @@ from cluster.engine import Engine
 from cluster.errors import StageDied
 from cluster.sequence import Request
 from model.batch import StageTiming, StepOutput
-from model.constraint import Constraint
-from model.grammar import Masks
-from model.tokenizer.dummy import DummyTokenizer
+from model.text.constraint import Constraint
+from model.text.grammar import Masks
+from model.text.tokenizer.dummy import DummyTokenizer
 from tests.conftest import DEVICES, TINY, Collector, MakeEngine, request
 
 EOS = 2

@@ -9,9 +9,9 @@ from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
 from cluster.sequence import TokenEvent
 from cluster.waiting_queue import Policy
-from deployments.bench.simulated import SimulatedStages
 from model.batch import Batch, StepOutput
-from ops import workload
+from ops.bench import workload
+from ops.bench.engine.simulated import SimulatedStages
 from tests.conftest import request
 
 TOKENS_BACK_S = 0.001  # from the last stage to the first

@@ -15,16 +15,16 @@ from cluster.errors import CaravanError
 from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
-from deployments.status import ReplicaStatus
-from deployments.token_link import Inbox, deliver
+from deployments.engine.board import ReplicaStatus
+from deployments.engine.token_link import Inbox, deliver
 from model.batch import StageTiming
 from model.config import ModelConfig, split_layers
-from model.grammar import Masks
 from model.llama import Decoder
 from model.stage import Stage
+from model.text.grammar import Masks
 from model.weights.dummy import DummyCheckpoint
 from tests.cluster.test_golden import BLOCK, decoders
-from tests.deployments.test_gateway import tokenizer
+from tests.deployments.gateway.test_gateway import tokenizer
 
 MAX_SEQS = 32
 _encode = msgspec.msgpack.Encoder().encode

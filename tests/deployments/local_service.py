@@ -7,12 +7,12 @@ from typing import Any
 import httpx
 import openai
 
+from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
-from deployments.http import create_gateway
 from tests import golden
 from tests.cluster.test_golden import decoders
+from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, running
-from tests.deployments.test_gateway import Recorded
 
 ARGS = {
     "model": {"path": golden.MODEL, "name": "smol", "max_model_len": 256},

@@ -9,8 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from deployments.check import check_file
-from deployments.cli import app
 from deployments.config import ConfigError, parse_app_config
+from ops.cli import app
 from tests import golden
 
 ROOT = Path(__file__).parents[2]

@@ -27,14 +27,14 @@ from huggingface_hub import InferenceClient
 from langchain_openai import ChatOpenAI, OpenAI
 
 from cluster.sequence import Request, TokenEvent
+from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
 from deployments.errors import ApiError
-from deployments.http import create_gateway
-from deployments.tenants import add_key
+from deployments.gateway.tenants import add_key
 from tests import golden
+from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, default_model, running
 from tests.deployments.served import served
-from tests.deployments.test_gateway import Recorded
 
 ROOT = Path(__file__).parents[2]
 NAME, HOSTED = "smollm2-135m-instruct", "meta.llama2-13b-chat-v1"

@@ -22,8 +22,9 @@ import psutil
 import pytest
 import yaml
 
-from deployments.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
-from ops import load, top
+from ops.bench.service import load
+from ops.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
+from ops.watch import top
 from tests.conftest import eventually
 from tests.deployments.test_transport import Server, head, statuses
 
@@ -250,7 +251,7 @@ def test_a_model_that_is_not_there_is_said_in_the_status(service: Service, tmp_p
 
 def test_a_port_in_use_is_one_clear_error(service: Service) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "deployments.local", "--config", str(service.file)],
+        [sys.executable, "-m", "ops.local", "--config", str(service.file)],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
@@ -504,7 +505,7 @@ def test_serving_in_the_foreground_ends_with_ctrl_c(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     url = write_config(file)
     process = subprocess.Popen(
-        [sys.executable, "-m", "deployments.local", "--config", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ops.local", "--config", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         eventually(lambda: ready(url), 150, "the service answers")

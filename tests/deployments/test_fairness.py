@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.bench.fairness import Tenant, bench_fairness, simulate
-from deployments.bench.fairness_http import bench_fairness_http
+from ops.bench.engine.fairness import Tenant, bench_fairness, simulate
+from ops.bench.service.fairness_http import bench_fairness_http
 
 ROOT = Path(__file__).parents[2]
 

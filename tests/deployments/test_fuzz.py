@@ -21,8 +21,8 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
-from deployments.http import create_gateway
 from model.weights import read_config, resolve_path
 from tests import golden
 from tests.conftest import TINY
@@ -39,9 +39,9 @@ from tests.deployments.bad_inputs import (
     VALUES,
     dumped,
 )
+from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, made_up_model, running
 from tests.deployments.served import served
-from tests.deployments.test_gateway import Recorded
 
 pytestmark = pytest.mark.timeout(3600)
 

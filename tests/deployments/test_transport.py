@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from deployments.local import free_port
-from tests.deployments.test_tenants import Guarded
+from ops.local import free_port
+from tests.deployments.gateway.test_tenants import Guarded
 
 ROOT = Path(__file__).parents[2]
 BODY = json.dumps({"model": "tiny", "prompt": "hi", "max_tokens": 3}).encode()

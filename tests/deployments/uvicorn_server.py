@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator
 import uvicorn
 
 from cluster.sequence import Request, TokenEvent
+from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
-from deployments.http import create_gateway
-from tests.deployments.test_gateway import ARGS, Recorded, ScriptedEngine
+from tests.deployments.gateway.test_gateway import ARGS, Recorded, ScriptedEngine
 
 LIMITS = {
     "resume_attempts": 0, "max_body_bytes": 1_000_000, "max_buffered_bytes": 20_000_000, "body_timeout_s": 1.0,

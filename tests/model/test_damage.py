@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from model.config import split_layers
 from model.errors import CheckpointError
-from model.tokenizer import check_fits, load_tokenizer
+from model.text.tokenizer import check_fits, load_tokenizer
 from model.weights import open_checkpoint, read_config, resolve_path
 from model.weights.sharded import MANIFEST, write_shards
 from tests.model.test_formats import make_llama, write_gguf, write_meta, write_sharded_torch, write_torch

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.config import ModelArgs, read_model
-from deployments.inspection import inspect
 from model.config import float8_products, split_layers
 from model.errors import CheckpointError
 from model.kernels import Int4Weight
@@ -31,6 +30,7 @@ from model.roofline import StageWork
 from model.weights import open_checkpoint, read_config
 from model.weights.dummy import DummyCheckpoint
 from model.weights.sharded import write_shards
+from ops.inspection import inspect
 from tests.model.test_formats import CPU, PLAIN, our_logits, their_logits
 from tests.model.test_weights import all_names, change_config
 

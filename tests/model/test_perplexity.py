@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.bench.perplexity import bench_perplexity, default_text, rounded, whole_model
 from deployments.config import AppConfig, parse_app_config
 from model.perplexity import perplexity
-from model.tokenizer import load_tokenizer
+from model.text.tokenizer import load_tokenizer
 from model.weights import resolve_path
+from ops.bench.engine.perplexity import bench_perplexity, default_text, rounded, whole_model
 from tests import golden
 from tests.cluster.test_golden import decoders, transformers_llama
 

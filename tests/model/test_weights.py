@@ -130,8 +130,8 @@ def test_gateways_do_not_import_torch():
     code = f"""
 import sys
 from model.weights import read_config, resolve_path
-from model.tokenizer import load_tokenizer
-from model.chat import load_chat_template
+from model.text.tokenizer import load_tokenizer
+from model.text.chat import load_chat_template
 path = resolve_path({MODEL!r})
 read_config(path)
 load_chat_template(path, load_tokenizer(path)).encode([{{"role": "user", "content": "hi"}}])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.alerts import ALERTS, RUNBOOK, rules_json
+from ops.watch.alerts import ALERTS, RUNBOOK, rules_json
 
 LABELS = 'application="caravan",replica="r1"'
 P = "ray_caravan_"

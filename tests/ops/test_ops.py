@@ -18,9 +18,11 @@ import prometheus_client
 import pytest
 from rich.console import Console
 
-from ops import load, logs, top
-from ops.dashboard import dashboard, dashboard_json, exported, expressions
-from ops.metrics import METRICS, Recorder
+from deployments import logs
+from deployments.metrics import METRICS, Recorder
+from ops.bench.service import load
+from ops.watch import top
+from ops.watch.dashboard import dashboard, dashboard_json, exported, expressions
 
 BY_NAME = {m.name: m for m in METRICS}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.local import free_port
+from ops.local import free_port
 
 ROOT = Path(__file__).parents[2]
 TLS = ROOT / "ops" / "tls"

@@ -1,0 +1,145 @@
+"""The ASGI application: routes, request ids, and every error in one form."""
+
+import json
+import logging
+import re
+import secrets
+import time
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import CaravanError
+from deployments import logs
+from deployments.config import AppConfig
+from deployments.errors import ApiError, from_engine
+from deployments.gateway.engine_client import EngineClient, MetricsRecorder
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.guard import Guard
+from deployments.routes import openai, tokens
+from deployments.routes.drop_in import DropIn, drop_ins
+from deployments.routes.openapi import add_docs
+from deployments.version import package_version
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """Models of the Llama 2 family behind OpenAI's API.
+
+Send `Authorization: Bearer KEY` if the service asks for keys. Errors always have the form
+`{"error": {"message", "type", "param", "code"}}`.
+Every answer carries an `X-Request-Id`, the client's own if it sent one.
+"""
+
+
+def create_gateway(
+    config: AppConfig, engine: EngineClient, recorder: MetricsRecorder, *, echo_request_id: bool = True
+) -> FastAPI:
+    """The ASGI application. Raises `ValueError` if the checkpoint's tokenizer or template cannot be read.
+
+    `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
+    """
+    gateway = Gateway(config, engine, recorder)
+    app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
+    add_docs(app)
+    app.state.gateway = gateway
+    app.add_middleware(Guard, gateway=gateway, respond=respond)
+    app.add_middleware(RequestId, echo=echo_request_id)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(CaravanError, _caravan_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    app.include_router(openai.router(gateway))
+    app.include_router(tokens.router(gateway))
+    app.state.drop_ins = drop_ins(gateway)  # errors are written in their forms too
+    for drop_in in app.state.drop_ins:
+        app.include_router(drop_in.router)
+
+    @app.get("/health", summary="Whether this process lives")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", summary="Whether work moves, or why not")
+    async def ready() -> Response:
+        return await _ready(gateway)
+
+    @app.get("/version", summary="What is running")
+    async def version_() -> dict[str, str]:
+        return {"version": package_version()}
+
+    return app
+
+
+async def _ready(gateway: Gateway) -> Response:
+    """200 if some replica has produced a token lately; otherwise 503 with every replica's reason."""
+    now = time.time()
+    replicas = []
+    for status in await gateway.engine.replicas():
+        state, reason = status.state, status.reason
+        if now - status.updated_at > gateway.config.gateway.ready_max_age_s:
+            state, reason = "stalled", f"has not been heard of for {now - status.updated_at:.0f} s"
+        replicas.append({"replica": status.replica, "state": state, "reason": reason, "loaded": status.loaded})
+    ready = any(replica["state"] == "ready" for replica in replicas)
+    reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or "no engine replica is running yet"
+    body = {"ready": ready, "reason": reason, "replicas": replicas}
+    return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"Retry-After": "5"})
+
+
+class RequestId:
+    """Gives every request an id, the client's own if it is fit to print, and sends it back on every answer."""
+
+    _FIT = re.compile(r"[!-~]{1,128}")
+
+    def __init__(self, app: ASGIApp, echo: bool) -> None:
+        self._app = app
+        self._echo = echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if self._FIT.fullmatch(given) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        logs.begin(request_id=request_id)
+
+        async def send_with_id(message: Message) -> None:
+            if self._echo and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def respond(http: Request, error: ApiError) -> Response:
+    """The error in the form of the API that the request's path belongs to; OpenAI's for all others."""
+    owners: list[DropIn] = http.app.state.drop_ins
+    for drop_in in owners:
+        if drop_in.owns(http.scope):
+            return drop_in.respond(error, http.scope["state"]["request_id"])
+    return Response(
+        json.dumps(error.body), status_code=error.status, headers=error.headers, media_type="application/json"
+    )
+
+
+async def _api_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return respond(http, error)
+
+
+async def _caravan_error(http: Request, error: Exception) -> Response:
+    return respond(http, from_engine(error))
+
+
+async def _http_error(http: Request, error: Exception) -> Response:
+    """Starlette's own: unknown route, wrong method."""
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {http.url.path}", 405: f"{http.url.path} does not take {http.method}"}
+    message = what.get(error.status_code, str(error.detail))
+    return respond(http, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _internal_error(http: Request, error: Exception) -> Response:
+    log.error("internal error", exc_info=error, extra={"request_id": http.scope.get("state", {}).get("request_id")})
+    return respond(http, from_engine(error))

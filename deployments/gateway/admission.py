@@ -1,0 +1,231 @@
+"""Which requests are taken: those whose first token can be expected in time. All others get 429 at once.
+
+What is expected follows from tokens, not from counts of requests: prompt tokens that wait against the rate at which
+engines compute prompts, and once sequences or KV are full, how many answers have to end first, and when these will.
+Engines report the rates; what is open is known here, for an answer is counted from the moment it is sent.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from deployments.config import AppConfig
+from deployments.engine.board import ReplicaStatus
+from deployments.errors import ApiError
+from deployments.gateway.limits import too_many
+from deployments.gateway.tenants import Tenant
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 0.5  # how old what engines report may be
+SAME_ANSWER_S = 0.02  # for so long a tenant that was refused is refused again without another look
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What all ready engines can do together."""
+
+    prefill_rate: float  # prompt tokens/s
+    decode_rate: float  # output tokens/s
+    max_seqs: int
+    kv_tokens: int
+
+    @classmethod
+    def of(cls, replicas: Sequence[ReplicaStatus]) -> "Capacity":
+        return cls(
+            prefill_rate=sum(r.prefill_rate for r in replicas),
+            decode_rate=sum(r.decode_rate for r in replicas),
+            max_seqs=sum(r.max_num_seqs for r in replicas),
+            kv_tokens=sum(r.kv_blocks_total * r.block_size for r in replicas),
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One open answer, in tokens."""
+
+    prompt: int
+    max_tokens: int
+    output: int = 0  # so far
+
+    @property
+    def waiting(self) -> int:
+        """Prompt tokens that are still to be computed, as far as is known: all until the first token."""
+        return 0 if self.output else self.prompt
+
+
+@dataclass(slots=True)
+class Sizes:
+    """The length of the average answer: of those that ended lately, or before any has, as clients allow them to be."""
+
+    output: float = 0.0
+    _seen: int = 0
+    _ended: bool = False
+
+    def expect(self, max_tokens: int) -> None:
+        if not self._ended:
+            self._take(max_tokens)
+
+    def end(self, output: int) -> None:
+        if not self._ended:
+            self._ended, self._seen = True, 0
+        self._take(output)
+
+    def _take(self, output: int) -> None:
+        self._seen += 1
+        self.output += max(1 / self._seen, 0.02) * (output - self.output)
+
+
+def expected_wait(
+    ahead: Sequence[Answer], new: Sequence[Answer], capacity: Capacity, mean_output: float, share: float = 1.0
+) -> float:
+    """Seconds until an engine begins with `new`, behind the answers `ahead`, with this share of the engines.
+
+    Its own prompts do not count: however long, an idle engine takes them. Rates that are not known yet count as
+    endless for prompts (a replica measures that one before it is ready) and as nothing for answers that must end.
+    """
+    prefill = sum(answer.waiting for answer in ahead)
+    wait = prefill / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
+    seqs = max(1, int(capacity.max_seqs * share))
+    running = ahead[:seqs]  # first come, first served
+    held = sum(answer.prompt + answer.output for answer in ahead)
+    size = max(1.0, held / len(ahead)) if ahead else 1.0
+    kv = (held + sum(answer.prompt for answer in new) - capacity.kv_tokens * share) / size
+    lacking = min(len(ahead), math.ceil(max(len(ahead) + len(new) - seqs, kv)))
+    if lacking <= 0:
+        return wait
+    speed = capacity.decode_rate * share / len(running)  # tokens/s of one answer
+    if not speed:
+        return math.inf
+    # Whoever runs now ends after what is left of the average answer; whoever takes that place, one answer later.
+    left = sorted(max(1.0, min(mean_output, a.max_tokens) - a.output) for a in running)
+    rounds, place = divmod(lacking - 1, len(left))
+    begun = sum(a.waiting for a in running) / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
+    return max(wait, begun + (left[place] + rounds * mean_output) / speed)
+
+
+class Admission:
+    """One gateway's. `replicas` reads what engines report."""
+
+    def __init__(self, config: AppConfig, replicas: Callable[[], Awaitable[list[ReplicaStatus]]]) -> None:
+        self._target_s = config.admission.target_ttft_s
+        self._max_age_s = config.gateway.ready_max_age_s
+        self._alone = config.gateway.replicas == 1
+        self._replicas = replicas
+        self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
+        self._sizes = Sizes()
+        self._open: dict[int, tuple[Tenant, Answer]] = {}  # in order of arrival
+        self._others: list[Answer] = []  # what other gateways have sent
+        self._numbers = itertools.count()
+        self._refused: dict[str, tuple[float, float]] = {}  # tenant -> when, and how long it would have waited
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_at = -math.inf
+
+    # -- what engines report ------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Ask for it, if that was not done lately. Nobody waits for the answer, except for the very first one."""
+        first, now = self._asking is None, time.monotonic()
+        if now - self._asked_at > REFRESH_S and (self._asking is None or self._asking.done()):
+            self._asked_at, self._asking = now, asyncio.create_task(self._ask())
+        if first and self._asking is not None:
+            await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        try:
+            replicas, now = await self._replicas(), time.time()
+        except Exception:
+            log.exception("what engines report cannot be read; what is known stays")
+        else:
+            self.take([r for r in replicas if r.state == "ready" and now - r.updated_at <= self._max_age_s])
+
+    def take(self, ready: Sequence[ReplicaStatus]) -> None:
+        """The ready engines. What they have and is not ours came from other gateways, if there are any."""
+        self._capacity = Capacity.of(ready) if ready else None
+        if self._alone:
+            return
+        own = [answer for _, answer in self._open.values()]
+        begun = [answer for answer in own if answer.output]
+        running = max(0, sum(r.running for r in ready) - len(begun))
+        held = max(0, sum(r.running_tokens for r in ready) - sum(a.prompt + a.output for a in begun))
+        waiting = max(0, sum(r.waiting for r in ready) - (len(own) - len(begun)))
+        tokens = max(0, sum(r.waiting_tokens for r in ready) - sum(a.waiting for a in own))
+        length = max(1, int(self._sizes.output))  # theirs are taken to be like ours, and to end one after the other
+        self._others = [
+            *(Answer(held // running, length, 1 + i * length // running) for i in range(running)),
+            *(Answer(tokens // waiting, length) for _ in range(waiting)),
+        ]
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def check(self, tenant: Tenant) -> None:
+        """Raises `ApiError` 429 if a request of this tenant, however small, would wait too long."""
+        when, wait = self._refused.get(tenant.name, (-math.inf, 0.0))
+        if time.monotonic() - when < SAME_ANSWER_S:  # in a flood nothing is worked out anew for everybody
+            raise overloaded(wait - self._target_s)
+        self._check(tenant, [Answer(1, 1)])
+
+    def _check(self, tenant: Tenant, new: Sequence[Answer]) -> None:
+        wait = self._wait(tenant, new, self._capacity) if self._capacity is not None else 0.0
+        if wait > self._target_s:
+            if len(new) == 1 == new[0].prompt:
+                self._refused[tenant.name] = time.monotonic(), wait
+            raise overloaded(wait - self._target_s)
+
+    def _wait(self, tenant: Tenant, new: Sequence[Answer], capacity: Capacity) -> float:
+        """By its own share of the engines, or by all of them, whichever is sooner: what others leave is used."""
+        ahead = [*self._others, *(answer for _, answer in self._open.values())]
+        wait = expected_wait(ahead, new, capacity, self._sizes.output)
+        weights = {other.name: other.weight for other, _ in self._open.values()}
+        if wait <= self._target_s or not set(weights) - {tenant.name}:
+            return wait
+        share = tenant.weight / sum({**weights, tenant.name: tenant.weight}.values())
+        own = [answer for other, answer in self._open.values() if other.name == tenant.name]
+        return min(wait, expected_wait(own, new, capacity, self._sizes.output, share))
+
+    def open(self, tenant: Tenant, answers: Sequence[Answer]) -> "Ticket":
+        """Take a request for these answers. Raises `ApiError` 429 if it would wait too long."""
+        self._check(tenant, answers)
+        numbers = [next(self._numbers) for _ in answers]
+        for number, answer in zip(numbers, answers, strict=True):
+            self._open[number] = tenant, answer
+            self._sizes.expect(answer.max_tokens)
+        return Ticket(self, numbers)
+
+    def grow(self, number: int, tokens: int) -> None:
+        if number in self._open:
+            self._open[number][1].output += tokens
+
+    def close(self, number: int, complete: bool) -> None:
+        found = self._open.pop(number, None)
+        if found is not None and complete:
+            self._sizes.end(found[1].output)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An admitted request. It counts until it is closed."""
+
+    admission: Admission
+    numbers: list[int]  # of its answers
+
+    def grow(self, index: int, tokens: int) -> None:
+        """So many tokens more of one of its answers."""
+        self.admission.grow(self.numbers[index], tokens)
+
+    def end(self, index: int) -> None:
+        """One of its answers is complete."""
+        self.admission.close(self.numbers[index], complete=True)
+
+    def close(self) -> None:
+        for number in self.numbers:
+            self.admission.close(number, complete=False)
+
+
+def overloaded(wait: float) -> ApiError:
+    message = "The engines are busy: this request would wait too long for its first token. Please try again later."
+    return too_many(message, "overloaded", "overloaded", wait)

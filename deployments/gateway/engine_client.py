@@ -1,0 +1,133 @@
+"""How a gateway speaks to the engines."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, Protocol
+
+import msgspec
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import CaravanError, EngineStopped
+from cluster.sequence import Request, TokenEvent
+from deployments import logs
+from deployments.engine import board
+from deployments.engine.board import ReplicaStatus
+from deployments.engine.token_link import Inbox, TokenReceiver
+from deployments.routing.assignments import ASSIGNMENTS
+
+WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
+BOARD_S = 1.0  # how long a look at the board may take
+LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
+
+_encode_request = msgspec.msgpack.Encoder().encode
+
+
+class MetricsRecorder(Protocol):
+    """What a gateway needs of deployments.metrics.Recorder."""
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
+    def observe(self, name: str, value: float, **labels: str) -> None: ...
+
+
+class EngineClient(Protocol):
+    """What the gateway needs; tests give it scripted tokens through the same door."""
+
+    def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+        """Tokens as they come. Closing it cancels the request. Raises `RequestRejected` or `EngineStopped`."""
+        ...
+
+    async def replicas(self) -> list[ReplicaStatus]:
+        """What the engine replicas say of themselves."""
+        ...
+
+
+class ServeEngineClient:
+    """Through a Serve handle, which picks the replica (see router.py); tokens come back by the token link."""
+
+    def __init__(self, handle: DeploymentHandle[Any], app: str) -> None:
+        self._generate: Any = handle.options(method_name="generate")
+        self._app = app
+        self._receiver: TokenReceiver | None = None
+        self._board: list[ReplicaStatus] = []
+        self._read_at = 0.0  # unix seconds
+        self._reading: asyncio.Task[list[ReplicaStatus]] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+        receiver = self._receiver = self._receiver or self._open_receiver()
+        name = request.request_id
+        inbox = receiver.open(name)
+        ASSIGNMENTS.open(name, inbox, asyncio.get_running_loop())
+        response = self._generate.remote(name, _encode_request(request), msgspec.structs.astuple(receiver.address))
+        self._keep(self._end(response, inbox))
+        finished = False
+        try:
+            while not finished:
+                events = await inbox.next()
+                if replica := ASSIGNMENTS.replica_of(name):
+                    logs.bind(replica=replica)
+                finished = events[-1].finish_reason is not None
+                yield events
+        finally:
+            ASSIGNMENTS.close(name)
+            receiver.close(name)
+            if not finished:
+                response.cancel()
+
+    def _open_receiver(self) -> TokenReceiver:
+        self._keep(self._watch())
+        return TokenReceiver(ray.util.get_node_ip_address(), ASSIGNMENTS.heard)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    async def _watch() -> None:
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            ASSIGNMENTS.fail_silent()
+
+    @staticmethod
+    async def _end(response: Any, inbox: Inbox) -> None:
+        """Wait for the end of the request's call, and make its stream end too if it has not yet."""
+        try:
+            await response
+            await asyncio.sleep(LAST_TOKENS_S)
+            inbox.fail(EngineStopped("the engine ended the stream early"))
+        except RayTaskError as error:
+            cause = error.cause
+            failed = (
+                cause
+                if isinstance(cause, CaravanError)
+                else EngineStopped(f"the engine failed: {type(cause).__name__}")
+            )
+            inbox.fail(failed)
+        except (RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError) as error:
+            inbox.fail(EngineStopped(f"the engine went away: {type(error).__name__}"))
+
+    async def replicas(self) -> list[ReplicaStatus]:
+        """As the board says, which is kept by the cluster's control plane: while that is away, as it last said."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(asyncio.to_thread(board.read, self._app))
+        await asyncio.wait({self._reading}, timeout=BOARD_S)
+        if self._reading.done() and self._reading.exception() is None:
+            self._board, self._read_at = self._reading.result(), time.time()
+        away = time.time() - self._read_at if self._board else 0.0
+        return [_as_routed(replica, away if away > BOARD_S else 0.0) for replica in self._board]
+
+
+def _as_routed(replica: ReplicaStatus, away_s: float) -> ReplicaStatus:
+    """What the router and the token link know is newer than the board, which has not been read for `away_s`."""
+    replica = msgspec.structs.replace(replica, updated_at=replica.updated_at + away_s)
+    running = ASSIGNMENTS.running
+    if replica.state == "ready" and running is not None and replica.replica not in running:
+        return msgspec.structs.replace(replica, state="failed", reason="is gone, about to go, or not routed to yet")
+    if replica.state == "ready" and ASSIGNMENTS.is_doubtful(replica.replica):
+        return msgspec.structs.replace(replica, state="stalled", reason="has fallen silent, or rebuilds its pipeline")
+    return replica

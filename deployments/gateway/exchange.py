@@ -1,0 +1,175 @@
+"""One HTTP exchange: a body in, an answer out, whole or as a stream, and a client that may leave at any time."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from cluster.errors import CaravanError
+from deployments.errors import ApiError, bad_request, from_engine
+from deployments.gateway.gateway import Gateway, Generation, Usage
+from deployments.gateway.tenants import Tenant
+from deployments.gateway.text import Piece
+
+log = logging.getLogger(__name__)
+
+COMMENT = b": waiting\n\n"  # a line that clients of server-sent events skip
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+class AnswerFormat(Protocol):
+    """How a route writes its answers: the JSON of a whole one, the bytes of a streamed one."""
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> Json:
+        """From the pieces of all answers, in the order in which they came."""
+        ...
+
+    def opening(self) -> bytes:
+        """What a stream begins with; sent with the first piece."""
+        ...
+
+    def chunk(self, piece: Piece, usage: Usage) -> bytes:
+        """`usage` as of this piece."""
+        ...
+
+    def closing(self, usage: Usage) -> bytes:
+        """What a stream ends with."""
+        ...
+
+    def broken(self, error: ApiError) -> bytes:
+        """What a stream ends with instead if it fails under way."""
+        ...
+
+
+async def read_json(http: Request, limit: int) -> Any:
+    """The body's JSON. Raises `ApiError`: 413 beyond `limit` bytes, 400 for what is no JSON."""
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > limit:
+            raise ApiError(413, f"the body is longer than {limit} bytes", code="request_too_large")
+    if not body:
+        raise bad_request("the body is empty: send a JSON object")
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise bad_request(f"the body is not valid JSON: {error}") from None
+
+
+def request_id(http: Request) -> str:
+    """As the `RequestId` middleware gave it."""
+    return str(http.scope["state"]["request_id"])
+
+
+def tenant(http: Request) -> Tenant:
+    """As the `Guard` middleware found it."""
+    found = http.scope["state"]["tenant"]
+    assert isinstance(found, Tenant)
+    return found
+
+
+async def answer(
+    http: Request, gateway: Gateway, generation: Generation, written: AnswerFormat, stream: bool
+) -> Response:
+    """The response to a request under way. If the client leaves, the generation is closed."""
+    if not stream:
+        body = await or_disconnect(http, _whole(generation, written))
+        return Response(msgspec.json.encode(body), media_type="application/json")
+    # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
+    first = await or_disconnect(http, anext(generation.pieces))
+    parts = _events(first, gateway, generation, written)
+    return EventStream(generation, parts, gateway.config.gateway.keepalive_s)
+
+
+async def _whole(generation: Generation, written: AnswerFormat) -> Json:
+    try:
+        collected = [piece async for piece in generation.pieces]
+    finally:
+        await generation.pieces.aclose()
+    return written.whole(collected, generation.usage)
+
+
+async def _events(
+    first: Piece, gateway: Gateway, generation: Generation, written: AnswerFormat
+) -> AsyncIterator[bytes]:
+    """Server-sent events. What fails under way, be it the engine or this request alone, is said in the stream."""
+    usage = generation.usage
+    try:
+        yield written.opening() + written.chunk(first, usage)
+        async for piece in generation.pieces:
+            if piece.text or piece.finish_reason or piece.logprobs or piece.prompt_logprobs:
+                yield written.chunk(piece, usage)
+        yield written.closing(usage)
+    except Exception as error:
+        if not isinstance(error, CaravanError):
+            log.exception("a stream failed")
+        gateway.recorder.inc("streams_broken_total")
+        yield written.broken(from_engine(error))
+
+
+class EventStream(StreamingResponse):
+    """A stream whose generation is closed with it, even if the client has left before the first byte.
+
+    While nothing comes, because the pipeline is being rebuilt, say, a comment every `keepalive_s` keeps the connection
+    from being taken for dead.
+    """
+
+    def __init__(self, generation: Generation, parts: AsyncIterator[bytes], keepalive_s: float) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+        self._keepalive_s = keepalive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        turn = asyncio.Lock()
+        sent = 0.0  # when, by the event loop's clock; 0: nothing yet, and a comment must not come first
+
+        async def send_in_turn(message: Message) -> None:
+            nonlocal sent
+            async with turn:
+                await send(message)
+                sent = asyncio.get_running_loop().time()
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(self._keepalive_s)
+                if sent and asyncio.get_running_loop().time() - sent >= self._keepalive_s:
+                    await send_in_turn({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+        comments = asyncio.create_task(keep_alive())
+        try:
+            await super().__call__(scope, receive, send_in_turn)
+        finally:
+            comments.cancel()
+            await self._generation.pieces.aclose()
+
+
+def sse(body: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+async def or_disconnect(http: Request, work: Awaitable[T]) -> T:
+    """`work`, unless the client leaves first: then it is cancelled, which frees the sequence in the engine."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client closed the connection")
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

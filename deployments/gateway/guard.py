@@ -1,0 +1,164 @@
+"""What every request passes before any route sees it: its key, its limits, whether it can be taken at all.
+
+All of it is decided from the headers, so that a refusal costs no reading and no tokenising. A body is counted while it
+is read, whatever its headers said of it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.config import GatewayArgs
+from deployments.errors import ApiError
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.tenants import ANONYMOUS, Tenant
+
+ASSETS = "/docs/assets"
+PAGE_FILES = frozenset(f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"))
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/ping", "/docs", "/openapi.json"}) | PAGE_FILES  # need no key
+CLOSE = {"Connection": "close"}  # what else the client sends is not read
+
+
+@dataclass(slots=True)
+class Buffered:
+    """Bytes of bodies that all open requests hold now."""
+
+    held: int = 0
+
+
+class Guard:
+    """ASGI middleware. Puts the tenant into the request's state. `respond` writes an error in its route's form."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway, respond: Callable[[Request, ApiError], Response]) -> None:
+        self._app = app
+        self._gateway = gateway
+        self._args = gateway.config.gateway
+        self._respond = respond
+        self._buffered = Buffered()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope["state"]["tenant"] = ANONYMOUS
+        body = BodyReader(receive, self._args, self._buffered)
+        writer = Writer(send, self._args.write_timeout_s)
+        try:
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
+                await self._check(scope)
+            writer.headers = self._limits_of(scope)
+            await self._app(scope, body.receive, writer.send)
+        except ApiError as error:
+            writer.headers = self._limits_of(scope)
+            await self._respond(Request(scope), error)(scope, receive, writer.send)
+        finally:
+            body.release()
+
+    def _limits_of(self, scope: Scope) -> dict[str, str]:
+        return self._gateway.limits.headers(scope["state"]["tenant"], time.monotonic())
+
+    async def _check(self, scope: Scope) -> None:
+        """Find out whose request it is. Raises `ApiError` for what need not be read."""
+        headers = Headers(scope=scope)
+        try:
+            tenant = scope["state"]["tenant"] = self._tenant(headers)
+            self._check_headers(scope, headers)
+            if scope["method"] == "POST" and "token" not in scope["path"].rsplit("/", 1)[-1]:  # /tokenize costs little
+                self._gateway.limits.take_request(tenant, time.monotonic())
+                await self._gateway.admission.refresh()
+                self._gateway.admission.check(tenant)
+        except ApiError as error:
+            if error.status in (401, 429):
+                self._gateway.count_refusal(scope["state"]["tenant"], error)
+            raise
+
+    def _tenant(self, headers: Headers) -> Tenant:
+        """By `Authorization: Bearer KEY` or `x-api-key: KEY`."""
+        keys = self._gateway.keys
+        if not keys.required:
+            return ANONYMOUS
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
+        tenant = keys.find(key.strip()) if key else None
+        if tenant is not None:
+            return tenant
+        message = "Incorrect API key provided." if key else "You didn't provide an API key: send it as a Bearer token."
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **CLOSE})
+
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+        args = self._args
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > args.max_header_bytes:
+            raise ApiError(431, f"the headers are longer than {args.max_header_bytes} bytes", headers=CLOSE)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(
+                415,
+                "Content-Encoding is not supported: send the body as it is",
+                headers={"Accept-Encoding": "identity", **CLOSE},
+            )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > args.max_body_bytes:
+            raise too_large(args.max_body_bytes)
+
+
+class BodyReader:
+    """A request's `receive`, with limits of size and time, and all bodies together within what memory there is."""
+
+    def __init__(self, receive: Receive, args: GatewayArgs, buffered: Buffered) -> None:
+        self._receive = receive
+        self._args = args
+        self._buffered = buffered
+        self._deadline = time.monotonic() + args.body_timeout_s
+        self._size = 0
+        self._whole = False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the body did not arrive within {self._args.body_timeout_s:g} s"
+            raise ApiError(408, text, code="request_timeout", headers=CLOSE) from None
+        if message["type"] == "http.request":
+            self._whole = not message.get("more_body", False)
+            self._count(len(message.get("body", b"")))
+        return message
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        self._buffered.held += size
+        if self._size > self._args.max_body_bytes:
+            raise too_large(self._args.max_body_bytes)
+        if self._buffered.held > self._args.max_buffered_bytes:
+            text = "too many bytes of requests are being read at once: try again shortly"
+            raise ApiError(503, text, kind="server_error", code="overloaded", headers={"Retry-After": "1", **CLOSE})
+
+    def release(self) -> None:
+        self._buffered.held -= self._size
+        self._size = 0
+
+
+class Writer:
+    """A request's `send`: adds headers, and gives up on a client that does not read."""
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self.headers: dict[str, str] = {}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(self.headers)
+        async with asyncio.timeout(self._timeout_s):
+            await self._send(message)
+
+
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {limit} bytes", code="request_too_large", headers=CLOSE)

@@ -1,0 +1,100 @@
+"""Per-tenant limits of requests and tokens a minute, and the headers in which OpenAI's clients look for them."""
+
+import math
+from dataclasses import dataclass
+
+from deployments.errors import ApiError
+from deployments.gateway.tenants import Tenant
+
+LONGEST_RETRY_S = 120.0  # openai-python does not retry at all if it is told to wait longer
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Holds a minute's worth and fills up steadily. It may go into debt, which is paid before anything else."""
+
+    per_minute: float
+    level: float
+    at: float  # seconds, when `level` was true
+
+    def refill(self, now: float) -> None:
+        self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / 60)
+        self.at = now
+
+    def seconds_until(self, amount: float) -> float:
+        """Until it holds `amount`, or is full if it can never hold that much."""
+        return max(0.0, min(amount, self.per_minute) - self.level) * 60 / self.per_minute
+
+
+class Limits:
+    """The buckets of all tenants. One gateway of several keeps its share of each limit."""
+
+    def __init__(self, gateways: int = 1) -> None:
+        self._gateways = gateways
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+
+    def take_request(self, tenant: Tenant, now: float) -> None:
+        """Raises `ApiError` 429 if this request is one too many, or tokens are still owed."""
+        requests, tokens = self._bucket(tenant, "requests", now), self._bucket(tenant, "tokens", now)
+        if tokens is not None and (wait := tokens.seconds_until(1)) > 0:
+            raise limited(tenant, "tokens", tokens, wait)
+        if requests is not None:
+            if (wait := requests.seconds_until(1)) > 0:
+                raise limited(tenant, "requests", requests, wait)
+            requests.level -= 1
+
+    def take_prompt(self, tenant: Tenant, tokens: int, now: float) -> None:
+        """Raises `ApiError` 429 if there is no room for so many tokens now."""
+        bucket = self._bucket(tenant, "tokens", now)
+        if bucket is not None:
+            if (wait := bucket.seconds_until(tokens)) > 0:
+                raise limited(tenant, "tokens", bucket, wait)
+            bucket.level -= tokens
+
+    def spend(self, tenant: Tenant, tokens: int, now: float) -> None:
+        """Count output as it is made: nobody knows its length before."""
+        bucket = self._bucket(tenant, "tokens", now)
+        if bucket is not None:
+            bucket.level -= tokens
+
+    def headers(self, tenant: Tenant, now: float) -> dict[str, str]:
+        """x-ratelimit-*: the limit, what remains of it, and when it is whole again."""
+        found = {}
+        for what in ("requests", "tokens"):
+            bucket = self._bucket(tenant, what, now)
+            if bucket is not None:
+                found[f"x-ratelimit-limit-{what}"] = f"{bucket.per_minute:.0f}"
+                found[f"x-ratelimit-remaining-{what}"] = f"{max(0, math.floor(bucket.level))}"
+                found[f"x-ratelimit-reset-{what}"] = duration(bucket.seconds_until(bucket.per_minute))
+        return found
+
+    def _bucket(self, tenant: Tenant, what: str, now: float) -> Bucket | None:
+        limit = tenant.requests_per_minute if what == "requests" else tenant.tokens_per_minute
+        if limit is None:
+            return None
+        share = limit / self._gateways
+        bucket = self._buckets.setdefault((tenant.name, what), Bucket(share, share, now))
+        bucket.per_minute = share  # it may have been changed in the file of keys
+        bucket.refill(now)
+        return bucket
+
+
+def limited(tenant: Tenant, what: str, bucket: Bucket, wait: float) -> ApiError:
+    message = f"Rate limit reached for {tenant.name} on {what} per minute: limit {bucket.per_minute:.0f}"
+    return too_many(f"{message}. Please try again in {duration(wait)}.", what, "rate_limit_exceeded", wait)
+
+
+def too_many(message: str, kind: str, code: str, wait: float) -> ApiError:
+    """429 that says when to come back."""
+    wait = min(max(wait, 0.001), LONGEST_RETRY_S)
+    headers = {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(1000 * wait))}
+    return ApiError(429, message, kind=kind, code=code, headers=headers)
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: 12ms, 3.5s, 6m0s."""
+    if seconds < 1:
+        return f"{math.ceil(1000 * seconds)}ms"
+    if seconds < 60:
+        return f"{seconds:.3g}s"
+    return f"{int(seconds // 60)}m{int(seconds % 60)}s"

@@ -1,0 +1,95 @@
+"""Streams that outlive their engine: what one engine did not finish, another one continues.
+
+A request resumes as a longer prompt, what was already sent being part of it, with the same seed and what is left of the
+budget. Draws depend on (seed, position) alone, so the client gets the tokens it would have got.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Literal
+
+import msgspec
+
+from cluster.errors import EngineLeaving, EngineStopped, MoveCause
+from cluster.sequence import Request, TokenEvent
+from deployments.engine.board import ReplicaStatus
+from deployments.gateway.engine_client import EngineClient, MetricsRecorder
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0
+
+
+class Search:
+    """The time in which a stream has no engine."""
+
+    def __init__(self, cause: Literal["lost"] | MoveCause, timeout_s: float) -> None:
+        self.cause = cause
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._timeout_s - self.age_s)
+
+
+class ResumingEngineClient:
+    """See `EngineClient`. Raises `EngineStopped` once `attempts` are used up, or if no engine takes over in time."""
+
+    def __init__(self, engine: EngineClient, attempts: int, timeout_s: float, recorder: MetricsRecorder) -> None:
+        self._engine = engine
+        self._attempts = attempts
+        self._timeout_s = timeout_s
+        self._recorder = recorder
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+        emitted: list[int] = []
+        lost = moves = 0
+        search: Search | None = None  # for the next token, while an engine is being looked for
+        while True:
+            stream = self._engine.generate(_attempt(request, lost + moves, emitted))
+            try:
+                async with asyncio.timeout(search.remaining_s if search is not None else None):
+                    events = await anext(stream)
+                if search is not None:
+                    self._recorder.inc("streams_resumed_total", cause=search.cause)
+                    self._recorder.observe("stream_pause_seconds", search.age_s)
+                    search = None
+                while True:
+                    emitted += [event.token_id for event in events]
+                    finished = events[-1].finish_reason is not None
+                    yield events
+                    if finished:
+                        return
+                    events = await anext(stream)
+            except TimeoutError:
+                raise EngineStopped(f"no engine took the stream over within {self._timeout_s:g} s") from None
+            except EngineLeaving as error:  # planned: nothing is wrong with the next one
+                moves += 1
+                search = search or Search(error.cause, self._timeout_s)
+                log.info("%s; its stream moves on after %d tokens", error, len(emitted))
+            except (EngineStopped, StopAsyncIteration) as error:
+                if lost == self._attempts:
+                    raise EngineStopped(str(error) or "the engine ended the stream early") from error
+                search = search or Search("lost", self._timeout_s)
+                log.warning("a stream lost its engine (%s) after %d tokens; resuming it", error, len(emitted))
+                await asyncio.sleep(min(FIRST_PAUSE_S * 2**lost, LONGEST_PAUSE_S))
+                lost += 1
+            finally:
+                await stream.aclose()
+
+    async def replicas(self) -> list[ReplicaStatus]:
+        return await self._engine.replicas()
+
+
+def _attempt(request: Request, attempt: int, emitted: list[int]) -> Request:
+    """Under an id of its own: should the lost engine still send something, nobody listens to it."""
+    if attempt == 0:
+        return request
+    return msgspec.structs.replace(request.resume(emitted), request_id=f"{request.request_id}-{attempt}")

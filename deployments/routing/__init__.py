@@ -1,0 +1,1 @@
+"""Which pipeline a request goes to, and how many pipelines there are."""

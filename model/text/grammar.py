@@ -1,0 +1,193 @@
+"""From a constraint to the tokens that may come next, by the xgrammar library.
+
+Compiling may take long and belongs to a thread that may wait. Masks are made in threads of their own, while the batch
+that needs them is being computed; a sequence whose masks take long is left out of batches until they are ready, so that
+no other sequence waits long for its grammar.
+"""
+
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.text import json_schema
+from model.text.constraint import Constraint
+from model.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Bits = npt.NDArray[np.int32]
+CACHE_BYTES = 256_000_000  # of compiled grammars
+MAX_WHITESPACE = 16  # characters in a row between the parts of a JSON text: a model may not fill the budget with them
+MAX_MASK_S = 1.0  # a grammar that takes longer for one token is too expensive to be served
+AVERAGED = 0.1  # the share of the newest mask in the average
+MAX_THREADS = 4
+LONGEST_SILENCE_S = 0.02  # that a mask waits for others
+
+
+class Grammars:
+    """Compiles constraints for one vocabulary; the newest ones are kept."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        import xgrammar  # brings torch and half a second of imports: only where constraints are really used
+
+        self.vocab_size = tokenizer.vocab_size
+        vocab = [tokenizer.token_bytes(i) for i in range(self.vocab_size)]
+        ends = sorted(tokenizer.eos_ids)
+        info = xgrammar.TokenizerInfo(
+            vocab, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=ends or None
+        )
+        self._json = _without_control_characters(vocab)
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+
+    def matcher(self, constraint: Constraint, queue: "Queue") -> "Matcher":
+        """At the beginning, its mask not made yet. Raises `ValueError` as `compile` does."""
+        import xgrammar
+
+        found = xgrammar.GrammarMatcher(self.compile(constraint), override_stop_tokens=list(constraint.end_ids))
+        return Matcher(queue, found, self.vocab_size, self._json if constraint.kind == "json_schema" else None)
+
+    def compile(self, constraint: Constraint) -> Any:
+        """Raises `ValueError` that says what is wrong with it, or what of it cannot be guaranteed."""
+        try:
+            if constraint.kind == "regex":
+                return self._compiler.compile_regex(constraint.text)
+            if constraint.kind == "grammar":
+                return self._compiler.compile_grammar(constraint.text)
+            json_schema.check(constraint.text)
+            return self._compiler.compile_json_schema(constraint.text, max_whitespace_cnt=MAX_WHITESPACE)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises RuntimeError with the place in its own source
+            raise ValueError(plain(str(error))) from None
+
+
+def _without_control_characters(vocab: list[bytes]) -> Bits:
+    """[ceil(V / 32)] Tokens that may be part of a JSON text: it has no control characters but ends of lines.
+
+    The library lets others into strings of limited length, which no parser takes.
+    """
+    refused = set(range(32)) - {10, 13}
+    bits = np.array([refused.isdisjoint(word) for word in vocab] + [False] * (-len(vocab) % 32))
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def plain(message: str) -> str:
+    """What the library says, without the time and its own source files."""
+    lines = re.sub(r"\[[0-9:]+\] \S+?:\d+: ", "", message).strip().splitlines()
+    return lines[0][:500] if lines else "it cannot be compiled"
+
+
+class Matcher:
+    """One sequence's place in its grammar. `mask` is meant for the token after the last one given to `advance`."""
+
+    def __init__(self, queue: "Queue", matcher: Any, vocab_size: int, allowed: Bits | None = None) -> None:
+        import xgrammar
+
+        self.ready = False
+        self.seconds = 0.0  # that a mask takes lately
+        self.failure: str | None = None
+        self.mask = b""  # bit i: token i may come next
+        self._queue, self._matcher, self._allowed = queue, matcher, allowed
+        self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
+
+    def advance(self, token_id: int) -> None:
+        """The sequence has one token more: at once, but the mask comes later. For the engine's thread."""
+        self.ready = False
+        self._queue.put((self, token_id))
+
+    def step(self, *token_ids: int) -> None:
+        """Take in tokens and make the mask. Whatever goes wrong is noted in `failure`, never raised."""
+        try:
+            for token_id in token_ids:
+                if not self._matcher.accept_token(token_id):
+                    raise ValueError(f"token {token_id} does not match")
+            started, began = time.monotonic(), time.thread_time()
+            self._matcher.fill_next_token_bitmask(self._bits)
+            bits = self._bits.numpy()
+            self.mask = (bits if self._allowed is None else bits & self._allowed).tobytes()
+            # Of this thread's time: on a busy machine others take some too, and that says nothing about the grammar.
+            self.seconds += AVERAGED * (time.thread_time() - began - self.seconds)
+            if time.monotonic() - started > MAX_MASK_S:
+                raise ValueError("its mask takes too long")
+            if not self.mask.strip(b"\0"):
+                raise ValueError("no token may come next")
+        except Exception as error:
+            log.exception("a constraint failed")
+            self.mask = b""
+            self.failure = f"its constraint failed: {type(error).__name__}"
+
+
+Queue = queue.Queue[tuple[Matcher, int] | None]
+
+
+class Masks:
+    """An engine's matchers, and the threads that move them on. `on_ready` is called when masks have become ready.
+
+    The library lets go of the interpreter while it works, so that several threads make masks at once.
+    """
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer], on_ready: Callable[[], None]) -> None:
+        self._tokenizer, self._on_ready = tokenizer, on_ready  # loaded with the first constraint
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()  # guards _grammars
+        self._queue: Queue = queue.Queue()
+        self._done: list[tuple[float, Matcher]] = []  # made, and when; not ready yet
+        self._done_lock = threading.Lock()
+        count = max(2, min(MAX_THREADS, os.cpu_count() or 1))
+        self._threads = [threading.Thread(target=self._run, name=f"masks-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def open(self, constraint: Constraint, output_ids: list[int]) -> Matcher:
+        """A matcher that has seen `output_ids`, its mask ready. May take long. Raises `ValueError`."""
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self._tokenizer())
+        matcher = self._grammars.matcher(constraint, self._queue)
+        matcher.step(*output_ids)
+        if matcher.failure is not None:
+            raise ValueError(matcher.failure)
+        matcher.ready = True
+        return matcher
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._queue.get(timeout=LONGEST_SILENCE_S if self._queue.unfinished_tasks else None)
+            except queue.Empty:
+                self._release()
+                continue
+            if item is None:
+                return
+            matcher, token_id = item
+            matcher.step(token_id)
+            self._release(matcher)
+
+    def _release(self, made: Matcher | None = None) -> None:
+        """Masks become ready together, so that their sequences stay in one batch; slow ones are not waited for."""
+        with self._done_lock:
+            if made is not None:
+                self._done.append((time.monotonic(), made))
+                self._queue.task_done()
+            if not self._done:
+                return
+            if self._queue.unfinished_tasks and time.monotonic() - self._done[0][0] < LONGEST_SILENCE_S:
+                return
+            for _, matcher in self._done:
+                matcher.ready = True
+            self._done.clear()
+        self._on_ready()
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()

@@ -1,0 +1,1 @@
+"""The deployed service and its load, measured."""

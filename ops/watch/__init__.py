@@ -1,0 +1,1 @@
+"""Watching the service: top, dashboard, alerts."""

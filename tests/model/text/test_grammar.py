@@ -1,0 +1,139 @@
+"""Masks against a judge of their own, and schemas of which something would not be guaranteed."""
+
+import json
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import regex
+import torch
+
+from model.batch import SampleRow
+from model.sampling import sample
+from model.text import grammar_worker, json_schema
+from model.text.constraint import Constraint
+from model.text.grammar import Grammars, Masks, Matcher
+from model.text.tokenizer import Tokenizer, load_tokenizer
+from model.weights import resolve_path
+from tests import golden
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(resolve_path(golden.MODEL))
+
+
+@cache
+def grammars() -> Grammars:
+    return Grammars(tokenizer())
+
+
+@pytest.mark.parametrize("pattern", [r"[A-Z][a-z]{2,6} (yes|no|maybe)!?", r"(\d{1,3}\.){3}\d{1,3}", r"é(a|(ß))*(京)?"])
+def test_a_mask_holds_exactly_the_tokens_that_may_come(pattern: str) -> None:
+    """Judged by the regex library's partial matches, along random walks."""
+    t, rng = tokenizer(), random.Random(0)
+    eos = min(t.eos_ids)
+    words = [t.token_bytes(i) for i in range(t.vocab_size)]
+    whole = regex.compile(pattern.encode())  # over bytes: a token may be a part of a character
+    masks = Masks(tokenizer, lambda: None)
+    try:
+        for _ in range(3):
+            matcher, so_far = masks.open(Constraint("regex", pattern, (eos,)), []), b""
+            for _ in range(12):
+                allowed = {i for i in range(t.vocab_size) if matcher.mask[i // 8] >> i % 8 & 1}
+                expected = {i for i, w in enumerate(words) if w and whole.fullmatch(so_far + w, partial=True)}
+                assert allowed - {eos} == expected
+                assert (eos in allowed) == (whole.fullmatch(so_far) is not None)
+                if not expected:
+                    break
+                token = rng.choice(sorted(expected))
+                matcher.step(token)
+                so_far += words[token]
+    finally:
+        masks.close()
+
+
+def test_the_sampler_draws_what_the_mask_allows() -> None:
+    vocab = 45  # more than the mask has bits for: what is beyond its end is refused
+    for allowed in ({3}, {0, 39}, set(range(40)), {7, 8, 9}):
+        mask = sum(1 << i for i in allowed).to_bytes(5, "little")
+        logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(1))
+        expected = [max(allowed, key=lambda i, row=row: float(logits[row, i])) for row in range(4)]  # type: ignore[misc]
+        draws = [SampleRow(i, 0.7, 0.0, 0, 1.0, 0.0, mask=mask) for i in (0, 2)]
+        draws += [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, mask=mask), SampleRow(3, 0.7, 1.0, 2, 0.9, 0.0, mask=mask)]
+        tokens = sample(logits.clone(), draws).token_ids.tolist()
+        assert [tokens[0], tokens[2]] == [expected[0], expected[2]]
+        assert {tokens[1], tokens[3]} <= allowed
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"type": "array", "contains": {"const": 1}}, "contains"),
+    ({"type": "object", "properties": {"a": {"not": {"const": 1}}}}, "#/properties/a: not"),
+    ({"type": "object", "if": {}, "then": {}}, "if"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+    ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, "patternProperties"),
+    ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["z"]}, "z is required"),
+    ({"$defs": {"n": {"type": "integer"}}, "$ref": "#/$defs/n", "minimum": 5}, "minimum beside $ref"),
+    ({"type": "object", "anyOf": [{"type": "object"}]}, "type beside anyOf"),
+    ({"minimum": 5}, "minimum needs a type"),
+    ({"type": "string", "enum": ["a", 1]}, "enum"),
+    ({"enum": ["a", 1], "minimum": 3}, "enum"),
+    ({"type": "object", "properties": {"yy": {}}, "propertyNames": {"pattern": "^x"}}, "propertyNames"),
+    ({"type": "array", "items": [{"type": "integer"}]}, "#/items must be"),
+    ({"type": "object", "properties": []}, "#/properties must be an object"),
+    ({"anyOf": 5}, "#/anyOf must be an array"),
+    ("nonsense", "# must be"),
+]
+
+
+@pytest.mark.parametrize(("schema", "word"), REFUSED, ids=lambda x: str(x)[:40])
+def test_what_would_not_be_guaranteed_is_refused(schema: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word.replace("$", r"\$")):
+        json_schema.check(json.dumps(schema))
+
+
+def test_deep_and_broken_schemas_are_refused() -> None:
+    deep: Any = {"type": "integer"}
+    for _ in range(80):
+        deep = {"type": "array", "items": deep}
+    for source, word in ((json.dumps(deep), "nested"), ("{", "valid JSON"), ("[" * 100_000, "valid JSON")):
+        with pytest.raises(ValueError, match=word):
+            json_schema.check(source)
+
+
+def test_ordinary_schemas_pass() -> None:
+    from tests.cluster.test_constraints import SCHEMAS
+
+    for schema in [*SCHEMAS, True, {"type": "object"}, {"$ref": "#/$defs/n", "title": "x", "$defs": {"n": True}}]:
+        json_schema.check(json.dumps(schema))
+
+
+def test_bad_constraints_say_what_is_wrong_without_the_librarys_paths() -> None:
+    for kind, source, word in (
+        ("regex", "((", "parenthesis"),
+        ("grammar", "root ::= foo", "not defined"),
+        ("json_schema", '{"type": "wizard"}', "wizard"),
+        ("json_schema", '{"$ref": "#/$defs/n"}', "defs"),
+    ):
+        with pytest.raises(ValueError, match=word) as caught:
+            grammars().compile(Constraint(kind, source, (2,)))  # type: ignore[arg-type]
+        assert ".cc" not in str(caught.value)
+
+
+def test_a_grammar_with_masks_that_take_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = tuple(sorted(tokenizer().eos_ids))
+    counting = Constraint("regex", r"([A-Z][a-z]{1,12}( [a-z]{1,12}){2,10}[.?!] ){9,}", ends)
+    for constraint in (counting, Constraint("regex", "ab?", ends), Constraint("json_schema", "true", ends)):
+        monkeypatch.setattr(grammar_worker, "SLOW_MASK_S", 30.0)
+        assert grammar_worker.problem(grammars(), constraint) is None
+    monkeypatch.setattr(grammar_worker, "SLOW_MASK_S", 0.0001)
+    assert "ms for each token" in (grammar_worker.problem(grammars(), counting) or "")
+
+
+def test_a_matcher_notes_what_goes_wrong_and_raises_nothing() -> None:
+    matcher = Matcher(None, object(), 64)  # type: ignore[arg-type]
+    matcher.step(5)
+    assert matcher.failure
+    assert matcher.mask == b""
