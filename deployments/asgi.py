@@ -16,9 +16,10 @@ from cluster.errors import CaravanError
 from deployments import logs
 from deployments.config import AppConfig
 from deployments.errors import ApiError, from_engine
-from deployments.gateway.engine_client import EngineClient, MetricsRecorder
+from deployments.gateway.engine_client import EngineClient
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.guard import Guard
+from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, tokens
 from deployments.routes.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs

@@ -1,7 +1,7 @@
 """Every metric, said once: name, unit, help, buckets, and the panel that shows it.
 
 Exported through Ray's metrics endpoint as `ray_caravan_<name>`; inside a Serve replica Ray adds the labels application,
-deployment and replica. The dashboard (dashboard.py) and `caravan top` (top.py) are made from this table.
+deployment and replica. The dashboard, the alerts and `caravan top` (ops/watch) are made from this table.
 """
 
 from dataclasses import dataclass
@@ -168,6 +168,13 @@ class Backend(Protocol):
     Counter: Any
     Gauge: Any
     Histogram: Any
+
+
+class MetricsRecorder(Protocol):
+    """What a gateway needs of `Recorder`."""
+
+    def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
+    def observe(self, name: str, value: float, **labels: str) -> None: ...
 
 
 class Recorder:

@@ -1,5 +1,6 @@
 """Constraints as clients write them, checked before an engine sees them."""
 
+import asyncio
 import json
 import os
 import select
@@ -81,6 +82,11 @@ class ConstraintChecker:
         self._lock = threading.Lock()  # one at a time asks the worker
         self._verdicts: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self._waiting = 0
+
+    async def accept(self, constraint: Constraint, param: str) -> None:
+        """`check`, without holding up the event loop."""
+        if not self.known(constraint):
+            await asyncio.to_thread(self.check, constraint, param)
 
     def check(self, constraint: Constraint, param: str) -> None:
         """May take long. Raises `ApiError`: 400 if it cannot be served, 503 if too many wait for an answer."""

@@ -26,13 +26,6 @@ LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last 
 _encode_request = msgspec.msgpack.Encoder().encode
 
 
-class MetricsRecorder(Protocol):
-    """What a gateway needs of deployments.metrics.Recorder."""
-
-    def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
-
-
 class EngineClient(Protocol):
     """What the gateway needs; tests give it scripted tokens through the same door."""
 

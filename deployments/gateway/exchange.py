@@ -12,9 +12,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import CaravanError
 from deployments.errors import ApiError, bad_request, from_engine
-from deployments.gateway.gateway import Gateway, Generation, Usage
+from deployments.gateway.accounting import Usage
+from deployments.gateway.gateway import Gateway, Generation
+from deployments.gateway.pieces import Piece
 from deployments.gateway.tenants import Tenant
-from deployments.gateway.text import Piece
 
 log = logging.getLogger(__name__)
 

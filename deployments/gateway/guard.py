@@ -74,7 +74,7 @@ class Guard:
                 self._gateway.admission.check(tenant)
         except ApiError as error:
             if error.status in (401, 429):
-                self._gateway.count_refusal(scope["state"]["tenant"], error)
+                self._gateway.accounting.refused(scope["state"]["tenant"], error)
             raise
 
     def _tenant(self, headers: Headers) -> Tenant:

@@ -15,7 +15,8 @@ import msgspec
 from cluster.errors import EngineLeaving, EngineStopped, MoveCause
 from cluster.sequence import Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
-from deployments.gateway.engine_client import EngineClient, MetricsRecorder
+from deployments.gateway.engine_client import EngineClient
+from deployments.metrics import MetricsRecorder
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.errors import ApiError
+from deployments.gateway.accounting import Usage
 from deployments.gateway.exchange import Json, answer
-from deployments.gateway.gateway import Gateway, Usage
-from deployments.gateway.text import Piece
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.pieces import Piece
 from deployments.routes import aws
 from deployments.routes.openai_protocol import Number, Whole, parse_body
 from deployments.routes.vendor import StrictBody, Vendor, documented, only, sampling_params
@@ -55,14 +56,14 @@ class Bedrock(Vendor):
         return await self._answer(http, model, stream=True)
 
     async def _answer(self, http: Request, model: str, stream: bool) -> Response:
-        self.gateway.check_name(model, "modelId")
+        self.gateway.bounds.check_name(model, "modelId")
         body = parse_body(InvokeBody, await self.body(http))
         prompt = await self.prompt(body.prompt, "prompt")
         # The default is a limit, not a wish: a shorter room for it is no error.
-        default = min(DEFAULT_GEN_LEN, max(1, self.gateway.max_model_len - len(prompt.token_ids)))
+        default = min(DEFAULT_GEN_LEN, max(1, self.gateway.bounds.max_model_len - len(prompt.token_ids)))
         sampling = sampling_params(
-            self.gateway.max_tokens(prompt, body.max_gen_len or default, None),
-            self.gateway.stop_ids(prompt),
+            self.gateway.bounds.max_tokens(prompt, body.max_gen_len or default, None),
+            self.gateway.prompts.stop_ids(prompt),
             seed=None,
             temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
             top_p=DEFAULT_TOP_P if body.top_p is None else body.top_p or 1.0,  # 0 turns it off, says the guide

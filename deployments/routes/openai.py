@@ -8,7 +8,9 @@ from fastapi.responses import Response
 
 from deployments.errors import bad_request
 from deployments.gateway.exchange import AnswerFormat, answer, read_json, request_id, tenant
-from deployments.gateway.gateway import Gateway, GenerationRequest, Prompt
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.prompts import Prompt
+from deployments.gateway.request import GenerationRequest
 from deployments.routes.openai_constraints import constraint_of
 from deployments.routes.openai_examples import (
     CHAT_ANSWER,
@@ -54,8 +56,8 @@ class OpenAI:
     async def chat(self, http: Request) -> Response:
         request = parse(ChatRequest, await self._body(http))
         self._check(request)
-        prompt = await self._gateway.chat_prompt([message.as_template_input for message in request.messages])
-        max_tokens = self._gateway.max_tokens(prompt, request.budget, None, "messages")
+        prompt = await self._gateway.prompts.chat([message.as_template_input for message in request.messages])
+        max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, None, "messages")
         one = await self._one(http, "chat", request, prompt, max_tokens)
         answers = request.n or 1
         written = ChatFormat(self._head("chatcmpl", request), answers)
@@ -67,7 +69,7 @@ class OpenAI:
         prompts = await self._completion_prompts(request)
         answers: list[GenerationRequest] = []
         for prompt in prompts:
-            max_tokens = self._gateway.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
+            max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
             # The engine gives a prompt's logprobs with a first token, wanted or not; that one needs no room.
             one = await self._one(http, "completions", request, prompt, max(1, max_tokens))
             answers += one.copies(request.candidates)
@@ -83,14 +85,14 @@ class OpenAI:
     async def _one(
         self, http: Request, endpoint: str, request: SamplingFields, prompt: Prompt, max_tokens: int
     ) -> GenerationRequest:
-        ends = self._gateway.stop_ids(prompt)
+        ends = self._gateway.prompts.stop_ids(prompt)
         sampling = request.sampling(max_tokens, ends)
         found = constraint_of(request, ends)
         if found is not None:
             param, constraint = found
             if request.min_tokens:
                 raise bad_request(f"min_tokens: is not possible with {param}", "min_tokens")
-            await self._gateway.check_constraint(constraint, param)
+            await self._gateway.constraints.accept(constraint, param)
             sampling = sampling.constrained(constraint)
         return GenerationRequest(
             endpoint=endpoint,
@@ -107,7 +109,7 @@ class OpenAI:
     async def _answer(
         self, http: Request, answers: list[GenerationRequest], written: AnswerFormat, request: SamplingFields
     ) -> Response:
-        self._gateway.check_size(answers)
+        self._gateway.bounds.check_size(answers)
         return await answer(http, self._gateway, self._gateway.generate(*answers), written, bool(request.stream))
 
     async def _completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
@@ -115,17 +117,17 @@ class OpenAI:
         prompt = request.prompt
         if request.suffix:
             one = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-            return [await self._gateway.infill_prompt(one, request.suffix)]
+            return [await self._gateway.prompts.infill(one, request.suffix)]
         several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
         parts = list(prompt) if several else [prompt]
-        self._gateway.check_answers(len(parts) * request.candidates)
+        self._gateway.bounds.check_answers(len(parts) * request.candidates)
         return [await self._one_prompt(part) for part in parts]
 
     async def _one_prompt(self, part: Any) -> Prompt:
         if isinstance(part, str):
-            return await self._gateway.text_prompt(part)
+            return await self._gateway.prompts.text(part)
         if isinstance(part, list):
-            return self._gateway.ids_prompt(part)
+            return self._gateway.prompts.ids(part)
         raise bad_request("prompt: must be a string, token ids, or a list of either", "prompt")
 
     def _echo(self, request: CompletionRequest, index: int, prompt: Prompt) -> str:
@@ -136,10 +138,10 @@ class OpenAI:
         return given if isinstance(given, str) else self._gateway.tokenizer.decode(prompt.token_ids)
 
     def _check(self, request: SamplingFields) -> None:
-        self._gateway.check_name(request.model)
-        self._gateway.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
-        self._gateway.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
-        self._gateway.check_answers(request.n or 1)
+        self._gateway.bounds.check_name(request.model)
+        self._gateway.bounds.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
+        self._gateway.bounds.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
+        self._gateway.bounds.check_answers(request.n or 1)
 
     def _head(self, kind: str, request: SamplingFields) -> Head:
         return Head(
@@ -159,7 +161,7 @@ class OpenAI:
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        self._gateway.check_name(name)
+        self._gateway.bounds.check_name(name)
         return self._card()
 
     def _card(self) -> dict[str, Any]:
@@ -168,5 +170,5 @@ class OpenAI:
             "object": "model",
             "created": self._gateway.created,
             "owned_by": "caravan",
-            "max_model_len": self._gateway.max_model_len,
+            "max_model_len": self._gateway.bounds.max_model_len,
         }

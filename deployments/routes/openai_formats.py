@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass
 
 from deployments.errors import ApiError
+from deployments.gateway.accounting import Usage
 from deployments.gateway.exchange import Json, sse
-from deployments.gateway.gateway import Usage
-from deployments.gateway.text import Piece, TokenLogprob
+from deployments.gateway.pieces import Piece, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
 

@@ -61,7 +61,7 @@ class SageMaker(TGI):
         return await self.generate(http, request, bool(request.stream), as_list=True)
 
     async def invoke_endpoint(self, http: Request, endpoint: str) -> Response:
-        self.gateway.check_name(endpoint, "EndpointName")
+        self.gateway.bounds.check_name(endpoint, "EndpointName")
         response = await self.invocations(http)
         response.headers["x-Amzn-Invoked-Production-Variant"] = "AllTraffic"
         return response
@@ -79,18 +79,18 @@ class SageMaker(TGI):
         return response
 
     async def _dialogs(self, http: Request, request: DialogRequest) -> Response:
-        self.gateway.check_answers(len(request.inputs))
+        self.gateway.bounds.check_answers(len(request.inputs))
         parameters = request.parameters or DialogParameters()
         temperature = DEFAULT_TEMPERATURE if parameters.temperature is None else parameters.temperature
         top_p = DEFAULT_TOP_P if parameters.top_p is None else parameters.top_p
         requests = []
         for dialog in request.inputs:
-            prompt = await self.gateway.chat_prompt([message.model_dump() for message in dialog])
-            max_tokens = self.gateway.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
-            stop_ids = self.gateway.stop_ids(prompt)
+            prompt = await self.gateway.prompts.chat([message.model_dump() for message in dialog])
+            max_tokens = self.gateway.bounds.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
+            stop_ids = self.gateway.prompts.stop_ids(prompt)
             sampling = sampling_params(max_tokens, stop_ids, seed=None, temperature=temperature, top_p=top_p)
             requests.append(self.request(http, prompt, sampling))
-        self.gateway.check_size(requests)
+        self.gateway.bounds.check_size(requests)
         texts = await or_disconnect(http, _texts(self.gateway.generate(*requests), len(requests)))
         answers = [{"generation": {"role": "assistant", "content": text}} for text in texts]
         return Response(msgspec.json.encode(answers), media_type="application/json")

@@ -12,10 +12,12 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.errors import ApiError
+from deployments.gateway.accounting import Usage
 from deployments.gateway.constraints import make_constraint
 from deployments.gateway.exchange import Json, answer, sse
-from deployments.gateway.gateway import Gateway, Prompt, Usage
-from deployments.gateway.text import Piece, TokenLogprob
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.pieces import Piece, TokenLogprob
+from deployments.gateway.prompts import Prompt
 from deployments.routes.openai_protocol import Number, parse_body
 from deployments.routes.vendor import (
     Count,
@@ -124,10 +126,10 @@ class TGI(Vendor):
     async def generate(self, http: Request, request: GenerateRequest, stream: bool, as_list: bool = False) -> Response:
         parameters = request.parameters or Parameters()
         prompt = await self.prompt(request.inputs, "inputs", parameters.truncate)
-        max_tokens = self.gateway.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
+        max_tokens = self.gateway.bounds.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
         wants_tokens = stream or bool(parameters.details)
         logprobs = (parameters.top_n_tokens or 0) if wants_tokens else None
-        sampling = parameters.sampling(max_tokens, self.gateway.stop_ids(prompt), logprobs)
+        sampling = parameters.sampling(max_tokens, self.gateway.prompts.stop_ids(prompt), logprobs)
         if parameters.grammar is not None:
             sampling = sampling.constrained(await self._constraint(parameters.grammar, prompt))
         names = {i: name for name, i in self.gateway.tokenizer.control_tokens.items()}
@@ -141,12 +143,12 @@ class TGI(Vendor):
 
     async def _constraint(self, grammar: Grammar, prompt: Prompt) -> Constraint:
         param, kind = "parameters.grammar", "regex" if grammar.type == "regex" else "json_schema"
-        found = make_constraint(param, kind, grammar.schema, self.gateway.stop_ids(prompt))
-        await self.gateway.check_constraint(found, param)
+        found = make_constraint(param, kind, grammar.schema, self.gateway.prompts.stop_ids(prompt))
+        await self.gateway.constraints.accept(found, param)
         return found
 
     async def info(self) -> Json:
-        config, longest = self.gateway.config, self.gateway.max_model_len
+        config, longest = self.gateway.config, self.gateway.bounds.max_model_len
         return {
             "model_id": config.model.name,
             "model_sha": None,

@@ -8,7 +8,7 @@ from pydantic import Field, WithJsonSchema
 from deployments.errors import bad_request
 from deployments.gateway.exchange import Json, read_json
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.text import token_name
+from deployments.gateway.pieces import token_name
 from deployments.routes.openai_protocol import Body, ChatMessage, parse_body
 from deployments.routes.openapi import documented
 
@@ -39,15 +39,15 @@ def router(gateway: Gateway) -> APIRouter:
         "a text": {"prompt": "Hello, world"},
         "a chat": {"messages": [{"role": "user", "content": "Hello"}], "return_token_strs": True},
     }
-    answer = {"count": 2, "max_model_len": gateway.max_model_len, "tokens": [22172, 3186]}
+    answer = {"count": 2, "max_model_len": gateway.bounds.max_model_len, "tokens": [22172, 3186]}
 
     @routes.post("/tokenize", summary="Token ids of a text or a chat", **documented(TokenizeRequest, examples, answer))
     async def tokenize(http: Request) -> Json:
         request = parse_body(TokenizeRequest, await read_json(http, limit))
-        gateway.check_name(request.model)
+        gateway.bounds.check_name(request.model)
         ids = await _ids(gateway, request)
         names = [token_name(gateway.tokenizer, i) for i in ids]
-        answer: Json = {"count": len(ids), "max_model_len": gateway.max_model_len, "tokens": ids}
+        answer: Json = {"count": len(ids), "max_model_len": gateway.bounds.max_model_len, "tokens": ids}
         if request.messages is not None:
             answer["prompt"] = b"".join(names).decode("utf-8", "replace")
         if request.return_token_strs:
@@ -59,8 +59,8 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/detokenize", summary="The text of token ids", **backwards)
     async def detokenize(http: Request) -> Json:
         request = parse_body(DetokenizeRequest, await read_json(http, limit))
-        gateway.check_name(request.model)
-        ids = gateway.ids_prompt(request.tokens, "tokens").token_ids if request.tokens else []
+        gateway.bounds.check_name(request.model)
+        ids = gateway.prompts.ids(request.tokens, "tokens").token_ids if request.tokens else []
         return {"prompt": gateway.tokenizer.decode(ids)}
 
     return routes
@@ -70,7 +70,7 @@ async def _ids(gateway: Gateway, request: TokenizeRequest) -> list[int]:
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("prompt: send either prompt or messages", "prompt")
     if request.messages is not None:
-        return (await gateway.chat_prompt([m.as_template_input for m in request.messages])).token_ids
+        return (await gateway.prompts.chat([m.as_template_input for m in request.messages])).token_ids
     assert request.prompt is not None
     add_bos = request.add_special_tokens is not False
-    return await gateway.encode(request.prompt, add_bos=add_bos)
+    return await gateway.prompts.encode(request.prompt, add_bos=add_bos)

@@ -16,7 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.exchange import read_json, request_id, tenant
-from deployments.gateway.gateway import LONG_TEXT, Gateway, GenerationRequest, Prompt, in_thread_if
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.prompts import LONG_TEXT, Prompt, in_thread_if
+from deployments.gateway.request import GenerationRequest
 from deployments.routes.openai_protocol import Body, Number, Whole
 from deployments.routes.openapi import inlined
 from model.sampling_params import SamplingParams
@@ -91,7 +93,7 @@ class Vendor:
         """The caller's whole prompt; `truncate` keeps that many tokens, the last ones."""
         tokenizer = self.gateway.tokenizer
         ids = await in_thread_if(len(text) > LONG_TEXT, lambda: encode_prompt(tokenizer, text)) if text else []
-        return self.gateway.ids_prompt(ids[-truncate:] if truncate else ids, param)
+        return self.gateway.prompts.ids(ids[-truncate:] if truncate else ids, param)
 
     def request(
         self,

@@ -17,9 +17,11 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.errors import ApiError, bad_request
+from deployments.gateway.accounting import Usage
 from deployments.gateway.exchange import Json, answer, request_id
-from deployments.gateway.gateway import Gateway, Generation, Prompt, Usage
-from deployments.gateway.text import Piece, TokenLogprob, token_name
+from deployments.gateway.gateway import Gateway, Generation
+from deployments.gateway.pieces import Piece, TokenLogprob, token_name
+from deployments.gateway.prompts import Prompt
 from deployments.routes.openai_protocol import Number, Whole, parse_body
 from deployments.routes.vendor import (
     Count,
@@ -132,11 +134,13 @@ class Watsonx(Vendor):
     async def _answer(self, http: Request, stream: bool) -> Response:
         check_version(http)
         request = parse_body(GenerationBody, await self.body(http))
-        self.gateway.check_name(request.model_id, "model_id")
+        self.gateway.bounds.check_name(request.model_id, "model_id")
         parameters = request.parameters or Parameters()
         prompt = await self.prompt(request.input, "input", parameters.truncate_input_tokens)
-        max_tokens = self.gateway.max_tokens(prompt, parameters.max_new_tokens or DEFAULT_NEW_TOKENS, None, "input")
-        sampling = parameters.sampling(max_tokens, self.gateway.stop_ids(prompt))
+        max_tokens = self.gateway.bounds.max_tokens(
+            prompt, parameters.max_new_tokens or DEFAULT_NEW_TOKENS, None, "input"
+        )
+        sampling = parameters.sampling(max_tokens, self.gateway.prompts.stop_ids(prompt))
         shows_stop = parameters.include_stop_sequence is not False
         generation = self.gateway.generate(self.request(http, prompt, sampling, parameters.stop_sequences, shows_stop))
         texts = self._texts(prompt) if parameters.options.input_tokens else None
@@ -152,7 +156,7 @@ class Watsonx(Vendor):
     async def tokenization(self, http: Request) -> Json:
         check_version(http)
         request = parse_body(TokenizationBody, await self.body(http))
-        self.gateway.check_name(request.model_id, "model_id")
+        self.gateway.bounds.check_name(request.model_id, "model_id")
         prompt = await self.prompt(request.input, "input")
         result: Json = {"token_count": len(prompt.token_ids)}
         if request.parameters is not None and request.parameters.return_tokens:
@@ -161,12 +165,12 @@ class Watsonx(Vendor):
 
     async def foundation_model_specs(self, http: Request) -> Json:
         check_version(http)
-        longest = self.gateway.max_model_len
+        longest = self.gateway.bounds.max_model_len
         limits = {"max_sequence_length": longest, "max_output_tokens": longest - 1}
         functions = [{"id": "text_generation"}]
         specs = [
             {"model_id": name, "label": name, "provider": "caravan", "functions": functions, "model_limits": limits}
-            for name in self.gateway.names
+            for name in self.gateway.bounds.names
         ]
         return {"total_count": len(specs), "limit": 100, "resources": specs}
 

@@ -11,11 +11,11 @@ import pytest
 
 from cluster.errors import EngineStopped
 from cluster.sequence import Request, TokenEvent
+from deployments import fingerprint as fingerprints
 from deployments.config import parse_app_config
-from deployments.gateway import fingerprint as fingerprints
+from deployments.gateway import pieces as texts
 from deployments.gateway import resume
-from deployments.gateway import text as texts
-from deployments.gateway.gateway import derived_seed
+from deployments.gateway.request import derived_seed
 from model.text.tokenizer import Tokenizer
 from tests.deployments.local_service import ARGS, Service, with_service
 

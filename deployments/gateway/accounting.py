@@ -1,0 +1,113 @@
+"""What is counted, charged, timed and logged of a request."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.errors import CaravanError
+from deployments.errors import ApiError
+from deployments.gateway.admission import Ticket
+from deployments.gateway.limits import Limits
+from deployments.gateway.pieces import Piece
+from deployments.gateway.request import GenerationRequest
+from deployments.gateway.tenants import Tenant
+from deployments.metrics import MetricsRecorder
+from model.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Usage:
+    """Counts and times of one request, for its answer, its metrics and its log line."""
+
+    prompt_tokens: int
+    started: float
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    first_token: float = 0.0
+    outcome: str = "cancelled"  # until something else is known
+    ticket: Ticket | None = None  # from when it is admitted
+    answer: str = ""  # kept only to be logged, with `logging.log_prompts`
+
+
+class Accounting:
+    """The books of one gateway. `prompts_in_log` shows the prompts of requests if they may be logged at all."""
+
+    def __init__(self, recorder: MetricsRecorder, limits: Limits, prompts_in_log: Tokenizer | None) -> None:
+        self._recorder = recorder
+        self._limits = limits
+        self._prompts_in_log = prompts_in_log
+
+    def refused(self, tenant: Tenant, error: ApiError) -> None:
+        """401 or 429, by reason: invalid_api_key, rate_limit_exceeded or overloaded."""
+        self._recorder.inc("refused_total", tenant=tenant.name, reason=str(error.body["error"]["code"]))
+
+    async def counted(
+        self, stream: AsyncGenerator[Piece, None], index: int, request: GenerationRequest, usage: Usage
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of answer number `index`, counted, timed and charged to its tenant."""
+        last = 0.0
+        assert usage.ticket is not None
+        try:
+            async for piece in stream:
+                now = time.monotonic()
+                usage.cached_tokens = max(usage.cached_tokens, piece.num_cached_tokens)
+                if not usage.first_token:
+                    usage.first_token = now
+                    self._recorder.observe("ttft_seconds", now - usage.started)
+                usage.ticket.grow(index, piece.num_tokens)
+                if piece.finish_reason in ("stop", "length"):
+                    usage.ticket.end(index)
+                self._limits.spend(request.tenant, piece.num_tokens, now)
+                if last and piece.num_tokens:
+                    self._recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
+                last = now
+                usage.completion_tokens += piece.num_tokens
+                yield piece
+        finally:
+            await stream.aclose()
+
+    def delivered(self, piece: Piece, usage: Usage) -> None:
+        """This piece is on its way to the client: if it is the last one, how the request ended."""
+        usage.outcome = piece.finish_reason or "cancelled"
+        usage.answer += piece.text if self._prompts_in_log else ""
+
+    @contextmanager
+    def recorded(self, request: GenerationRequest, usage: Usage) -> Iterator[None]:
+        """The end of a whole request is recorded, whatever it is."""
+        try:
+            yield
+        except CaravanError as error:
+            usage.outcome = "rejected" if isinstance(error, ValueError) else "error"
+            raise
+        except Exception:
+            usage.outcome = "error"
+            raise
+        finally:
+            self._record(request, usage)
+
+    def _record(self, request: GenerationRequest, usage: Usage) -> None:
+        seconds = time.monotonic() - usage.started
+        self._recorder.inc("requests_total", endpoint=request.endpoint, outcome=usage.outcome)
+        self._recorder.inc("prompt_tokens_total", usage.prompt_tokens)
+        self._recorder.observe("e2e_seconds", seconds)
+        tenant = request.tenant.name
+        self._recorder.inc("tenant_requests_total", tenant=tenant, outcome=usage.outcome)
+        self._recorder.inc("tenant_prompt_tokens_total", usage.prompt_tokens, tenant=tenant)
+        self._recorder.inc("tenant_generated_tokens_total", usage.completion_tokens, tenant=tenant)
+        fields = {
+            "request_id": request.request_id,
+            "tenant": tenant,
+            "endpoint": request.endpoint,
+            "outcome": usage.outcome,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "ttft_s": round(usage.first_token - usage.started, 4) if usage.first_token else None,
+            "e2e_s": round(seconds, 4),
+        }
+        if self._prompts_in_log:
+            fields |= {"prompt": self._prompts_in_log.decode(request.prompt.token_ids), "answer": usage.answer}
+        log.info("request finished", extra=fields)
