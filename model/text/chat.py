@@ -7,33 +7,42 @@ when the text between real control tokens is encoded.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, Literal
 
 from model.text.prompt_formats import PROMPT_FORMATS
+from model.text.template import PromptFormatError as PromptFormatError
+from model.text.template import Template
 from model.text.tokenizer import Tokenizer
 from model.text.tokenizer.companions import token_text
 from model.weights import find_gguf_vocabulary
 from model.weights.hf import read_json
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role, content (a string, a list of parts, or None), and what else templates know of
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
+ToolFormat = Literal["llama3_json", "hermes", "mistral"]
 
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: valid text never holds them
 CHATML_MARKS = {"<|im_start|>", "<|im_end|>"}
 MAX_GROWTH = 20_000  # characters that a template may add for each message
-
-
-class PromptFormatError(ValueError):
-    """These messages do not fit the model's chat format; the message says why."""
+ROLES = ("user", "system", "assistant", "tool")
+PROBE = "Qx7probeQx7"  # a text to look for in what a template makes
+# How templates that show calls of tools write them; the first one whose words stand in the template.
+TOOL_FORMATS: dict[ToolFormat, tuple[str, ...]] = {
+    "hermes": ("<tool_call>",),  # <tool_call>{"name": ..., "arguments": ...}</tool_call>
+    "mistral": ("[TOOL_CALLS]",),  # [TOOL_CALLS][{"name": ..., "arguments": ..., "id": ...}]
+    "llama3_json": ('"parameters": ', '{"name": '),  # {"name": ..., "parameters": ...}
+}
 
 
 class ChatTemplate:
-    """A Jinja chat template, sandboxed: it can read the messages and nothing else."""
+    """A chat template and the tokenizer that it is meant for.
+
+    `takes_tools`: whether the template does something with `tools`; others drop them without a word, so that whoever
+    has tools must write them into a message. `tool_format`: how the model then writes its calls, found by the words
+    that stand in the template (see `TOOL_FORMATS`), or None if it takes no tools or its way is not one of these.
+    """
 
     def __init__(
         self,
@@ -43,9 +52,12 @@ class ChatTemplate:
         name: str = "the checkpoint's own",
         bos_token: str | None = None,
         eos_token: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        tools_source: str | None = None,
         stop_tokens: Sequence[str] = (),
     ) -> None:
         """`bos_token` and `eos_token` are what the template knows by these names; default: the tokenizer's own.
+        `special_tokens`: further ones (`pad_token`, ...). `tools_source`: a template of its own for prompts with tools.
 
         Raises `PromptFormatError` if the tokenizer lacks one of `stop_tokens`, or the template is not valid Jinja.
         """
@@ -58,15 +70,10 @@ class ChatTemplate:
                 "name another model.prompt_format"
             )
         self.stop_ids = frozenset(tokenizer.control_tokens[token] for token in stop_tokens)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
-        environment.filters["tojson"] = _to_json
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise PromptFormatError(f"the model's chat template is not valid Jinja: {error}") from error
+        self._template = Template(source)
+        self._tools_template = Template(tools_source) if tools_source is not None else self._template
+        self.takes_tools = "tools" in self._tools_template.variables
+        self.tool_format = _tool_format(self._tools_template) if self.takes_tools else None
         # A name of one character could not be told apart from text, so it stays text.
         names = sorted((n for n in tokenizer.control_tokens if len(n) > 1), key=len, reverse=True)
         any_name = "|".join(map(re.escape, names)) or r"(?!)"
@@ -78,43 +85,62 @@ class ChatTemplate:
         by_id = {i: name for name, i in tokenizer.control_tokens.items()}
         default_bos = "" if tokenizer.bos_id is None else by_id.get(tokenizer.bos_id, "")
         default_eos = next((by_id[i] for i in sorted(tokenizer.eos_ids) if i in by_id), "")
-        # transformers gives templates these two, so they may tell "none" from "unknown"
-        self._variables = {
-            "add_generation_prompt": True,
+        # transformers gives templates these, so they may tell "none" from "unknown"
+        self._variables: dict[str, Any] = {
+            **(special_tokens or {}),
             "bos_token": default_bos if bos_token is None else bos_token,
             "eos_token": default_eos if eos_token is None else eos_token,
             "tools": None,
             "documents": None,
         }
+        self._in_parts = frozenset[str]()
+        self._in_parts = self._roles_in_parts()
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as a person would read it. Raises `PromptFormatError`."""
-        mark = self._mark(messages)
-        return self._render(messages, mark).replace(mark, "")
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as a person would read it. Arguments and errors are those of `encode`."""
+        given = (messages, tools, variables)
+        mark = _mark(given)
+        return self._render(mark, *given, add_generation_prompt, continue_final_message).replace(mark, "")
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids. Raises `PromptFormatError`."""
-        mark = self._mark(messages)
-        text = self._render(messages, mark)
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt's token ids, with no begin-of-text but the template's own, as transformers does it: models were
+        trained on what their template makes.
+
+        `messages`: OpenAI's; content may be None or a list of text parts, and the arguments in `tool_calls` a string of
+        JSON. `tools`: OpenAI's; see `takes_tools`. `continue_final_message`: the last message is left open and no
+        answer begun. `variables`: what else the template shall know (`enable_thinking`, ...). Raises
+        `PromptFormatError`.
+        """
+        given = (messages, tools, variables)
+        mark = _mark(given)
+        text = self._render(mark, *given, add_generation_prompt, continue_final_message)
         ids: list[int] = []
         end = 0
         for match in self._control.finditer(text):
             ids += self._encode_text(text[end : match.start()], mark)
             ids.append(self._tokenizer.control_tokens[match.group()])
             end = match.end()
-        ids += self._encode_text(text[end:], mark)
-        bos = self._tokenizer.bos_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return ids + self._encode_text(text[end:], mark)
 
     def _encode_text(self, text: str, mark: str) -> list[int]:
         text = text.replace(mark, "")
         return self._tokenizer.encode(text, add_bos=False) if text else []
-
-    def _mark(self, messages: Sequence[Message]) -> str:
-        for mark in MARKS:
-            if not any(mark in value for message in messages for value in message.values()):
-                return mark
-        raise PromptFormatError("the messages hold every Unicode noncharacter there is: remove them")
 
     def _disarm(self, text: str, mark: str) -> str:
         """A mark inside every name, overlapping ones too, and where one may come about at the ends of the text."""
@@ -125,22 +151,129 @@ class ChatTemplate:
         end = mark if core.endswith(self._heads) else ""
         return before + start + core + end + after
 
-    def _render(self, messages: Sequence[Message], mark: str) -> str:
-        disarmed = [{key: self._disarm(value, mark) for key, value in message.items()} for message in messages]
-        room = 2 * sum(len(value) for message in disarmed for value in message.values())
-        room += MAX_GROWTH * (1 + len(messages))
-        pieces = []
-        try:
-            for piece in self._template.generate(messages=disarmed, **self._variables):
-                pieces.append(piece)
-                room -= len(piece)
-                if room < 0:
-                    raise PromptFormatError("the model's chat template makes far more text than the messages hold")
-        except PromptFormatError:
-            raise
-        except Exception as error:  # whatever the template's code runs into
-            raise PromptFormatError(f"the model's chat template cannot render these messages: {error}") from error
-        return "".join(pieces)
+    def _disarmed(self, value: Any, mark: str) -> Any:
+        """The same for every text in it; keys are the protocol's."""
+        if isinstance(value, str):
+            return self._disarm(value, mark)
+        if isinstance(value, Mapping):
+            return {key: self._disarmed(inner, mark) for key, inner in value.items()}
+        return [self._disarmed(inner, mark) for inner in value] if isinstance(value, list | tuple) else value
+
+    def _render(
+        self,
+        mark: str,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        variables: Mapping[str, Any] | None,
+        begin_answer: bool,
+        keep_open: bool,
+    ) -> str:
+        normal = [self._normalised(message) for message in messages]
+        given = {
+            **self._variables,
+            **self._disarmed(dict(variables or {}), mark),
+            "messages": self._disarmed(normal, mark),
+            "tools": self._disarmed(list(tools), mark) if tools else None,
+            "add_generation_prompt": begin_answer and not keep_open,
+        }
+        most = 2 * sum(map(len, _texts(given))) + MAX_GROWTH * (1 + len(messages))
+        template = self._tools_template if tools else self._template
+        if not keep_open:
+            return template.render(given, most)
+        return _cut_after_last(given["messages"], lambda: template.render(given, most), mark)
+
+    def _normalised(self, message: Message) -> dict[str, Any]:
+        """As this template wants it: content as text or in parts, no keys without a value, arguments as objects."""
+        found = {key: value for key, value in message.items() if value is not None}
+        content = found.get("content")
+        in_parts = found.get("role") in self._in_parts
+        if isinstance(content, str) and in_parts:
+            found["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and not in_parts:
+            found["content"] = "".join(map(_text_of_part, content))
+        if found.get("tool_calls"):
+            found["tool_calls"] = [_with_arguments(call) for call in found["tool_calls"]]
+        return found
+
+    def _roles_in_parts(self) -> frozenset[str]:
+        """Roles whose content this template walks over part by part: given a string, it would leave it out."""
+
+        def shows(role: str, content: Any) -> bool:
+            message = {"role": role, "content": content}
+            user = {"role": "user", "content": [{"type": "text", "text": "x"}] if "user" in found else "x"}
+            chat = {"user": [message], "system": [message, user]}.get(role, [user, message, user])
+            given = {**self._variables, "messages": chat, "add_generation_prompt": True}
+            try:
+                return PROBE.lower() in self._template.render(given, MAX_GROWTH * 4).lower()
+            except PromptFormatError:
+                return False
+
+        found: set[str] = set()
+        for role in ROLES:
+            if not shows(role, PROBE) and shows(role, [{"type": "text", "text": PROBE}]):
+                found.add(role)
+        return frozenset(found)
+
+
+def _tool_format(template: Template) -> ToolFormat | None:
+    return next((name for name, words in TOOL_FORMATS.items() if all(w in template.literals for w in words)), None)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in it, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _mark(given: Any) -> str:
+    texts = list(_texts(given))
+    for mark in MARKS:
+        if not any(mark in text for text in texts):
+            return mark
+    raise PromptFormatError("the messages hold every Unicode noncharacter there is: remove them")
+
+
+def _text_of_part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise PromptFormatError(f"this model reads text only, not content parts of type {kind}")
+    return text
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call's arguments are a string of JSON in OpenAI's protocol, and an object to templates."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _cut_after_last(messages: list[dict[str, Any]], render: Any, mark: str) -> str:
+    """The rendered text up to the end of the last message's own text. Two marks in a row stand there meanwhile."""
+    last, stop = messages[-1] if messages else {}, mark * 2 + "."
+    content = last.get("content")
+    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
+        content[-1]["text"] += stop
+    elif isinstance(content, str):
+        last["content"] = content + stop
+    else:
+        raise PromptFormatError("continue_final_message: the last message has no text to be continued")
+    text, found, _ = render().rpartition(stop)
+    if not found:
+        raise PromptFormatError("continue_final_message: this model's chat template leaves the last message's end out")
+    return str(text)
 
 
 def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "auto") -> ChatTemplate | None:
@@ -157,9 +290,18 @@ def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "a
     if prompt_format != "auto":
         return named_template(prompt_format, tokenizer)
     gguf_file = find_gguf_vocabulary(path)
-    source, bos_token, eos_token = _from_gguf(gguf_file, tokenizer) if gguf_file else _from_files(path)
-    if isinstance(source, str):
-        return ChatTemplate(source, tokenizer, bos_token=bos_token, eos_token=eos_token)
+    sources, names = _from_gguf(gguf_file, tokenizer) if gguf_file else _from_files(path)
+    source = sources.get("default")
+    if source is not None:
+        bos, eos = names.pop("bos_token", None), names.pop("eos_token", None)
+        return ChatTemplate(
+            source,
+            tokenizer,
+            bos_token=bos,
+            eos_token=eos,
+            special_tokens=names,
+            tools_source=sources.get("tool_use"),
+        )
     return named_template("orca2", tokenizer) if tokenizer.control_tokens.keys() >= CHATML_MARKS else None
 
 
@@ -171,36 +313,42 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(found.template, tokenizer, name=name, stop_tokens=found.stop_tokens)
 
 
-def _from_gguf(path: Path, tokenizer: Tokenizer) -> tuple[Any, str | None, str | None]:
-    """Template, begin and end token of a GGUF file."""
+def _from_gguf(path: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], dict[str, str]]:
+    """Templates and special tokens by name of a GGUF file."""
     from model.weights.gguf import field
 
     by_id = {i: name for name, i in tokenizer.control_tokens.items()}
-    bos, eos = (by_id.get(field(path, f"tokenizer.ggml.{name}_token_id")) for name in ("bos", "eos"))
-    return field(path, "tokenizer.chat_template"), bos, eos
+    ids = {
+        f"{ours}_token": field(path, f"tokenizer.ggml.{theirs}_token_id")
+        for ours, theirs in (
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("sep", "seperator"),
+            ("pad", "padding"),
+        )
+    }
+    sources = {
+        "default": field(path, "tokenizer.chat_template"),
+        "tool_use": field(path, "tokenizer.chat_template.tool_use"),
+    }
+    return (
+        {name: source for name, source in sources.items() if isinstance(source, str)},
+        {name: by_id[i] for name, i in ids.items() if i in by_id},
+    )
 
 
-def _from_files(path: Path) -> tuple[Any, str | None, str | None]:
-    """Template, begin and end token of a Hugging Face checkpoint; a template in its own file goes first."""
+def _from_files(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Templates and special tokens by name of a Hugging Face checkpoint; templates in files of their own go first."""
     config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several by name
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-    if (path / "chat_template.jinja").is_file():
-        source = (path / "chat_template.jinja").read_text("utf-8")
-    bos, eos = (token_text(config.get(name)) for name in ("bos_token", "eos_token"))
-    return source, bos, eos
-
-
-def _refuse(message: str) -> None:
-    """What templates call to reject messages, a role out of turn for example."""
-    raise PromptFormatError(str(message))
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own escapes for HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    given = config.get("chat_template")
+    if isinstance(given, list):  # several by name
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    sources = given if isinstance(given, dict) else {"default": given}
+    files = {"default": path / "chat_template.jinja", "tool_use": path / "additional_chat_templates/tool_use.jinja"}
+    sources |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    names = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
+    return (
+        {str(name): source for name, source in sources.items() if isinstance(source, str)},
+        {name: text for name, text in names.items() if text is not None},
+    )

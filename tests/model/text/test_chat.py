@@ -181,13 +181,14 @@ def test_llama2_turns_have_their_own_bos_and_no_second_one():
     assert chat.render(messages) == f"<s>{parts[0]}</s><s>{parts[1]}"
 
 
-def test_bos_is_added_where_the_template_does_not(tmp_path):
+def test_a_prompt_begins_with_bos_only_if_the_template_says_so(tmp_path):
+    """As transformers does it, and so as models were trained, on what their template makes."""
     write_vocabulary(tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
-    for source in ("{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"):
+    for source, add_bos in (("{{ messages[0].content }}", False), ("{{ bos_token }}{{ messages[0].content }}", True)):
         token_ids = ChatTemplate(source, tokenizer).encode([says("user", "<s>hi")])
-        assert token_ids == tokenizer.encode("<s>hi", add_bos=True)
-        assert token_ids.count(0) == 1
+        assert token_ids == tokenizer.encode("<s>hi", add_bos=add_bos)
+        assert token_ids.count(0) == add_bos
 
 
 def test_the_template_refuses_in_its_own_words():
@@ -233,6 +234,105 @@ def test_templates_find_what_transformers_gives_them():
     )
     text = ChatTemplate(source, Characters()).render([says("user", "é<&"), says("user", "")])
     assert text == '2 4 True True True {"role": "user", "content": "é<&"}\n.'
+
+
+def test_generation_blocks_change_nothing():
+    source = (
+        "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}"
+    )
+    assert ChatTemplate(source, Characters()).render([says("user", "a"), says("user", "b")]) == "ab"
+
+
+def test_tojson_takes_the_arguments_that_transformers_gives_it():
+    source = "{{ messages[0] | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true, indent=1) }}"
+    text = ChatTemplate(source, Characters()).render([says("user", "é<&")])
+    assert text == '{\n "content":"\\u00e9<&",\n "role":"user"\n}'
+
+
+PARTS = "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{{ c.text }}{% endfor %};{% endfor %}"
+MIXED = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content.strip() }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] | upper }}{% endif %}{% endfor %}{% endif %};"
+    "{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}[{{ c.text }}]{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (PARTS, "system:be;user:hello;"),
+        (MIXED, "be;HELLO;"),
+        (EITHER, "behello"),
+        ("{{ messages[1].content }}", "hello"),
+    ],
+)
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_content_reaches_templates_in_the_form_that_they_read(source: str, expected: str, as_parts: bool) -> None:
+    """A template that walks over parts would leave a string out without an error."""
+    content: Any = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}] if as_parts else "hello"
+    chat = ChatTemplate(source, Characters())
+    assert chat.render([says("system", "be"), {"role": "user", "content": content}]) == expected
+
+
+def test_parts_that_are_no_text_are_refused():
+    with pytest.raises(PromptFormatError, match="text only, not content parts of type image_url"):
+        ChatTemplate("{{ messages[0].content }}", Characters()).render(
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+        )
+
+
+def test_control_tokens_in_parts_tools_and_arguments_stay_text():
+    tokenizer = Characters("<end>")
+    source = (
+        "{{ tools | tojson }}{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+        "{{ m.content }}{% endfor %}<end>"
+    )
+    call = {"type": "function", "function": {"name": "f<end>", "arguments": '{"a": "<end>"}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "<end>"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": "<end>", "parameters": {}}}]
+    chat = ChatTemplate(source, tokenizer)
+    token_ids = chat.encode(messages, tools, variables={"thinking": "<end>"})
+    assert token_ids.count(tokenizer.control_tokens["<end>"]) == 1
+    assert '"arguments": {"a": "<end>"}' in chat.render(messages, tools)  # an object, as templates want it
+
+
+def test_what_a_template_does_with_tools_is_seen():
+    tokenizer = Characters()
+    assert not ChatTemplate("{{ messages[0].content }}", tokenizer).takes_tools
+    hermes = "{% if tools %}{{ tools | tojson }} within <tool_call></tool_call> tags{% endif %}"
+    mistral = "{{ '[AVAILABLE_TOOLS]' }}{{ tools | tojson }}{{ '[TOOL_CALLS] [' }}"
+    llama = (
+        '{% if tools %}{{ \'Respond in the format {"name": function name, "parameters": dictionary}.\' }}'
+        "{{ '{\"name\": \"' + tools[0].function.name + '\", ' }}{{ '\"parameters\": ' }}{% endif %}"
+    )
+    for source, found in ((hermes, "hermes"), (mistral, "mistral"), (llama, "llama3_json"), ("{{ tools }}", None)):
+        chat = ChatTemplate(source, tokenizer)
+        assert (chat.takes_tools, chat.tool_format) == (True, found)
+    chat = ChatTemplate("plain", tokenizer, tools_source="{{ tools[0].function.name }}")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert (chat.render([says("user", "x")]), chat.render([says("user", "x")], tools)) == ("plain", "f")
+
+
+def test_the_last_message_can_be_left_open_and_no_answer_begun():
+    chat, tokenizer = template(), smollm()
+    messages = [says("user", "Count"), says("assistant", "One, ")]
+    left_open = chat.encode(messages, continue_final_message=True)
+    assert split_at_control(tokenizer, left_open)[-1] == "assistant\nOne, "
+    closed = chat.encode(messages, add_generation_prompt=False)
+    assert split_at_control(tokenizer, closed)[-2:] == [tokenizer.control_tokens["<|im_end|>"], "\n"]
+    expected = reference().apply_chat_template(messages, continue_final_message=True, return_dict=True)["input_ids"]
+    assert left_open == expected
+    parts = ChatTemplate(PARTS, Characters())
+    assert parts.render(messages, continue_final_message=True) == "user:Count;assistant:One, "
+    with pytest.raises(PromptFormatError, match="no text to be continued"):
+        chat.encode([says("user", "x"), {"role": "assistant", "tool_calls": []}], continue_final_message=True)
 
 
 def test_invalid_jinja_is_refused_at_once():
