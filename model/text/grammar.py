@@ -5,6 +5,7 @@ that needs them is being computed; a sequence whose masks take long is left out 
 no other sequence waits long for its grammar.
 """
 
+import json
 import logging
 import os
 import queue
@@ -30,6 +31,7 @@ MAX_MASK_S = 1.0  # a grammar that takes longer for one token is too expensive t
 AVERAGED = 0.1  # the share of the newest mask in the average
 MAX_THREADS = 4
 LONGEST_SILENCE_S = 0.02  # that a mask waits for others
+_LARK_RULE = re.compile(r"^\s*[?!]?\w+(\.\d+)?\s*:", re.MULTILINE)
 
 
 class Grammars:
@@ -52,7 +54,7 @@ class Grammars:
         import xgrammar
 
         found = xgrammar.GrammarMatcher(self.compile(constraint), override_stop_tokens=list(constraint.end_ids))
-        return Matcher(queue, found, self.vocab_size, self._json if constraint.kind == "json_schema" else None)
+        return Matcher(queue, found, self.vocab_size, self._json if _holds_strings_of_a_length(constraint) else None)
 
     def compile(self, constraint: Constraint) -> Any:
         """Raises `ValueError` that says what is wrong with it, or what of it cannot be guaranteed."""
@@ -60,13 +62,33 @@ class Grammars:
             if constraint.kind == "regex":
                 return self._compiler.compile_regex(constraint.text)
             if constraint.kind == "grammar":
-                return self._compiler.compile_grammar(constraint.text)
-            json_schema.check(constraint.text)
-            return self._compiler.compile_json_schema(constraint.text, max_whitespace_cnt=MAX_WHITESPACE)
+                lark = _LARK_RULE.search(constraint.text) and "::=" not in constraint.text
+                return (self._compiler.compile_lark if lark else self._compiler.compile_grammar)(constraint.text)
+            given = json_schema.parsed(constraint.text)
+            if constraint.kind == "structural_tag":
+                return self._compiler.compile_structural_tag(json.dumps(_prepared(given)))
+            schema = json_schema.prepared(given)
+            return self._compiler.compile_json_schema(json.dumps(schema), max_whitespace_cnt=MAX_WHITESPACE)
         except ValueError:
             raise
         except Exception as error:  # the library raises RuntimeError with the place in its own source
             raise ValueError(plain(str(error))) from None
+
+
+def _prepared(tag: Any) -> Any:
+    """A structural tag, the JSON schemas in it as the library is to get them. Raises `ValueError`."""
+    if isinstance(tag, list):
+        return [_prepared(part) for part in tag]
+    if not isinstance(tag, dict):
+        return tag
+    if tag.get("type") == "json_schema" and "json_schema" in tag:
+        return tag | {"json_schema": json_schema.prepared(tag["json_schema"]), "max_whitespace_cnt": MAX_WHITESPACE}
+    return {name: _prepared(part) for name, part in tag.items()}
+
+
+def _holds_strings_of_a_length(constraint: Constraint) -> bool:
+    """Whether the library would let control characters into JSON. Where text is free, it should keep its tabs."""
+    return constraint.kind in ("json_schema", "structural_tag") and "Length" in constraint.text
 
 
 def _without_control_characters(vocab: list[bytes]) -> Bits:
@@ -81,7 +103,7 @@ def _without_control_characters(vocab: list[bytes]) -> Bits:
 
 def plain(message: str) -> str:
     """What the library says, without the time and its own source files."""
-    lines = re.sub(r"\[[0-9:]+\] \S+?:\d+: ", "", message).strip().splitlines()
+    lines = re.sub(r"\[[0-9:]+\] \S+?:\d+: |Check failed: .*? is false: ", "", message).strip().splitlines()
     return lines[0][:500] if lines else "it cannot be compiled"
 
 

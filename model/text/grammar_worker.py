@@ -8,6 +8,7 @@ is kept.
 import json
 import os
 import random
+import re
 import resource
 import statistics
 import sys
@@ -24,6 +25,9 @@ from model.weights import resolve_path
 
 WALK = 12  # tokens
 SLOW_MASK_S = 0.03  # for each token, on a machine that has other things to do
+HARMLESS = "The character itself will be matched"  # of an escape that escapes nothing, as re.escape writes it
+# What the library would do, and does not: we refuse.
+NOT_DONE = re.compile(r"[,;]?\s*((it|they|this) )?((will|is|are) (be )?)?(ignor\w+|falling back)[^.;]*", re.IGNORECASE)
 MEMORY_BYTES = 2_000_000_000  # that a grammar may need
 
 
@@ -73,8 +77,9 @@ def problem(grammars: Grammars, constraint: Constraint) -> str | None:
             os.close(stderr)
         said.seek(0)
         for line in said.read().decode("utf-8", "replace").splitlines():
-            if "Warning: " in line:
-                return plain(line.split("Warning: ", 1)[1])
+            if "Warning: " in line and HARMLESS not in line:
+                warning = NOT_DONE.sub("", plain(line.split("Warning: ", 1)[1]))
+                return f"cannot be guaranteed by this service: {warning.rstrip('. ')}"
         return None
 
 

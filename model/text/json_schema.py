@@ -1,15 +1,20 @@
 """What the grammar library would take without a word and not guarantee, found before it is asked.
 
 It says itself what else it ignores (see grammar_worker.py); here stands what it is silent about, each seen in a test.
+What it only does in another form is put into that form: a `format` is a pattern, a `oneOf` whose parts exclude each
+other an `anyOf`.
 """
 
 import json
+from itertools import combinations
 from typing import Any
+
+from model.text.string_formats import STRING_FORMATS
 
 MAX_DEPTH = 64
 ANNOTATIONS = {
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
-    "$defs", "definitions", "discriminator", "format",
+    "$defs", "definitions", "discriminator",
 }  # fmt: skip
 NOT_ENFORCED = {
     "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas", "dependencies", "not", "if",
@@ -22,37 +27,130 @@ OF_TYPE = {
     "minItems", "maxItems",
 }  # fmt: skip
 SUBSCHEMAS = {"items", "additionalProperties", "propertyNames", "unevaluatedProperties"}
+OF_STRINGS = {"minLength", "maxLength", "pattern"}
 LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 MAPS = {"properties", "$defs", "definitions"}
+ALL_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
 
 
-def check(text: str) -> None:
-    """Raise `ValueError`, naming the place, if some part of this JSON schema would not be guaranteed."""
+def prepared(schema: Any) -> Any:
+    """The schema as the library is to get it. Raises `ValueError`, naming the place, if a part cannot be guaranteed."""
+    return _Preparing(schema).of(schema, "#", 0)
+
+
+def parsed(text: str) -> Any:
+    """The schema that a client sent as a string. Raises `ValueError`."""
     try:
-        schema = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON: {error}") from None
-    _check(schema, "#", 0)
 
 
-def _check(schema: Any, path: str, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise ValueError(f"{path} must be an object, true or false")
-    for name in sorted(schema.keys() & NOT_ENFORCED) + ["uniqueItems"] * (schema.get("uniqueItems") is True):
-        raise ValueError(f"{path}: {name} cannot be guaranteed by this service")
-    _check_neighbours(schema, path)
-    for name in schema.keys() & SUBSCHEMAS:
-        _check(schema[name], f"{path}/{name}", depth + 1)
-    for name in schema.keys() & LISTS:
-        for i, part in enumerate(_of_type(schema[name], list, f"{path}/{name}")):
-            _check(part, f"{path}/{name}/{i}", depth + 1)
-    for name in schema.keys() & MAPS:
-        for key, part in _of_type(schema[name], dict, f"{path}/{name}").items():
-            _check(part, f"{path}/{name}/{key}", depth + 1)
+class _Preparing:
+    """One schema; `$ref`s are looked up in it where parts of a `oneOf` are compared."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+
+    def of(self, schema: Any, path: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise ValueError(f"{path} must be an object, true or false")
+        for name in sorted(schema.keys() & NOT_ENFORCED) + ["uniqueItems"] * (schema.get("uniqueItems") is True):
+            raise ValueError(f"{path}: {name} cannot be guaranteed by this service")
+        _check_neighbours(schema, path)
+        found = _with_pattern(schema, path)
+        for name in found.keys() & SUBSCHEMAS:
+            found[name] = self.of(found[name], f"{path}/{name}", depth + 1)
+        for name in found.keys() & LISTS:
+            parts = _of_type(found[name], list, f"{path}/{name}")
+            found[name] = [self.of(part, f"{path}/{name}/{i}", depth + 1) for i, part in enumerate(parts)]
+        for name in found.keys() & MAPS:
+            parts = _of_type(found[name], dict, f"{path}/{name}")
+            found[name] = {key: self.of(part, f"{path}/{name}/{key}", depth + 1) for key, part in parts.items()}
+        return self._without_one_of(found, path)
+
+    def _without_one_of(self, schema: dict[str, Any], path: str) -> dict[str, Any]:
+        if "oneOf" not in schema:
+            return schema
+        if not all(self._exclude(a, b, 0) for a, b in combinations(schema["oneOf"], 2)):
+            raise ValueError(
+                f"{path}: oneOf cannot be guaranteed, for a value may match several of its parts: use anyOf, or give "
+                "the parts different types or a required property each with a const of its own"
+            )
+        return {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()}
+
+    def _exclude(self, a: Any, b: Any, depth: int) -> bool:
+        """Whether no value can match both; False where that is not plain."""
+        a, b = self._resolved(a), self._resolved(b)
+        if depth > MAX_DEPTH or not isinstance(a, dict) or not isinstance(b, dict):
+            return False
+        for one, other in ((a, b), (b, a)):
+            parts = one.get("anyOf", one.get("oneOf"))
+            if isinstance(parts, list):
+                return all(self._exclude(part, other, depth + 1) for part in parts)
+        if (left := _values(a)) is not None and (right := _values(b)) is not None and not left & right:
+            return True
+        if not _types(a) & _types(b):
+            return True
+        properties = [schema.get("properties", {}) for schema in (a, b)]
+        shared = set(a.get("required", ())) & set(b.get("required", ())) & properties[0].keys() & properties[1].keys()
+        objects = _types(a) | _types(b) == {"object"}
+        return objects and any(self._exclude(properties[0][x], properties[1][x], depth + 1) for x in shared)
+
+    def _resolved(self, schema: Any) -> Any:
+        """What a `$ref` into this schema points at; a schema without one as it is."""
+        for _ in range(MAX_DEPTH):
+            if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
+                return schema
+            found: Any = self._root
+            for part in schema["$ref"].removeprefix("#").split("/")[1:]:
+                found = found.get(part) if isinstance(found, dict) else None
+            schema = found if schema["$ref"].startswith("#") else None
+        return None
+
+
+def _with_pattern(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """A string's format as a pattern. Formats of numbers say how they are stored and nothing about their text."""
+    if "format" not in schema:
+        return dict(schema)
+    found = {name: value for name, value in schema.items() if name != "format"}
+    kinds = schema.get("type")
+    if kinds != "string" and not (isinstance(kinds, list) and "string" in kinds):
+        if kinds is None:
+            raise ValueError(f"{path}: format needs a type beside it")
+        return found
+    if beside := schema.keys() & OF_STRINGS:
+        raise ValueError(f"{path}: {min(beside)} beside format cannot be guaranteed by this service")
+    pattern = STRING_FORMATS.get(str(schema["format"]))
+    if pattern is None:
+        known = ", ".join(STRING_FORMATS)
+        raise ValueError(f"{path}: format must be one of {known}, others cannot be guaranteed: use pattern")
+    return found | {"pattern": f"^{pattern}$"}
+
+
+def _values(schema: dict[str, Any]) -> set[str] | None:
+    """The only values there are, as JSON; None if there are others."""
+    if "const" in schema:
+        return {_json(schema["const"])}
+    return {_json(value) for value in schema["enum"]} if isinstance(schema.get("enum"), list) else None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(float(value) if type(value) is int and abs(value) < 2**53 else value, sort_keys=True)
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    """Names of the types that a value may have; an integer is a number."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return {_type_name(value) for value in values}
+    kinds = schema.get("type", list(ALL_TYPES))
+    named = {"number" if kind == "integer" else str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])}
+    return named & ALL_TYPES or set(ALL_TYPES)
 
 
 def _check_neighbours(schema: dict[str, Any], path: str) -> None:
@@ -79,10 +177,14 @@ def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value has the type of this name, or one of these; no name fits all."""
     if kind is None:
         return True
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", list: "array"}
-    name = names.get(type(value), "object")
+    name = "integer" if type(value) is int else _type_name(value)
     kinds = kind if isinstance(kind, list) else [kind]
     return name in kinds or (name == "integer" and "number" in kinds)
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "boolean", int: "number", float: "number", str: "string", type(None): "null", list: "array"}
+    return names.get(type(value), "object")
 
 
 def _of_type(value: Any, kind: type, path: str) -> Any:
