@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -11,24 +12,31 @@ from cluster.sequence import Sequence
 
 
 class Running:
-    """The running sequences, least recently scheduled first. What they hold is given and taken back here alone."""
+    """The running sequences, each in one of three lists, least recently scheduled first.
+
+    `decoding`: one token is left to compute. `prefilling`: several are. `apart`: suspects, whatever is left; they share
+    no batch. What sequences hold is given and taken back here alone.
+    """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_model_len: int) -> None:
         self._blocks = blocks
         # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
         self.tables = np.zeros((max_num_seqs, blocks.blocks_for(max_model_len)), np.int32)
-        self._seqs: dict[str, Sequence] = {}
+        self.prefilling: dict[str, Sequence] = {}
+        self.decoding: dict[str, Sequence] = {}
+        self.apart: dict[str, Sequence] = {}
         self._slots = list(range(max_num_seqs))  # free ones
         self._priorities: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return len(self._seqs)
+        return len(self.prefilling) + len(self.decoding) + len(self.apart)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._seqs.values())
+        return chain(self.prefilling.values(), self.decoding.values(), self.apart.values())
 
     def get(self, request_id: str) -> Sequence | None:
-        return self._seqs.get(request_id)
+        found = self.decoding.get(request_id) or self.prefilling.get(request_id)
+        return found or self.apart.get(request_id)
 
     @property
     def num_free_slots(self) -> int:
@@ -46,7 +54,7 @@ class Running:
         # Whose logprobs are wanted must be computed, even if its keys and values are there.
         prefix = self._blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
         # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
-        headroom = len(self._seqs) * self._blocks.block_size
+        headroom = len(self) * self._blocks.block_size
         return prefix if self._blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
 
     def admit(self, seq: Sequence, prefix: list[int]) -> None:
@@ -61,7 +69,19 @@ class Running:
         seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
-        self._seqs[seq.request_id] = seq
+        self._list_of(seq)[seq.request_id] = seq
+
+    def _list_of(self, seq: Sequence) -> dict[str, Sequence]:
+        """Where it belongs by its counters. They change in `advance` and `clear` alone, which move it."""
+        if seq.num_deaths:
+            return self.apart
+        return self.decoding if seq.num_uncomputed_tokens == 1 else self.prefilling
+
+    def clear(self, seq: Sequence) -> None:
+        """It is no longer suspect."""
+        del self.apart[seq.request_id]
+        seq.num_deaths = 0
+        self._list_of(seq)[seq.request_id] = seq
 
     def grow(self, seq: Sequence) -> bool:
         """Blocks for one token more, if it needs any; False if there are none."""
@@ -75,8 +95,9 @@ class Running:
 
     def advance(self, sequences: list[Sequence], counts: list[int], step_id: int) -> None:
         """What this step computes counts as computed from now on, and who is in it is behind all others."""
-        seqs, caching, block_size = self._seqs, self._blocks.prefix_caching, self._blocks.block_size
+        caching, block_size = self._blocks.prefix_caching, self._blocks.block_size
         for seq, count in zip(sequences, counts, strict=True):
+            del self._list_of(seq)[seq.request_id]
             seq.num_computed_tokens += count
             seq.num_in_flight += 1
             seq.last_step = step_id
@@ -85,7 +106,7 @@ class Running:
                 seq.num_uncomputed_tokens = 1
             else:
                 seq.num_uncomputed_tokens -= count
-            seqs[seq.request_id] = seqs.pop(seq.request_id)
+            self._list_of(seq)[seq.request_id] = seq
             if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
                 self._blocks.mark_computed(seq)
 
@@ -94,7 +115,7 @@ class Running:
 
         A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
         """
-        del self._seqs[seq.request_id]
+        del self._list_of(seq)[seq.request_id]
         seq.account.num_running -= 1
         seq.account.num_blocks -= len(seq.block_table)
         self._priorities[seq.request.priority] -= 1
@@ -106,6 +127,10 @@ class Running:
     def check(self, accounts: Iterable[Account[Sequence]]) -> None:
         """Assert that the books are right, those of the blocks and of the tenants too."""
         self._blocks.check(list(self))
+        for seq in self:
+            listed = [seq.request_id in phase for phase in (self.prefilling, self.decoding, self.apart)]
+            assert listed.count(True) == 1, f"{seq.request_id} is in {listed.count(True)} lists"
+            assert seq.request_id in self._list_of(seq), f"{seq.request_id} is in the wrong list"
         taken = [seq.slot for seq in self]
         assert sorted(taken + self._slots) == list(range(len(self.tables))), "a slot is lost or shared"
         for account in accounts:

@@ -27,6 +27,7 @@ from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
 MIN_PREFILL_CHUNK = 64
+GUILTY = 3  # stage deaths in a row
 PREFILL_TURNS = 4  # of the pipeline, that prompts are spread over: fewer make steps less equal, more delay first tokens
 
 
@@ -134,10 +135,7 @@ class Scheduler:
         """The next batch, or None if nothing can be computed before an `update`."""
         self.admitted = []
         self._make_way()
-        decodes = self._schedule_decodes(self._next_step - self.depth)
-        chunks = self._schedule_prefills(len(decodes))
-        if not decodes and not chunks:  # there is nothing else that the first stage could do meanwhile
-            decodes = self._schedule_decodes(self._next_step - 1)
+        decodes, chunks = self._choose()
         if not decodes and not chunks:
             return None
         sequences, counts = in_order(decodes, chunks)
@@ -157,6 +155,8 @@ class Scheduler:
         self._cohorts.discard(batch.step_id)
         for seq in sequences:
             seq.num_in_flight -= 1
+            if seq.num_deaths:
+                self._reconsider(seq)
         self._take_prompt_logprobs(batch, output, sequences)
         advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
@@ -178,6 +178,11 @@ class Scheduler:
         for matcher, token_id in advanced:  # in a row: their masks shall be ready together
             matcher.advance(token_id)
         return events
+
+    def _reconsider(self, seq: Sequence) -> None:
+        """It lived through all that it was suspected for."""
+        if seq.is_running and not seq.num_in_flight and seq.num_computed_tokens >= seq.suspect_until:
+            self._running.clear(seq)
 
     def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, sequences: list[Sequence]) -> None:
         """They are kept until the whole prompt's are there, and leave with the first token."""
@@ -201,8 +206,17 @@ class Scheduler:
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
         return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
 
-    def restart(self) -> None:
-        """Everything in flight is lost and so is the KV cache: start over at the next epoch, losing no request."""
+    def restart(self, accuse: bool = True) -> list[TokenEvent]:
+        """Everything in flight is lost and so is the KV cache: start over at the next epoch.
+
+        No request is lost but one that kills stages. If `accuse`, the death is held against whoever was in flight,
+        until all that was scheduled of it by then is computed once more. After one death a sequence shares no batch
+        with others, which go on in batches of theirs; after two it has the pipeline to itself; with the third it is
+        guilty, for nothing else was in flight, and fails: its last event is returned. So three deaths find one request
+        among any number; what has another cause must happen three times around the same one to be blamed on it.
+        """
+        in_flight = [seq for batch in self._in_flight.values() for seq in batch] if accuse else []
+        accused = {seq.request_id: seq.num_computed_tokens for seq in in_flight}  # preempted ones too
         self._in_flight.clear()
         self._cohorts.clear()
         self._awaited.clear()
@@ -211,6 +225,21 @@ class Scheduler:
         self.blocks.forget()
         self.epoch += 1
         self._next_step = 0
+        for seq in self._waiting:
+            if seq.request_id in accused:
+                seq.num_deaths += 1
+                seq.suspect_until = max(seq.suspect_until, accused[seq.request_id])
+        guilty = [seq.request_id for seq in self._waiting if seq.num_deaths >= GUILTY]
+        return [
+            event for name in guilty for event in self.fail(name, f"a stage died {GUILTY} times while computing it")
+        ]
+
+    def fail(self, request_id: str, error: str) -> list[TokenEvent]:
+        """End one request with an error: its last event, or none if it is not here (any more)."""
+        if self._running.get(request_id) is None and self._waiting.get(request_id) is None:
+            return []
+        self.abort(request_id)
+        return [TokenEvent(request_id, NO_TOKEN, "error", error=error)]
 
     def next_masks(self) -> LateMasks | None:
         """What the oldest batch that was sent without its masks lacks, once all of it is known; each only once."""
@@ -229,6 +258,45 @@ class Scheduler:
 
     # -- choosing ---------------------------------------------------------------------------------------------------
 
+    def _choose(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """Who decodes, and whose prompts are computed. Suspects have every other step, each for itself."""
+        if any(batch[0].num_deaths > 1 for batch in self._in_flight.values()):
+            return [], []  # it has the pipeline to itself
+        if (alone := self._twice_suspect()) is not None:
+            return [], [] if self._in_flight else self._schedule_apart([alone])
+        suspects = list(self._running.apart.values())
+        if suspects and self._next_step % 2 and (chunks := self._schedule_apart(suspects)):
+            return [], chunks
+        decodes = self._schedule_decodes(self._next_step - self.depth)
+        chunks = self._schedule_prefills(len(decodes))
+        if not decodes and not chunks:  # there is nothing else that the first stage could do meanwhile
+            decodes = self._schedule_decodes(self._next_step - 1)
+        if not decodes and not chunks:
+            admitted = list(self._running.apart.values())
+            chunks = self._schedule_apart([s for s in admitted if s.num_deaths == 1 or not self._in_flight])
+        return decodes, chunks
+
+    def _twice_suspect(self) -> Sequence | None:
+        """Whose next step waits until nothing else is in flight, unless it waits for its mask anyway."""
+        found = (seq for seq in self._running.apart.values() if seq.num_deaths > 1 and seq.mask is not None)
+        return next(found, None)
+
+    def _schedule_apart(self, suspects: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """The next tokens of the first suspect that can have some now."""
+        for seq in suspects:
+            if not seq.num_pending_tokens and seq.mask is not None and self._has_room(seq):
+                count = min(seq.num_uncomputed_tokens, self.max_num_batched_tokens)
+                seq.charge(count)
+                return [(seq, count)]
+        return []
+
+    def _has_room(self, seq: Sequence) -> bool:
+        """Whether it has a place for its next token, at the cost of others if need be."""
+        if self._running.grow(seq):
+            return True
+        victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._expendable)
+        return self._make_room(seq, victims, [])
+
     def _schedule_decodes(self, latest: int) -> list[Sequence]:
         """Up to this batch's share of the decoding sequences, least recently scheduled first.
 
@@ -236,7 +304,7 @@ class Scheduler:
         """
         if len(self._cohorts) > self.depth:
             return []
-        decoding = [seq for seq in self._running if seq.num_uncomputed_tokens == 1 and seq.num_computed_tokens]
+        decoding = list(self._running.decoding.values())
         mask_seconds, block_size = MASK_SECONDS, self.blocks.block_size
         share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
         victims: list[Sequence] | None = None
@@ -266,7 +334,7 @@ class Scheduler:
     def _schedule_prefills(self, num_decodes: int) -> list[tuple[Sequence, int]]:
         """Prompt chunks beside so many decodes: what runs or could, spread over several turns of the pipeline."""
         chunks: list[tuple[Sequence, int]] = []
-        prefilling = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
+        prefilling = list(self._running.prefilling.values())
         left = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._admissible_tokens()
         share = -(-left // (PREFILL_TURNS * self.depth if self.depth > 1 else 1))
         budget = max(share, MIN_STEP_TOKENS - len(self._running), MIN_PREFILL_CHUNK)
@@ -291,9 +359,11 @@ class Scheduler:
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
-        head = self._waiting.next()
-        if head is not None and self._waiting.first_of([head, *prefilling]) is head and self._admit(head):
-            return head
+        while (head := self._waiting.next()) is not None and self._waiting.first_of([head, *prefilling]) is head:
+            if not self._admit(head):
+                break
+            if not head.num_deaths:
+                return head
         seq = self._waiting.first_of(prefilling)
         if seq is not None:
             prefilling.remove(seq)

@@ -60,8 +60,8 @@ class Matcher(Protocol):
 class Sequence:
     """The engine's state of one request, counted rather than flagged.
 
-    waiting: no blocks. running: has blocks. in flight: `num_in_flight` batches hold it, `num_pending_tokens` of which
-    sample a token that is not known yet. decoding: one token is left to compute, and others are computed.
+    waiting: no blocks. running: has blocks, and is in one of the lists of `Running`. in flight: `num_in_flight` batches
+    hold it, `num_pending_tokens` of which sample a token that is not known yet.
     `num_computed_tokens` advances when a batch is scheduled: stages work strictly in order, so whatever is scheduled
     later finds it computed.
 
@@ -82,6 +82,7 @@ class Sequence:
         "needs_counts",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_deaths",
         "num_full_blocks",
         "num_in_flight",
         "num_paid_tokens",
@@ -94,6 +95,7 @@ class Sequence:
         "request_id",
         "slot",
         "stop_token_ids",
+        "suspect_until",
         "token_ids",
     )
 
@@ -126,6 +128,8 @@ class Sequence:
         # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
         wanted = sampling.prompt_logprobs is not None and not request.output_ids
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
+        # Stage deaths at which it was in flight: it is suspect until this many tokens of it are computed once more.
+        self.num_deaths = self.suspect_until = 0
         self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
         self.output_counts: dict[int, int] = {}  # token -> occurrences; kept only where penalties need it
         if self.needs_counts:
@@ -144,6 +148,7 @@ class Sequence:
         successor.num_uncomputed_tokens = len(self.token_ids)
         paid = self.num_computed_tokens if self.last_step >= 0 else 0  # not what only the prefix cache gave it
         successor.num_paid_tokens = max(self.num_paid_tokens, paid)
+        successor.num_deaths, successor.suspect_until = self.num_deaths, self.suspect_until
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
         return successor
 

@@ -54,6 +54,9 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._waiting.values())
 
+    def get(self, request_id: str) -> Sequence | None:
+        return self._waiting.get(request_id)
+
     @property
     def accounts(self) -> Iterable[Account[Sequence]]:
         return self._accounts.values()

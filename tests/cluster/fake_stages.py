@@ -1,0 +1,150 @@
+"""Stages whose tokens are a hash of what their KV cache holds: a wrong block, slot, count or mask is a wrong token.
+
+They are fed with the real `Batch`, one step after another, as stages work. `said` is what a request must say whatever
+happens to it: the same hash, of its tokens alone.
+"""
+
+import hashlib
+
+import msgspec
+import numpy as np
+
+from cluster.errors import StageDied
+from cluster.sequence import Request
+from model.batch import SAMPLED, Batch, LateMasks, SampleRow, StepOutput, uniform
+
+VOCABULARY = 61
+Cells = np.ndarray[tuple[int], np.dtype[np.uint64]]
+Table = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+def mixed(*values: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
+
+
+def with_token(context: int, token_id: int, position: int) -> int:
+    """The key and value of a token: as in a deeper layer they depend on everything before it."""
+    return mixed(context, token_id, position)
+
+
+def context_of(kv: Cells) -> int:
+    """What attention reads: all keys and values, each at its place."""
+    return int((kv * (2 * np.arange(len(kv), dtype=np.uint64) + 1)).sum())
+
+
+def draw(context: int, row: SampleRow, counts: dict[int, int] | None) -> int:
+    """A token that depends on all that may influence it."""
+    seen = sorted(counts.items()) if counts is not None else None
+    chosen = mixed(context, row.uniform, row.temperature, row.top_k, seen)
+    allowed = [t for t in range(VOCABULARY) if t not in row.banned and (not row.mask or _bit(row.mask, t))]
+    return allowed[chosen % len(allowed)]
+
+
+def _bit(mask: bytes, token_id: int) -> bool:
+    return token_id // 8 < len(mask) and bool(mask[token_id // 8] >> token_id % 8 & 1)
+
+
+class FakeStages:
+    """One KV cache, and the newest token of each slot."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_slots: int, kills: set[int]) -> None:
+        """`kills`: keys and values whose computation is the stage's death."""
+        self._block_size, self._kills = block_size, kills
+        self._kv = np.zeros(num_blocks * block_size, np.uint64)
+        self._newest = np.zeros(num_slots, np.int32)
+        self.forget()
+
+    def forget(self) -> None:
+        """The memory is new: whatever is read before it is written is wrong."""
+        self._kv[:] = np.arange(len(self._kv), dtype=np.uint64) + np.uint64(10**9)
+        self._newest[:] = -7
+
+    def run(self, batch: Batch, late: LateMasks | None) -> StepOutput:
+        draws = {row.row: row for row in (late.fill(batch.draws) if late is not None else batch.draws)}
+        assert not any(row.awaits_mask for row in draws.values()), "a step is sampled without its mask"
+        tables = batch.block_tables.reshape(batch.num_seqs, -1)
+        contexts, at = [], 0
+        for table, slot, start, count in zip(
+            tables, batch.slots, batch.num_computed_tokens, batch.query_lens, strict=True
+        ):
+            token_ids = [int(self._newest[slot]) if t == SAMPLED else int(t) for t in batch.token_ids[at:][:count]]
+            contexts.append(self._compute(table, int(start), token_ids))
+            at += count
+        tokens = []
+        for row, index in enumerate(batch.sample_rows.tolist()):
+            how = draws.get(row) or SampleRow(row, 0.0, 0.0, 0, 1.0, 0.0)
+            tokens.append(draw(contexts[index], how, how.penalties.counts if how.penalties else None))
+            self._newest[batch.slots[index]] = tokens[-1]
+        return StepOutput(batch.epoch, batch.step_id, tokens, {})
+
+    def _compute(self, table: Table, start: int, token_ids: list[int]) -> int:
+        """Write the tokens' KV; returns the hash of all there is then, read from the cache."""
+        where = np.arange(start + len(token_ids))
+        cells = table[where // self._block_size] * self._block_size + where % self._block_size
+        for position, token_id in enumerate(token_ids, start):
+            written = with_token(context_of(self._kv[cells[:position]]), token_id, position)
+            if written in self._kills:
+                raise StageDied(f"token {token_id} at {position}")
+            self._kv[cells[position]] = written
+        return context_of(self._kv[cells])
+
+
+class FakeMatcher:
+    """A constraint that allows every token but some, which depend on those before. Its masks are made when told."""
+
+    def __init__(self, token_ids: list[int], seconds: float, fails_after: int | None) -> None:
+        self.ready, self.mask, self.failure, self.seconds = False, b"", None, seconds
+        self._token_ids, self._fails_after = list(token_ids), fails_after  # of the answer
+
+    failure: str | None
+
+    def advance(self, token_id: int) -> None:
+        self.ready = False
+        self._token_ids.append(token_id)
+
+    def make(self) -> None:
+        self.mask = mask_of(self._token_ids)
+        if self._fails_after is not None and len(self._token_ids) >= self._fails_after:
+            self.failure = "no mask"
+        self.ready = True
+
+
+def mask_of(answer: list[int]) -> bytes:
+    return hashlib.blake2b(repr(answer).encode(), digest_size=VOCABULARY // 8 + 1).digest()
+
+
+def said(request: Request, constrained: bool) -> tuple[list[int], list[int]]:
+    """The whole answer, computed for this request alone, and the keys and values of prompt and answer."""
+    p, tokens = request.sampling, list(request.token_ids)
+    cache, end = np.zeros(len(tokens) + p.max_tokens, np.uint64), len(tokens)
+    for position, token_id in enumerate(tokens):
+        cache[position] = with_token(context_of(cache[:position]), token_id, position)
+    answer: list[int] = []
+    while len(answer) < p.max_tokens and not (answer and answer[-1] in p.stop_token_ids):
+        counts = {t: answer.count(t) for t in tokens} if p.needs_counts else None
+        how = SampleRow(
+            0, uniform(p.seed, len(tokens)) if p.temperature > 0 else 0.0, p.temperature, p.top_k, p.top_p, p.min_p,
+            banned=p.stop_token_ids if len(answer) < p.min_tokens else (),
+            mask=mask_of(answer) if constrained else b"",
+        )  # fmt: skip
+        context = context_of(cache[:end])
+        answer.append(draw(context, how, counts))
+        cache[end] = with_token(context, answer[-1], end)
+        tokens.append(answer[-1])
+        end += 1
+    return answer, cache[:end].tolist()
+
+
+def emptied(batch: Batch) -> Batch:
+    """As it comes out of the wire: nothing in it is shared with the scheduler that goes on."""
+    return msgspec.structs.replace(
+        batch,
+        **{name: value.copy() for name in batch.__struct_fields__ if hasattr(value := getattr(batch, name), "dtype")},
+        draws=[
+            msgspec.structs.replace(
+                row,
+                penalties=row.penalties and msgspec.structs.replace(row.penalties, counts=dict(row.penalties.counts)),
+            )
+            for row in batch.draws
+        ],
+    )

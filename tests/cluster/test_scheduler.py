@@ -1,0 +1,303 @@
+"""The scheduler under whatever may come, as a generator of cases: nothing hangs, the books are right after every step,
+every request ends, and what it says is a function of it alone."""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.block_manager import BlockManager
+from cluster.errors import StageDied
+from cluster.pipeline import max_in_flight
+from cluster.scheduler import Scheduler
+from cluster.sequence import Request, TokenEvent
+from cluster.waiting_queue import Policy
+from model.batch import Batch, LateMasks
+from model.sampling_params import SamplingParams
+from model.text.constraint import Constraint
+from tests.cluster.fake_stages import VOCABULARY, FakeMatcher, FakeStages, emptied, said
+from tests.conftest import request
+
+QUICK, LONG = 100, 2000  # cases of `make test`, of `make test-long`
+STEPS_PER_TOKEN = 12  # that a case may take at most for each token there is to compute
+
+
+@dataclass
+class Case:
+    """What happens, all drawn from one seed."""
+
+    rng: random.Random
+    depth: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    policy: Policy
+    prefix_caching: bool
+    abort_rate: float
+    restart_rate: float
+    mask_rate: float  # how many of the masks that are missing are made between two looks
+    lethal: bool  # whether the stages die of what some request makes them compute
+    requests: list[Request] = field(default_factory=list)
+    failing: dict[str, int] = field(default_factory=dict)  # request -> tokens after which its matcher fails
+    constrained: set[str] = field(default_factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(r.token_ids) + r.sampling.max_tokens for r in self.requests)
+
+
+def case(seed: int) -> Case:
+    rng = random.Random(seed)
+    block_size, longest = rng.choice([1, 2, 3, 4, 8, 16]), rng.choice([3, 12, 40])
+    max_tokens = rng.choice([1, 4, 20])
+    least = -(-(longest + max_tokens) // block_size)
+    made = Case(
+        rng,
+        depth=rng.choice([1, 1, 2, 2, 3, 4, 6, 16]),
+        block_size=block_size,
+        num_blocks=least * rng.choice([1, 1, 2, 4, 20]) + rng.randrange(3),
+        max_num_seqs=rng.choice([1, 2, 3, 4, 8, 16]),
+        max_num_batched_tokens=rng.choice([2, 5, 16, 64, 512]),
+        policy=rng.choice(["fcfs", "longest_first"]),
+        prefix_caching=rng.random() < 0.7,
+        abort_rate=rng.choice([0.0, 0.0, 0.05]),
+        restart_rate=rng.choice([0.0, 0.0, 0.02]),
+        mask_rate=rng.choice([1.0, 0.5, 0.1]),
+        lethal=rng.random() < 0.2,
+    )
+    stems = [[rng.randrange(VOCABULARY) for _ in range(longest)] for _ in range(2)]
+    tenants, priorities = rng.choice(["a", "ab", "abc"]), rng.choice([[0], [0], [0, 0, 5, -1]])
+    for i in range(rng.randint(3, 24)):
+        _add_request(made, str(i), stems, tenants, priorities, longest, max_tokens)
+    return made
+
+
+def _add_request(
+    made: Case, name: str, stems: list[list[int]], tenants: str, priorities: list[int], longest: int, max_tokens: int
+) -> None:
+    rng, sampling = made.rng, dict[str, object]()
+    if rng.random() < 0.3:
+        sampling |= {"temperature": 0.8, "top_k": rng.randrange(9)}
+    if rng.random() < 0.2:
+        sampling |= {"presence_penalty": 0.5}
+    if rng.random() < 0.3:
+        sampling |= {"stop_token_ids": tuple(rng.sample(range(VOCABULARY), 6)), "min_tokens": rng.randint(0, 1)}
+    if rng.random() < 0.2:
+        made.constrained.add(name)
+        sampling["constraint"] = Constraint("regex", "see FakeMatcher", ())
+        if rng.random() < 0.2:
+            made.failing[name] = rng.randint(0, max_tokens)
+    length = 1 if rng.random() < 0.35 else rng.randint(1, longest)
+    prompt = rng.choice(stems)[: rng.randint(0, length)]
+    prompt = prompt + [rng.randrange(VOCABULARY) for _ in range(length - len(prompt))]
+    made.requests.append(
+        Request(
+            request_id=name,
+            token_ids=prompt,
+            sampling=SamplingParams(
+                max_tokens=rng.randint(1, max_tokens), seed=rng.randrange(9), **{"temperature": 0.0, **sampling}  # type: ignore[arg-type]
+            ),
+            tenant=rng.choice(tenants),
+            weight=rng.choice([1.0, 1.0, 4.0]),
+            priority=rng.choice(priorities),
+        )
+    )  # fmt: skip
+
+
+class Run:
+    """The scheduler and stages of a case, driven as the engine drives them, and what comes out."""
+
+    def __init__(self, made: Case) -> None:
+        self.case, self.rng = made, made.rng
+        self.scheduler = Scheduler(
+            BlockManager(made.num_blocks, made.block_size, made.prefix_caching),
+            depth=made.depth,
+            max_num_seqs=made.max_num_seqs,
+            max_num_batched_tokens=made.max_num_batched_tokens,
+            max_model_len=1000,
+            policy=made.policy,
+        )
+        self.expected = {r.request_id: said(r, r.request_id in made.constrained) for r in made.requests}
+        doomed = self.rng.sample(made.requests, 2) if made.lethal else []
+        self.lethal = {self.rng.choice(self.expected[r.request_id][1]) for r in doomed}
+        self.ends = {name: self._end(name, *expected) for name, expected in self.expected.items()}
+        self.stages = FakeStages(made.num_blocks, made.block_size, made.max_num_seqs, self.lethal)
+        self.deaths = 0
+        self.matchers: dict[str, FakeMatcher] = {}
+        self.events: dict[str, list[TokenEvent]] = {r.request_id: [] for r in made.requests}
+        self.aborted: set[str] = set()
+        self._to_come = deque(made.requests)
+        self._in_flight: deque[tuple[Batch, Batch]] = deque()  # as scheduled, and as the stages got it
+        self._late: dict[int, LateMasks] = {}
+
+    def _end(self, name: str, answer: list[int], cache: list[int]) -> tuple[int, str | None]:
+        """How many tokens it says, and of what it fails."""
+        num_prompt = len(cache) - len(answer)
+        computed = next((i for i, entry in enumerate(cache[:-1]) if entry in self.lethal), len(cache))
+        tokens = max(0, computed - num_prompt + 1)
+        fails_after = self.case.failing.get(name, len(answer))
+        if fails_after < min(tokens, len(answer)):
+            return fails_after, "no mask"
+        return (tokens, "a stage died 3 times") if tokens < len(answer) else (len(answer), None)
+
+    def run(self) -> None:
+        steps, bound = 0, 50 + STEPS_PER_TOKEN * self.case.num_tokens
+        while self._to_come or self.scheduler.has_work:
+            steps += 1
+            assert steps < bound, f"not done after {steps} steps"
+            self._disturb()
+            self.step()
+
+    def step(self) -> None:
+        """Fill the pipeline, and take the oldest result."""
+        while len(self._in_flight) < max_in_flight(self.case.depth) and self._schedule():
+            pass
+        made = self._make_masks()
+        if not self._in_flight:
+            assert self._to_come or made or not self.scheduler.has_work, "nothing is computed any more"
+        elif not self._in_flight[0][0].awaits_masks or self._in_flight[0][0].step_id in self._late:
+            self._finish()
+        elif self.rng.random() < 0.05:
+            self.scheduler.give_up_masks(self._in_flight[0][0].step_id)
+        self.scheduler.check()
+
+    def _schedule(self) -> bool:
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            assert 0 < batch.num_tokens <= max(self.case.max_num_batched_tokens, 1)
+            self._in_flight.append((batch, emptied(batch)))
+        return batch is not None
+
+    def _finish(self) -> None:
+        batch, sent = self._in_flight.popleft()
+        try:
+            output = self.stages.run(sent, self._late.pop(batch.step_id, None))
+        except StageDied:
+            self.deaths += 1
+            self.take(self.lose_stages(accuse=True))
+        else:
+            self.take(self.scheduler.update(batch, output))
+
+    def take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self.events[event.request_id].append(event)
+            if event.finish_reason is not None:
+                self.matchers.pop(event.request_id, None)
+
+    def come(self, likely: float = 1.0) -> None:
+        """The next requests: none or some, or all of them."""
+        while self._to_come and self.rng.random() < likely:
+            new = self._to_come.popleft()
+            name = new.request_id
+            if name in self.case.constrained:
+                seconds = self.rng.choice([1e-4, 0.02, 1.0])
+                self.matchers[name] = FakeMatcher(new.output_ids, seconds, self.case.failing.get(name))
+            self.scheduler.add(new, self.matchers.get(name))
+
+    def _disturb(self) -> None:
+        """Requests come and go, stages are lost."""
+        self.come(0.4)
+        if self.rng.random() < self.case.abort_rate:
+            name = self.rng.choice(self.case.requests).request_id
+            if all(new.request_id != name for new in self._to_come):
+                self.scheduler.abort(name)
+                self.matchers.pop(name, None)
+                self.aborted.add(name)
+        if self.rng.random() < self.case.restart_rate:
+            self.take(self.lose_stages(accuse=False))
+
+    def lose_stages(self, accuse: bool) -> list[TokenEvent]:
+        self._in_flight.clear()
+        self._late.clear()
+        self.stages.forget()
+        return self.scheduler.restart(accuse)
+
+    def _make_masks(self) -> bool:
+        """Some of those that are missing; False if none was."""
+        missing = [matcher for matcher in self.matchers.values() if not matcher.ready]
+        for matcher in missing:
+            if self.rng.random() < self.case.mask_rate:
+                matcher.make()
+        while (late := self.scheduler.next_masks()) is not None:
+            self._late[late.step_id] = late
+        return bool(missing)
+
+    def check(self) -> None:
+        """Every request ended, and said what it says alone."""
+        assert self.scheduler.stats().kv_blocks_used == 0
+        for name, events in self.events.items():
+            count, error = self.ends[name]
+            tokens = [event.token_id for event in events if event.finish_reason != "error"]
+            assert tokens == self.expected[name][0][: len(tokens)], f"{name} says something else"
+            if name not in self.aborted:
+                assert len(tokens) == count, f"{name} did not end as it should"
+                assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+                assert (events[-1].error or "")[: len(error or "")] == (error or ""), f"{name}: {events[-1]}"
+        guilty = sum(not self.lethal.isdisjoint(cache[:-1]) for _, cache in self.expected.values())
+        assert self.deaths <= 3 * guilty, f"{self.deaths} deaths for {guilty} requests"
+
+
+def fuzz(seeds: range) -> None:
+    for seed in seeds:
+        run = Run(case(seed))
+        try:
+            run.run()
+            run.check()
+        except AssertionError as error:
+            raise AssertionError(f"case {seed}: {error}") from error
+
+
+def test_whatever_comes() -> None:
+    fuzz(range(QUICK))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_whatever_comes_two_thousand_times() -> None:
+    fuzz(range(QUICK, LONG))
+
+
+def undisturbed(requests: list[Request], depth: int) -> Case:
+    return Case(
+        random.Random(0), depth, block_size=4, num_blocks=600, max_num_seqs=64, max_num_batched_tokens=256,
+        policy="fcfs", prefix_caching=True, abort_rate=0.0, restart_rate=0.0, mask_rate=1.0, lethal=False,
+        requests=requests,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("position", [0, 11, 17])
+def test_who_kills_its_stages_is_found_among_64_and_ends_alone(depth: int, position: int) -> None:
+    """By a token of its prompt, the first that it says, or a later one."""
+    prompts = [[i, *range(11)] for i in range(65)]
+    run = Run(undisturbed([request(str(i), prompt, max_tokens=20) for i, prompt in enumerate(prompts)], depth))
+    guilty = "62"
+    run.lethal |= {run.expected[guilty][1][position]}
+    run.ends[guilty] = (max(0, position - 11), "a stage died 3 times")
+    run.stages = FakeStages(600, 4, 64, run.lethal)
+    run.run()
+    run.check()
+    assert run.deaths == 3
+    assert [name for name, events in run.events.items() if events[-1].error] == [guilty]
+
+
+def test_a_death_that_nobody_is_to_blame_for_costs_a_few_steps() -> None:
+    """Suspects are computed once more, each for itself; whoever arrives meanwhile does not wait for that."""
+    run = Run(undisturbed([request(str(i), [i] * 9, max_tokens=40) for i in range(32)], depth=2))
+    steps = 0
+    run.come()
+    while not all(len(events) > 10 for events in run.events.values()):
+        run.step()
+    run.take(run.lose_stages(accuse=True))
+    run.scheduler.add(request("new", [7] * 30, max_tokens=2))
+    run.events["new"] = []
+    while not run.events["new"]:
+        run.step()
+        steps += 1
+    assert steps < 12
+    while any(seq.num_deaths for seq in run.scheduler._running):
+        run.step()
+        steps += 1
+    assert steps < 100
