@@ -1,0 +1,78 @@
+"""An engine's reports and totals as metrics."""
+
+import time
+from collections import deque
+
+from cluster.engine import Engine, RecoveryReport, StepReport
+from cluster.sequence import TokenEvent
+from deployments.engine.health import PROBE_PREFIX
+from deployments.metrics import Recorder
+from model.batch import StageTiming
+
+
+class EngineMetrics:
+    """Fed from the engine's thread, which must not wait; recorded now and then from another one."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._reports: deque[StepReport | StageTiming | RecoveryReport] = deque()
+        self._generated = 0  # tokens for clients
+        self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
+
+    def add(self, report: StepReport | StageTiming | RecoveryReport) -> None:
+        self._reports.append(report)
+
+    def count(self, events: list[TokenEvent]) -> None:
+        self._generated += sum(not event.request_id.startswith(PROBE_PREFIX) for event in events)
+
+    def record(self, engine: Engine | None, loaded: float, last_token: float) -> None:
+        """`loaded` is a share of the weights, `last_token` a time of the monotonic clock."""
+        self._recorder.set("weights_loaded_ratio", loaded)
+        while self._reports:
+            report = self._reports.popleft()
+            if isinstance(report, StageTiming):
+                self._record_stage(report)
+            elif isinstance(report, RecoveryReport):
+                self._record_recovery(report)
+            else:
+                self._record_step(report)
+        if engine is not None:
+            self._recorder.set("last_token_age_seconds", time.monotonic() - last_token)
+            self._record_stats(engine)
+
+    def _record_stage(self, timing: StageTiming) -> None:
+        m, stage = self._recorder, str(timing.stage)
+        m.inc("stage_steps_total", stage=stage)
+        m.inc("stage_busy_seconds_total", timing.finished - timing.started, stage=stage)
+        m.inc("stage_wait_seconds_total", timing.wait, stage=stage)
+        m.inc("stage_transfer_seconds_total", timing.transfer, stage=stage)
+        m.observe("stage_step_seconds", timing.finished - timing.started, stage=stage)
+
+    def _record_recovery(self, report: RecoveryReport) -> None:
+        m = self._recorder
+        m.inc("recoveries_total", cause=report.cause)
+        m.inc("stages_replaced_total", report.num_replaced)
+        m.observe("recovery_seconds", report.seconds)
+
+    def _record_step(self, report: StepReport) -> None:
+        m = self._recorder
+        m.observe("step_tokens", report.num_tokens)
+        m.observe("scheduler_seconds", report.scheduler_seconds)
+        for wait in report.queue_waits:
+            m.observe("queue_wait_seconds", wait)
+
+    def _record_stats(self, engine: Engine) -> None:
+        m, stats = self._recorder, engine.stats
+        m.set("running", stats.running)
+        m.set("waiting", stats.waiting)
+        m.set("waiting_tokens", stats.waiting_tokens)
+        m.set("kv_blocks_used", stats.kv_blocks_used)
+        m.set("kv_blocks_total", stats.kv_blocks_total)
+        for name, total in (
+            ("generated_tokens_total", self._generated),
+            ("preemptions_total", stats.preemptions),
+            ("prefix_cache_queried_tokens_total", stats.prefix_queried_tokens),
+            ("prefix_cache_hit_tokens_total", stats.prefix_hit_tokens),
+        ):
+            m.inc(name, total - self._counted.get(name, 0))
+            self._counted[name] = total
