@@ -30,7 +30,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)  ## deploy the default model on this machine, ask it something, look at it, stop
-	@$(BIN)/python -m ops.local --demo
+	@$(BIN)/python -m ops.demo
 
 serve: $(READY)  ## the same, but serve until Ctrl-C
 	@$(BIN)/python -m ops.local

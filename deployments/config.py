@@ -177,7 +177,7 @@ def suggestion(path: str) -> str:
 
 
 def markdown_table() -> str:
-    """Every key with its default and meaning, as README.md shows it: `python -m deployments.config`."""
+    """Every key with its default and meaning, as deployments/README.md shows it: `python -m deployments.config`."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for section, info in AppConfig.model_fields.items():
         model: Any = info.annotation

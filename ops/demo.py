@@ -1,15 +1,17 @@
-"""What `make demo` shows once the service runs: an answer, four streams at once, and the live view."""
+"""`make demo`: a service on this machine, an answer, four streams at once, the live view, and a clean end."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from ops.bench.service import load
 from ops.chat_client import served_model, stream_chat
+from ops.local import CONFIG, console, run
 from ops.watch import top
 
 WATCH_S = 3.5  # less than the streams take
@@ -20,6 +22,11 @@ STREAMS = (
     "Explain in two sentences why the sky is blue.",
     "Give me a short recipe for pancakes.",
 )
+
+
+def main() -> None:
+    """Serve the default model on this machine, show what it does, stop."""
+    run(CONFIG, 2, lambda head, url: show(console, url, head.metrics))
 
 
 def show(console: Console, url: str, metrics: str) -> None:
@@ -56,3 +63,7 @@ def show(console: Console, url: str, metrics: str) -> None:
     console.print(answers)
     console.print(summary.table("What the clients saw"))
     console.rule()
+
+
+if __name__ == "__main__":
+    typer.run(main)

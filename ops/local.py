@@ -1,6 +1,6 @@
 """A whole cluster on this machine: a private Ray head, the real `serve deploy`, and a clean end.
 
-`python -m ops.local` keeps serving until Ctrl-C (`make serve`); with --demo it shows what the service does and
+`python -m ops.local` keeps serving until Ctrl-C (`make serve`); `python -m ops.demo` shows what the service does and
 leaves (`make demo`). Nothing of it touches another Ray on the machine: own directory, own ports, own token.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ BIN = Path(sys.executable).parent
 # As modules: where packages were unpacked beside a Python, not installed into it, there are no scripts.
 RAY, SERVE = [sys.executable, "-m", "ray.scripts.scripts"], [sys.executable, "-m", "ray.serve.scripts"]
 START_TIMEOUT_S, READY_TIMEOUT_S, STOP_TIMEOUT_S, KILL_AFTER_S = 90, 300, 60, 8
+CONFIG = Path("ray_config.yaml")
 METRICS_PORT = 8080
 
 
@@ -214,18 +215,22 @@ def _raise_if_failed(head: Head) -> None:
 
 
 def main(
-    config: Annotated[Path, typer.Option(help="the Serve configuration to deploy")] = Path("ray_config.yaml"),
+    config: Annotated[Path, typer.Option(help="the Serve configuration to deploy")] = CONFIG,
     num_cpus: Annotated[int, typer.Option(help="CPUs that Ray may hand out")] = 2,
-    demo: Annotated[bool, typer.Option(help="show what the service does, then stop")] = False,
 ) -> None:
     """Serve a configuration on this machine: a private Ray head, `serve deploy`, and a clean end."""
+    run(config, num_cpus, _serve_until_interrupted)
+
+
+def run(config: Path, num_cpus: int, once_ready: Callable[[Head, str], None]) -> None:
+    """A command: deploy, do `once_ready` with the head and the service's address, and stop all of it."""
     end_on_signals()
     try:
         problems = check_file(config)
         if problems:
             raise LocalError("\n".join(problems))
         url = check_http_port(config)
-        _serve(config, num_cpus, url, demo)
+        _deploy(config, num_cpus, url, once_ready)
     except (LocalError, ChatFailed) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from None
@@ -233,7 +238,7 @@ def main(
         console.print("Interrupted.")
 
 
-def _serve(config: Path, num_cpus: int, url: str, demo: bool) -> None:
+def _deploy(config: Path, num_cpus: int, url: str, once_ready: Callable[[Head, str], None]) -> None:
     console.print("Starting a private Ray head on this machine ...")
     with ray_head(num_cpus) as head:
         console.print(f"Deploying {config} (serve deploy {config} --address {head.dashboard}) ...")
@@ -243,19 +248,18 @@ def _serve(config: Path, num_cpus: int, url: str, demo: bool) -> None:
         try:
             await_ready(head, url)
             console.print(f"Serving at {url}; metrics at {head.metrics}")
-            if demo:
-                from ops.demo import show
-
-                show(console, url, head.metrics)
-            else:
-                console.print(f"Try: caravan chat --url {url}    or: caravan top --metrics {head.metrics}")
-                console.print("Ctrl-C stops it.")
-                while head.process.poll() is None:
-                    time.sleep(0.5)
-                raise LocalError("Ray ended by itself")
+            once_ready(head, url)
         finally:
             console.print("Stopping: serve shutdown, then the Ray head ...")
             head.serve("shutdown", "-y")
+
+
+def _serve_until_interrupted(head: Head, url: str) -> None:
+    console.print(f"Try: caravan chat --url {url}    or: caravan top --metrics {head.metrics}")
+    console.print("Ctrl-C stops it.")
+    while head.process.poll() is None:
+        time.sleep(0.5)
+    raise LocalError("Ray ended by itself")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,12 @@ def _vocab_size(path: Path, raw: dict[str, Any]) -> int:
     tokenizer = path / "tokenizer.model"
     if not tokenizer.is_file():
         raise CheckpointError(f"{path}/params.json gives no vocab_size: put the model's tokenizer.model beside it")
-    from model.text.tokenizer.spm import SentencePieceTokenizer
+    from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceTokenizer(tokenizer).vocab_size
+    try:
+        return int(SentencePieceProcessor(model_file=str(tokenizer)).vocab_size())
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{tokenizer} cannot be read as a sentencepiece model: {error}") from error
 
 
 class MetaCheckpoint:

@@ -1,4 +1,4 @@
-"""Faults on purpose, under load: whether streams survive what the README says they survive."""
+"""Faults on purpose, under load: whether streams survive what ops/runbook.md says they survive."""
 
 # What can be broken (faults.py says how), and what of it needs a network of its own for every node.
 FAULTS = (
