@@ -12,7 +12,6 @@ from ray.serve.handle import DeploymentHandle
 from deployments import logs
 from deployments.asgi import create_gateway
 from deployments.config import AppConfig, parse_app_config
-from deployments.engine.replica import EngineReplica
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.metrics import Recorder
 
@@ -49,6 +48,8 @@ def warn_if_open() -> None:
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Gateway -> Engine, with Serve's options set for language models. Raises `ConfigError` for wrong `args`."""
+    from deployments.engine.replica import EngineReplica  # and torch with it, which gateways do without
+
     config = parse_app_config(args)
     engine = serve.deployment(
         EngineReplica,
