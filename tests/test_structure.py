@@ -20,7 +20,7 @@ ALLOWED = {
     "deployments": {"model", "cluster", "deployments"},
     "ops": {"model", "cluster", "deployments", "ops"},
 }
-MAX_LINES, MAX_FILES = 453, 14  # of a file; of a folder of deployments/ or ops/, beside its door
+MAX_LINES, MAX_FILES = 500, 14  # of a file; of a folder of deployments/ or ops/, beside its door
 DOCUMENTS = [name for name in TRACKED if name.endswith(".md")]
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 PROSE = {"of"}  # what else follows the word make
