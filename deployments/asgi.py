@@ -21,7 +21,7 @@ from deployments.gateway.gateway import Gateway
 from deployments.gateway.guard import Guard
 from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, tokens
-from deployments.routes.drop_in import DropIn, drop_ins
+from deployments.routes.hosted.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs
 from deployments.version import package_version
 

@@ -18,8 +18,7 @@ from deployments.gateway.exchange import Json, answer, sse
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.pieces import Piece, TokenLogprob
 from deployments.gateway.prompts import Prompt
-from deployments.routes.openai_protocol import Number, parse_body
-from deployments.routes.vendor import (
+from deployments.routes.hosted.vendor import (
     Count,
     Flag,
     Seed,
@@ -32,6 +31,7 @@ from deployments.routes.vendor import (
     sampling_params,
     stop_strings,
 )
+from deployments.routes.openai_protocol import Number, parse_body
 from deployments.version import package_version
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
 from model.text.constraint import Constraint

@@ -15,7 +15,7 @@ import msgspec
 from fastapi.responses import Response
 
 from deployments.gateway.exchange import Json
-from deployments.routes.vendor import json_error
+from deployments.routes.hosted.vendor import json_error
 
 EVENT_STREAM = "application/vnd.amazon.eventstream"
 TEXT = 7

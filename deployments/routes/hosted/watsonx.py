@@ -22,8 +22,7 @@ from deployments.gateway.exchange import Json, answer, request_id
 from deployments.gateway.gateway import Gateway, Generation
 from deployments.gateway.pieces import Piece, TokenLogprob, token_name
 from deployments.gateway.prompts import Prompt
-from deployments.routes.openai_protocol import Number, Whole, parse_body
-from deployments.routes.vendor import (
+from deployments.routes.hosted.vendor import (
     Count,
     Flag,
     Seed,
@@ -36,6 +35,7 @@ from deployments.routes.vendor import (
     sampling_params,
     stop_strings,
 )
+from deployments.routes.openai_protocol import Number, Whole, parse_body
 from model.sampling_params import SamplingParams
 
 DEFAULT_NEW_TOKENS = 20

@@ -15,7 +15,7 @@ from cluster.sequence import Request, TokenEvent
 from deployments.asgi import create_gateway
 from deployments.config import ConfigError, parse_app_config
 from deployments.errors import ApiError
-from deployments.routes import aws
+from deployments.routes.hosted import aws
 from model.text.tokenizer import encode_prompt
 from tests.deployments.gateway.test_gateway import ARGS, Recorded, ScriptedEngine, tokenizer
 

@@ -18,9 +18,9 @@ from deployments.gateway.accounting import Usage
 from deployments.gateway.exchange import Json, answer
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.pieces import Piece
-from deployments.routes import aws
+from deployments.routes.hosted import aws
+from deployments.routes.hosted.vendor import StrictBody, Vendor, documented, only, sampling_params
 from deployments.routes.openai_protocol import Number, Whole, parse_body
-from deployments.routes.vendor import StrictBody, Vendor, documented, only, sampling_params
 
 DEFAULT_GEN_LEN, MAX_GEN_LEN = 512, 2048
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.5, 0.9

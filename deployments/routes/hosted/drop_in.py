@@ -9,8 +9,8 @@ from starlette.types import Scope
 
 from deployments.config import RouteName
 from deployments.gateway.gateway import Gateway
-from deployments.routes import bedrock, sagemaker, tgi, watsonx
-from deployments.routes.vendor import Respond
+from deployments.routes.hosted import bedrock, sagemaker, tgi, watsonx
+from deployments.routes.hosted.vendor import Respond
 
 MAKERS: dict[RouteName, list[tuple[Callable[[Gateway], APIRouter], Respond]]] = {
     "tgi": [(tgi.router, tgi.respond)],

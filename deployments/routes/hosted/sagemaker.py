@@ -17,11 +17,11 @@ from pydantic import Field
 from deployments.errors import ApiError
 from deployments.gateway.exchange import Json, or_disconnect
 from deployments.gateway.gateway import Gateway, Generation
-from deployments.routes import aws
+from deployments.routes.hosted import aws
+from deployments.routes.hosted.tgi import EXAMPLE, TGI, GenerateRequest
+from deployments.routes.hosted.tgi import respond as respond_as_tgi
+from deployments.routes.hosted.vendor import Count, StrictBody, documented, only, sampling_params
 from deployments.routes.openai_protocol import Number, parse_body
-from deployments.routes.tgi import EXAMPLE, TGI, GenerateRequest
-from deployments.routes.tgi import respond as respond_as_tgi
-from deployments.routes.vendor import Count, StrictBody, documented, only, sampling_params
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.6, 0.9  # of chat_completion in Meta's generation.py
 MAX_DIALOGS = 32
