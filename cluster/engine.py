@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.errors import CaravanError, Cause, EngineStopped, StageDied
+from cluster.errors import CaravanError, Cause, EngineStopped, RequestRejected, StageDied
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline, max_in_flight
 from cluster.scheduler import Scheduler
@@ -25,6 +25,7 @@ IDLE_WAIT_S = 1.0  # how often an idle engine looks up
 STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
 DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 2.5, 60.0
 DEFAULT_RECOVERY_ATTEMPTS = 3
+CLOSE_S = 5.0  # how long the loop gets to end, before its stages are killed under it, and again afterwards
 LINKED_AGAIN = 2  # rebuilds in a row that keep sound stages; the next one replaces them all
 
 
@@ -80,6 +81,14 @@ class InFlight:
     queue_waits: list[float] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Opened:
+    """A request that is not done."""
+
+    arrived: float
+    is_admitted: bool = False
+
+
 class Engine:
     """Scheduler + pipeline + thread. `add` and `abort` are safe from any thread."""
 
@@ -90,7 +99,9 @@ class Engine:
         listener: Listener,
         patience: Patience | None = None,
         recovery_attempts: int = DEFAULT_RECOVERY_ATTEMPTS,
+        vocab_size: int | None = None,
     ) -> None:
+        """`vocab_size`, if given, is what token ids are held against."""
         self.scheduler = scheduler
         self.pipeline = pipeline
         self.last_progress = time.monotonic()  # when a step last finished, or the engine last was idle
@@ -98,10 +109,11 @@ class Engine:
         self._stats_at = time.monotonic()
         self._listener = listener
         self._recovery_attempts = recovery_attempts
+        self._vocab_size = vocab_size
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
         # A request to add with its matcher, or the id of one to abort.
         self._inbox: deque[tuple[Request, Matcher | None] | str] = deque()
-        self._arrived: dict[str, float] = {}
+        self._open: dict[str, Opened] = {}
         self._in_flight: deque[InFlight] = deque()
         self._deaths = 0  # since the last finished step
         self._recovering: StageDied | None = None
@@ -136,16 +148,25 @@ class Engine:
         return 0.0 if self._recovering is not None else time.monotonic() - self._turned
 
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
-        """Queue a request, with a matcher if it has a constraint; its tokens go to the listener.
+        """Queue a request, with a matcher if it has a constraint; its tokens go to the listener. Never waits.
 
         Raises `RequestRejected` or `EngineStopped` at once.
         """
         if self._failure is not None or self._closing:
             raise EngineStopped(str(self._failure or "the engine is shutting down"))
         self.scheduler.validate(request)
-        self._arrived[request.request_id] = time.monotonic()
+        self._check_vocabulary(request)
+        opened = Opened(time.monotonic())
+        if self._open.setdefault(request.request_id, opened) is not opened:
+            raise RequestRejected(f"a request with id {request.request_id} is open already")
         self._inbox.append((request, matcher))
         self.pipeline.wake()
+
+    def _check_vocabulary(self, request: Request) -> None:
+        size = self._vocab_size
+        for token_ids in (request.token_ids, request.output_ids):
+            if size is not None and token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+                raise RequestRejected(f"token ids are 0 to {size - 1} with this model: the request has others")
 
     def abort(self, request_id: str) -> None:
         """Stop a request, whether it waits, runs or is done already."""
@@ -153,11 +174,18 @@ class Engine:
         self.pipeline.wake()
 
     def close(self) -> None:
-        """Stop the loop and end the pipeline. Requests still open get no more tokens."""
+        """Stop the loop and end the pipeline. Requests still open get no more tokens. Waits only for seconds."""
         self._closing = True
         self.pipeline.wake()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+            until = time.monotonic() + CLOSE_S
+            while self._thread.is_alive() and time.monotonic() < until:  # it may start stages just now, so again
+                self.pipeline.kill()
+                self._thread.join(0.1 * CLOSE_S)
+            if self._thread.is_alive():
+                log.error("the engine's loop does not end; its pipeline is left as it is")
+                return
         self.pipeline.close()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -171,9 +199,9 @@ class Engine:
                     self._fill()
                     self._send_masks()
                     self._refresh_stats()
-                    self._take_result()
+                    self._take_results()
                 except StageDied as death:
-                    self._recover(death)
+                    self._recover(self._cause_of(death))
         except CaravanError as error:
             self._fail(error)
         except Exception as error:
@@ -192,7 +220,7 @@ class Engine:
             if isinstance(item, tuple):
                 self.scheduler.add(*item)
             else:
-                self._arrived.pop(item, None)
+                self._open.pop(item, None)
                 self.scheduler.abort(item)
 
     def _fill(self) -> None:
@@ -205,9 +233,15 @@ class Engine:
             if not self._in_flight:
                 self.last_progress = started
             now = time.monotonic()
-            waits = [now - self._arrived.pop(i) for i in self.scheduler.admitted if i in self._arrived]
-            self._in_flight.append(InFlight(batch, now, now - started, waits))
+            self._in_flight.append(InFlight(batch, now, now - started, self._waits(now)))
             self.pipeline.submit(batch, self._patience.limit(batch.num_tokens))
+
+    def _waits(self, now: float) -> list[float]:
+        """Seconds that requests had waited which were just admitted for the first time."""
+        admitted = [self._open[i] for i in self.scheduler.admitted if not self._open[i].is_admitted]
+        for opened in admitted:
+            opened.is_admitted = True
+        return [now - opened.arrived for opened in admitted]
 
     def _send_masks(self) -> None:
         """To batches that were sent without; the oldest one is not kept waiting for a mask that does not come."""
@@ -224,14 +258,16 @@ class Engine:
             return None
         return max(self.last_progress, self._in_flight[0].submitted) + MASKS_LATE_S
 
-    def _take_result(self) -> None:
-        message = self.pipeline.receive(self._wait_s())
-        if isinstance(message, StepOutput):
-            self._finish_step(message)
-        elif isinstance(message, StageTiming):
-            self._listener.on_timing(message)
-        else:
+    def _take_results(self) -> None:
+        """All that have come; waits for one if there is none."""
+        output = self.pipeline.receive(self._wait_s())
+        if output is None:
             self._look_for_hang()
+        while output is not None:
+            self._finish_step(output)
+            output = self.pipeline.receive(0.0) if self._in_flight else None
+        for timing in self.pipeline.take_timings():
+            self._listener.on_timing(timing)
 
     def _wait_s(self) -> float:
         """Until a step is late enough to be asked about."""
@@ -250,7 +286,7 @@ class Engine:
             return
         late = f"step {self._in_flight[0].batch.step_id} has not finished for {now - self.last_progress:.1f} s"
         if now > deadline:
-            raise self.pipeline.diagnose(late)
+            raise StageDied(late, "link")
         if now > self._next_question():
             self._asked = now
             if (hung := self.pipeline.unresponsive(late)) is not None:
@@ -258,8 +294,15 @@ class Engine:
 
     def _deadline(self) -> float | None:
         """Until when the oldest step must have finished. Stages share cores, so the largest one in flight counts."""
-        sizes = [step.batch.num_tokens for step in tuple(self._in_flight)]
-        return self.last_progress + self._patience.limit(max(sizes)) if sizes else None
+        return self.last_progress + self._limit_s() if self._in_flight else None
+
+    def _limit_s(self) -> float:
+        """What a step may take of those in flight."""
+        return self._patience.limit(max((step.batch.num_tokens for step in tuple(self._in_flight)), default=0))
+
+    def _cause_of(self, death: StageDied) -> StageDied:
+        """Who waits in vain is a neighbour of whoever is to blame, if anybody is."""
+        return self.pipeline.diagnose(str(death), self._limit_s()) if death.cause == "link" else death
 
     def _finish_step(self, output: StepOutput) -> None:
         step = self._in_flight[0] if self._in_flight else None
@@ -274,6 +317,8 @@ class Engine:
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
         for event in events:
+            if event.finish_reason is not None:
+                self._open.pop(event.request_id, None)
             if event.error is not None:
                 log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
         if events:
@@ -285,6 +330,8 @@ class Engine:
         started, running, cause = time.monotonic(), self.scheduler.stats().running, death.cause
         self._recovering = death
         while True:
+            if self._closing:
+                raise death
             self._deaths += 1
             self._in_flight.clear()
             if self._deaths > self._recovery_attempts:
@@ -305,6 +352,8 @@ class Engine:
         self._listener.on_recovery(report)
 
     def _fail(self, error: CaravanError) -> None:
+        if self._closing:
+            return  # that is what it takes to end a rebuild
         self._failure = error
         self._in_flight.clear()
         log.error("engine stopped: %s", error)

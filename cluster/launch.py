@@ -31,14 +31,14 @@ def launch_engine(
     max_model_len = model_len(config, model)
     pipeline = RayPipeline(config, stage_layers(config, model), max_model_len, group, first_bundle, on_progress)
     try:
-        return make_engine(config, pipeline, pipeline.num_blocks or 0, max_model_len, listener)
+        return make_engine(config, pipeline, pipeline.num_blocks or 0, max_model_len, listener, model.vocab_size)
     except BaseException:
         pipeline.close()
         raise
 
 
 def make_engine(
-    config: EngineConfig, pipeline: Pipeline, num_blocks: int, max_model_len: int, listener: Listener
+    config: EngineConfig, pipeline: Pipeline, num_blocks: int, max_model_len: int, listener: Listener, vocab_size: int
 ) -> Engine:
     """A started engine on a ready pipeline. Raises `ValueError` if the cache cannot hold one whole sequence."""
     room = num_blocks * config.cache.block_size
@@ -57,7 +57,7 @@ def make_engine(
         policy=config.scheduler.policy,
     )
     patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
-    engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts)
+    engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts, vocab_size)
     engine.start()
     return engine
 

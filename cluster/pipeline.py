@@ -1,21 +1,23 @@
-"""What the engine needs of a pipeline, and the one that runs in this process.
+"""What the engine needs of a pipeline, and what pipelines of any kind have in common.
 
-`LocalPipeline` and `RayPipeline` (ray_pipeline.py) stand behind one protocol: whatever the engine does with one it
-does with the other.
+`LocalPipeline` (local_pipeline.py) and `RayPipeline` (ray_pipeline.py) stand behind one protocol: whatever the engine
+does with one it does with the other. In both every stage runs a `StageLoop`.
 """
 
-import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import msgspec
+import zmq
 
 from cluster.errors import StageDied
-from model.batch import Batch, LateMasks, StageTiming, StepOutput
+from cluster.transport import Control, Ready, StepOrder
+from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput
 
-if TYPE_CHECKING:  # torch is only needed by whoever builds the stages
-    from model.stage import Stage
+Activity = Literal["idle", "computing", "receiving", "sending"]
 
 
 def max_in_flight(depth: int) -> int:
@@ -24,7 +26,10 @@ def max_in_flight(depth: int) -> int:
 
 
 class Pipeline(Protocol):
-    """Stages that execute batches strictly in order. Every method but `wake` is for the engine's thread alone."""
+    """Stages that execute batches strictly in order.
+
+    Every method is for the engine's thread alone, but for `wake` and `kill`, which any may call at any time.
+    """
 
     @property
     def depth(self) -> int:
@@ -39,20 +44,24 @@ class Pipeline(Protocol):
         """Hand the last stage what a submitted batch was sent without. Raises `StageDied`."""
         ...
 
-    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
-        """The next message; None after `wake` or `timeout` seconds (None: no limit). Raises `StageDied`."""
+    def receive(self, timeout: float | None) -> StepOutput | None:
+        """The next result; None after `wake` or `timeout` seconds (None: no limit). Raises `StageDied`."""
+        ...
+
+    def take_timings(self) -> list[StageTiming]:
+        """Those that have come with the results so far; each only once."""
         ...
 
     def wake(self) -> None:
-        """Make a `receive` in progress return. Safe from any thread."""
+        """Make a `receive` in progress return. Never waits."""
         ...
 
     def unresponsive(self, message: str) -> StageDied | None:
         """A step takes long, says `message`: a stage whose process does not answer is at fault, if there is one."""
         ...
 
-    def diagnose(self, message: str) -> StageDied:
-        """A step is overdue, says `message`: find out which stage is to blame."""
+    def diagnose(self, message: str, limit_s: float) -> StageDied:
+        """A step has not finished within `limit_s`, or a link broke, says `message`: find out who is to blame."""
         ...
 
     def recover(self, epoch: int, fresh: bool = False) -> int:
@@ -63,69 +72,99 @@ class Pipeline(Protocol):
         """
         ...
 
+    def kill(self) -> None:
+        """End all stages at once: whoever waits for one, in whatever method, stops waiting."""
+        ...
+
     def close(self) -> None:
         """End all stages; afterwards nothing of the pipeline is left. Never raises."""
         ...
 
 
-class LocalPipeline:
-    """All stages in this process, one after another in the thread that calls `receive`."""
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a stage does, and for how many seconds already."""
 
-    def __init__(self, stages: "list[Stage]") -> None:
-        self._stages = stages
-        self._batches: deque[Batch] = deque()
-        self._masks: dict[int, LateMasks] = {}  # by step id
-        self._timings: deque[StageTiming] = deque()
-        self._woken = threading.Event()
+    activity: Activity
+    seconds: float = 0.0
+
+
+def at_fault(doings: Sequence[Doing | None], limit_s: float) -> int | None:
+    """Which stage holds up the others: one that does not answer, or has computed its step for far too long.
+
+    A step ahead of it may have had to go through other stages first, so half of `limit_s`, within which all of the step
+    should be done, is too long for one of them. Who computes for less is at work: a link that breaks meanwhile is no
+    reason to lose its weights.
+    """
+    for index, doing in enumerate(doings):
+        if doing is None:
+            return index
+    longest = max(range(len(doings)), key=lambda i: _computing_s(doings[i]))
+    return longest if _computing_s(doings[longest]) > limit_s / 2 else None
+
+
+def _computing_s(doing: Doing | None) -> float:
+    return doing.seconds if doing is not None and doing.activity == "computing" else 0.0
+
+
+class ControlledPipeline(ABC):
+    """Steps and their results, as they go over a control channel; how stages live and die is up to subclasses."""
+
+    _control: Control
+    _death: StageDied | None  # the end of a stage, once it is noticed
+    _feeds: bool  # whether the first stage gets tokens from here, and not from the last one's GPU
+
+    def __init__(self) -> None:
+        self._timings: list[StageTiming] = []
 
     @property
-    def depth(self) -> int:
-        return len(self._stages)
+    @abstractmethod
+    def depth(self) -> int: ...
 
     def submit(self, batch: Batch, timeout_s: float) -> None:
-        self._batches.append(batch)
+        self._raise_if_dead()
+        try:
+            self._control.send(StepOrder(batch, timeout_s))
+        except zmq.ZMQError as error:
+            raise StageDied(f"a stage is not reachable: {error}") from error
 
     def send_masks(self, masks: LateMasks) -> None:
-        self._masks[masks.step_id] = masks
+        self._raise_if_dead()
+        try:
+            self._control.send_masks(masks)
+        except zmq.ZMQError as error:
+            raise StageDied(f"the last stage is not reachable: {error}") from error
 
-    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
-        if self._timings:
-            return self._timings.popleft()
-        if self._batches and (not self._batches[0].awaits_masks or self._batches[0].step_id in self._masks):
-            return self._run(self._batches.popleft())
-        self._woken.wait(timeout)
-        self._woken.clear()
-        return None
+    def receive(self, timeout: float | None) -> StepOutput | None:
+        """Timings alone wake nobody: they are kept until somebody wants them."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._raise_if_dead()
+            try:
+                message = self._control.receive(None if until is None else max(0.0, until - time.monotonic()))
+            except msgspec.DecodeError as error:
+                raise StageDied(f"a stage sent what is no valid message: {error}") from error
+            if isinstance(message, StageTiming):
+                self._timings.append(message)
+                continue
+            assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
+            if message is None:
+                self._raise_if_dead()
+            elif message.token_ids and self._feeds:
+                self._feed_first_stage(message)
+            return message
 
-    def _run(self, batch: Batch) -> StepOutput:
-        from model.stage import to_output
+    def take_timings(self) -> list[StageTiming]:
+        timings, self._timings = self._timings, []
+        return timings
 
-        if (masks := self._masks.pop(batch.step_id, None)) is not None:
-            batch = msgspec.structs.replace(batch, draws=masks.fill(batch.draws))
-        result: Any = None
-        for index, stage in enumerate(self._stages):
-            started = time.monotonic()
-            result = stage.run(batch, result)
-            finished = time.monotonic()
-            self._timings.append(StageTiming(batch.epoch, batch.step_id, index, started, finished, 0.0, 0.0))
-        if self.depth > 1 and len(batch.sample_rows):
-            self._stages[0].feed(batch, result.token_ids)
-        return to_output(batch, result)
+    def _feed_first_stage(self, output: StepOutput) -> None:
+        """At once, before the scheduler looks at it: a batch may be waiting there for these tokens."""
+        try:
+            self._control.send_tokens(SampledTokens(output.step_id, output.token_ids))
+        except zmq.ZMQError as error:
+            raise StageDied(f"the first stage is not reachable: {error}") from error
 
-    def wake(self) -> None:
-        self._woken.set()
-
-    def unresponsive(self, message: str) -> StageDied | None:
-        return None
-
-    def diagnose(self, message: str) -> StageDied:
-        return StageDied(message, "hung")
-
-    def recover(self, epoch: int, fresh: bool = False) -> int:
-        """Nothing survives a failure in this process that would have to be rebuilt."""
-        self._batches.clear()
-        self._masks.clear()
-        return 0
-
-    def close(self) -> None:
-        self._batches.clear()
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise self._death

@@ -1,25 +1,23 @@
 """A pipeline whose stages are Ray actors, one per bundle of a placement group."""
 
 import logging
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 import ray
-import zmq
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.config import EngineConfig
 from cluster.errors import Cause, EngineStopped, LinkBroken, StageDied
+from cluster.pipeline import ControlledPipeline, Doing, at_fault
 from cluster.stage_actor import LoadReport, StageSpec
-from cluster.stage_handle import ASK_S, StageHandle, activity_of
-from cluster.stage_loop import Activity
-from cluster.transport import ControlServer, Ready, StepOrder, interface_address
-from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput
+from cluster.stage_handle import ASK_S, StageHandle, doing_of
+from cluster.transport import ControlServer, Ready, Wakeup, interface_address
 from model.config import StageLayers
 
 log = logging.getLogger(__name__)
@@ -35,12 +33,14 @@ BLAME: tuple[Cause, ...] = ("killed", "failed", "hung", "start", "link")  # of s
 Progress = Callable[[float], None]
 
 
-class RayPipeline:
+class RayPipeline(ControlledPipeline):
     """Stage actors in `group`, stage i in bundle `first_bundle + i`. The constructor returns when all are running.
 
     Raises `ValueError` for what the user must change (a bad checkpoint, too little memory) and `StageDied` for a stage
     that did not survive its start.
     """
+
+    _control: ControlServer
 
     def __init__(
         self,
@@ -51,13 +51,15 @@ class RayPipeline:
         first_bundle: int,
         on_progress: Progress = lambda share: None,
     ) -> None:
+        super().__init__()
         self._config = config
         self._on_progress = on_progress
-        self._lock = threading.Lock()  # guards _control against wake() during close
+        self._wakeup = Wakeup()
+        self._lock = threading.Lock()  # a stage's end is noticed in another thread than that of the engine
         self._halted = threading.Event()
-        self._death: StageDied | None = None
+        self._death = None
         self.num_blocks: int | None = None  # KV blocks of every stage, fixed by the first start
-        self._feeds = False  # whether the first stage gets tokens from here, and not from the last one's GPU
+        self._feeds = False
         self._stages = [
             StageHandle(StageSpec(i, part, config, max_model_len), group, first_bundle + i, config.pipeline.spare)
             for i, part in enumerate(layers)
@@ -82,81 +84,44 @@ class RayPipeline:
 
     # -- the protocol -----------------------------------------------------------------------------------------------
 
-    def submit(self, batch: Batch, timeout_s: float) -> None:
-        self._raise_if_dead()
-        try:
-            self._control.send(StepOrder(batch, timeout_s))
-        except zmq.ZMQError as error:
-            raise StageDied(f"a stage is not reachable: {error}") from error
-
-    def send_masks(self, masks: LateMasks) -> None:
-        self._raise_if_dead()
-        try:
-            self._control.send_masks(masks)
-        except zmq.ZMQError as error:
-            raise StageDied(f"the last stage is not reachable: {error}") from error
-
-    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
-        self._raise_if_dead()
-        try:
-            message = self._control.receive(timeout)
-        except msgspec.DecodeError as error:
-            raise StageDied(f"a stage sent what is no valid message: {error}") from error
-        if message is None:
-            self._raise_if_dead()
-        assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
-        if isinstance(message, StepOutput) and message.token_ids and self._feeds:
-            self._feed_first_stage(message)
-        return message
-
-    def _feed_first_stage(self, output: StepOutput) -> None:
-        """At once, before the scheduler looks at it: a batch may be waiting there for these tokens."""
-        try:
-            self._control.send_tokens(SampledTokens(output.step_id, output.token_ids))
-        except zmq.ZMQError as error:
-            raise StageDied(f"the first stage is not reachable: {error}") from error
-
     def wake(self) -> None:
-        with self._lock:
-            if not self._halted.is_set():
-                self._control.wake()
+        self._wakeup.set()
 
     def unresponsive(self, message: str) -> StageDied | None:
-        return self._blame(message, self._ask(), None, "does not answer")
+        return self._end_at_fault(message, self._ask(), math.inf)
 
-    def diagnose(self, message: str) -> StageDied:
-        """A process that does not answer hangs, and so does one that computes all the time; else it is a link."""
-        activities = self._ask()
+    def diagnose(self, message: str, limit_s: float) -> StageDied:
+        doings = self._ask()
         if self._death is not None and self._death.cause != "link":
             return self._death
-        hung = self._blame(message, activities, None, "does not answer")
-        hung = hung or self._blame(message, activities, "computing", "is still computing")
-        seen = ", ".join(f"{s.name} is {a}" for s, a in zip(self._stages, activities, strict=True))
-        return hung or StageDied(f"{message}: no stage is to blame, so a link is ({seen})", "link")
+        seen = ", ".join(f"{s.name} is {d and d.activity}" for s, d in zip(self._stages, doings, strict=True))
+        return self._end_at_fault(message, doings, limit_s) or StageDied(
+            f"{message}: no stage is to blame, so a link is ({seen})", "link"
+        )
 
-    def _ask(self) -> list[Activity | None]:
+    def _ask(self) -> list[Doing | None]:
         """What each stage does now; None for one that does not say so in time."""
-        asked = [stage.actor.activity.remote() for stage in self._stages]
+        asked = [stage.actor.doing.remote() for stage in self._stages]
         ray.wait(asked, num_returns=len(asked), timeout=ASK_S)
-        return [activity_of(ref) for ref in asked]
+        return [doing_of(ref) for ref in asked]
 
-    def _blame(
-        self, message: str, activities: list[Activity | None], activity: Activity | None, what: str
-    ) -> StageDied | None:
-        """End the first stage that does `activity`."""
-        for stage, its_activity in zip(self._stages, activities, strict=True):
-            if its_activity == activity:
-                stage.kill()
-                return StageDied(f"{message}: {stage.name} {what}", "hung")
-        return None
+    def _end_at_fault(self, message: str, doings: list[Doing | None], limit_s: float) -> StageDied | None:
+        index = at_fault(doings, limit_s)
+        if index is None:
+            return None
+        stage, doing = self._stages[index], doings[index]
+        stage.kill()
+        what = "does not answer" if doing is None else f"has been {doing.activity} for {doing.seconds:.1f} s"
+        return StageDied(f"{message}: {stage.name} {what}", "hung")
 
     def recover(self, epoch: int, fresh: bool = False) -> int:
         """Replace the stages that are lost, or all if `fresh`, in their bundles; link all of them anew."""
         self._halt()
         lost = [stage for stage in self._stages if fresh or not stage.is_sound()]
         control = self._open_control()
-        with self._lock:  # until here nobody must wake what is closed
+        with self._lock:
             self._control, self._halted, self._death = control, threading.Event(), None
+        self._timings.clear()
         deadline = time.monotonic() + self._config.pipeline.start_timeout_s
         for stage in lost:
             stage.replace()
@@ -164,6 +129,10 @@ class RayPipeline:
         self._load(lost, deadline)
         self._run(epoch, deadline)
         return len(lost)
+
+    def kill(self) -> None:
+        for stage in self._stages:
+            stage.kill()
 
     def close(self) -> None:
         try:
@@ -177,7 +146,7 @@ class RayPipeline:
     def _open_control(self) -> ControlServer:
         interface = self._config.pipeline.network_interface
         host = interface_address(interface) if interface else ray.util.get_node_ip_address()
-        return ControlServer(host, len(self._stages))
+        return ControlServer(host, len(self._stages), self._wakeup)
 
     def _await_placed(self, stages: list[StageHandle]) -> None:
         """Raises `EngineStopped`, for others may have a place: there is no use in waiting with the streams."""
@@ -271,13 +240,8 @@ class RayPipeline:
                 with self._lock:
                     if not halted.is_set():
                         self._death = first
-                        self._control.wake()
+                        self.wake()
                 return
-
-    def _raise_if_dead(self) -> None:
-        if self._death is not None:
-            # Who loses a link is the neighbour of whoever is to blame.
-            raise self.diagnose(str(self._death)) if self._death.cause == "link" else self._death
 
     def _halt(self) -> None:
         """Make the stages leave their loops, and close the control channel. Safe to call twice."""

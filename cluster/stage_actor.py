@@ -17,9 +17,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, in_8_bits, read_model
 from cluster.gpu_guard import check_free
 from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
-from cluster.pipeline import max_in_flight
+from cluster.pipeline import Doing, max_in_flight
 from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
-from cluster.stage_loop import Activity, StageLoop
+from cluster.stage_loop import StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import ModelConfig, StageLayers, product_of
 from model.heap import freed_blocks_returned, freeze_heap
@@ -83,9 +83,10 @@ class StageActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def activity(self) -> Activity:
+    def doing(self) -> Doing:
         """What `run` does at this moment; an answer at all says that the process lives."""
-        return self._loop.activity if self._loop is not None else "idle"
+        loop = self._loop  # which may end meanwhile
+        return loop.doing if loop is not None else Doing("idle")
 
     def load(self, predecessor: LoadReport | None) -> LoadReport:
         """Read this stage's share of the checkpoint; raises `ValueError` naming what is wrong with it.
@@ -96,7 +97,7 @@ class StageActor:
         if predecessor is not None and predecessor.visible_devices and not os.environ.get("CUDA_VISIBLE_DEVICES"):
             os.environ["CUDA_VISIBLE_DEVICES"] = predecessor.visible_devices
         spec, config = self._spec, self._spec.config
-        if self._device.type == "cuda" and ray.get_runtime_context().get_assigned_resources().get("GPU", 0) >= 1:
+        if self._device.type == "cuda" and self._gpu_share() >= 1:
             check_free(self._device)
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
@@ -148,6 +149,11 @@ class StageActor:
 
         return count
 
+    @staticmethod
+    def _gpu_share() -> float:
+        """GPUs that Ray has given this process; a part of one if stages share it."""
+        return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+
     def _kv_dtype(self) -> torch.dtype:
         return FLOAT8 if self._spec.config.cache.dtype == "fp8" else self._decoder.dtype
 
@@ -162,7 +168,7 @@ class StageActor:
         scheduler = self._spec.config.scheduler
         budget = kv_budget(
             decoder, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache.block_size,
-            self._kv_dtype(),
+            self._kv_dtype(), min(1.0, self._gpu_share() or 1.0),
         )  # fmt: skip
         return budget // per_block - 1  # one block is for padding
 

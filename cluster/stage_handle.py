@@ -15,8 +15,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import LinkBroken, StageDied
+from cluster.pipeline import Doing
 from cluster.stage_actor import LoadReport, StageActor, StageSpec
-from cluster.stage_loop import Activity
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +102,9 @@ class StageHandle:
 
     def answers(self, timeout_s: float) -> bool:
         """Whether its process lives."""
-        ref = self.actor.activity.remote()
+        ref = self.actor.doing.remote()
         ray.wait([ref], timeout=timeout_s)
-        return activity_of(ref) is not None
+        return doing_of(ref) is not None
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -122,10 +122,10 @@ class StageHandle:
             ray.kill(self._spare)
 
 
-def activity_of(ref: Any) -> Activity | None:
+def doing_of(ref: Any) -> Doing | None:
     """What a stage said when it was asked; None if it has not answered by now."""
     try:
-        answer: Activity = ray.get(ref, timeout=0)
+        answer: Doing = ray.get(ref, timeout=0)
         return answer
     except RayError:
         return None

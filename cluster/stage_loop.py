@@ -3,12 +3,12 @@
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from cluster.link import Link
-from cluster.transport import ControlClient, StepOrder, StopRequested
+from cluster.pipeline import Activity, Doing
+from cluster.transport import StageChannel, StepOrder, StopRequested
 from model.batch import SAMPLED, Batch, LateMasks, SampledTokens, StageTiming
 from model.sampling import Sampled
 from model.stage import Stage, Unsampled, to_output
@@ -17,8 +17,6 @@ from model.transfer import to_device
 
 POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
 LINK_MARGIN_S = 1.0  # a stage waits so much longer for its neighbour than the engine does for the step
-
-Activity = Literal["idle", "computing", "receiving", "sending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,7 @@ class Launched:
     sampled: Sampled | None  # on the last stage
     span: Span
     transfer: float  # seconds the host was blocked in sending
+    at: float  # when it was launched
 
 
 class StageLoop:
@@ -38,7 +37,7 @@ class StageLoop:
         self,
         index: int,
         stage: Stage,
-        client: ControlClient,
+        channel: StageChannel,
         epoch: int,
         upstream: Link | None,
         downstream: Link | None,
@@ -49,7 +48,7 @@ class StageLoop:
 
         The engine has at most `max_in_flight` steps under way.
         """
-        self._index, self._stage, self._client, self._epoch = index, stage, client, epoch
+        self._index, self._stage, self._channel, self._epoch = index, stage, channel, epoch
         self._upstream, self._downstream, self._tokens = upstream, downstream, tokens
         self._max_in_flight = max_in_flight
         self._stopwatch = Stopwatch(stage.decoder.device)
@@ -63,18 +62,24 @@ class StageLoop:
         self._feeds = stage.layers.is_last and not stage.layers.is_first
         self._awaiting_tokens: deque[StepOrder] = deque()  # those that sample, oldest first
         self._tokens_until = -1  # tokens of all steps up to this one are in
-        self._activity: Activity = "idle"
+        self._doing: tuple[Activity, float] = "idle", time.monotonic()  # what the host does, and since when
+        self._reported = 0.0  # when the last step was
 
     @property
-    def activity(self) -> Activity:
-        """What it does now; read by another thread, to find the stage that hangs.
+    def doing(self) -> Doing:
+        """Read by another thread, to find the stage that hangs.
 
         A device is at the oldest step that it has not finished: in it, or still waiting for what it begins with.
         """
+        now = time.monotonic()
         for step in tuple(self._outbox):
             if not step.span.is_over():
-                return "computing" if step.span.has_begun() else "receiving"
-        return self._activity
+                return Doing("computing" if step.span.has_begun() else "receiving", now - max(step.at, self._reported))
+        activity, since = self._doing
+        return Doing(activity, now - since)
+
+    def _turn_to(self, activity: Activity) -> None:
+        self._doing = activity, time.monotonic()
 
     def run(self) -> None:
         """Until told to stop. Raises `LinkBroken` if a neighbour is gone, `RuntimeError` if the order is broken."""
@@ -104,7 +109,7 @@ class StageLoop:
         wait = not self._may_launch() and not self._outbox
         if wait:
             self._receive_tokens(self._expected)  # nothing is delayed by that now
-        while (order := self._client.receive(wait)) is not None:
+        while (order := self._channel.receive(wait)) is not None:
             wait = False
             if isinstance(order, SampledTokens):
                 self._feed(order)
@@ -165,7 +170,7 @@ class StageLoop:
         hidden = self._receive(batch, timeout_s)
         # Also tokens that nothing follows from: they have been sampled, and the last stage must get rid of them.
         self._receive_tokens(max(batch.tokens_from, batch.step_id - self._max_in_flight))
-        self._activity = "computing"
+        self._turn_to("computing")
         self._stopwatch.start()
         result = self._stage.compute(batch, hidden)
         if isinstance(result, Unsampled):
@@ -174,26 +179,26 @@ class StageLoop:
             self._finish(order, result)
         else:
             span = self._stopwatch.stop()
-            self._outbox.append(Launched(batch, None, span, self._send(result, timeout_s)))
-        self._activity = "idle"
+            self._outbox.append(Launched(batch, None, span, self._send(result, timeout_s), time.monotonic()))
+        self._turn_to("idle")
 
     def _sample(self, order: StepOrder, computed: Unsampled) -> None:
         """Masks that come later than what they are for was computed count as computing in the timings."""
-        self._activity = "computing"
+        self._turn_to("computing")
         self._computed = None
         self._finish(order, self._stage.sample(computed, self._masks.pop(computed.batch.step_id, None)))
-        self._activity = "idle"
+        self._turn_to("idle")
 
     def _finish(self, order: StepOrder, sampled: Sampled) -> None:
         span = self._stopwatch.stop()
         if self._feeds and self._tokens is not None and len(order.batch.sample_rows):
             self._tokens.send(sampled.token_ids, order.timeout_s + LINK_MARGIN_S)
-        self._outbox.append(Launched(order.batch, sampled.to_host(), span, 0.0))
+        self._outbox.append(Launched(order.batch, sampled.to_host(), span, 0.0, time.monotonic()))
 
     def _receive(self, batch: Batch, timeout_s: float) -> torch.Tensor | None:
         if self._upstream is None:
             return None
-        self._activity = "receiving"
+        self._turn_to("receiving")
         decoder = self._stage.decoder
         where = decoder.device if self._upstream.on_device else "cpu"
         into = torch.empty(self._stage.hidden_shape(batch), dtype=decoder.dtype, device=where)
@@ -205,16 +210,17 @@ class StageLoop:
         before = time.monotonic()
         if not self._downstream.on_device:
             hidden = hidden.cpu()  # on a GPU this is where the host waits for the step
-        self._activity = "sending"
+        self._turn_to("sending")
         self._downstream.send(hidden, timeout_s)
         return time.monotonic() - before
 
     def _report(self, step: Launched) -> None:
         batch, span = step.batch, step.span
+        self._reported = time.monotonic()
         if step.sampled is not None:
-            self._client.send(to_output(batch, step.sampled))
+            self._channel.send(to_output(batch, step.sampled))
         # Waiting for the stage before counts as waiting, not as transfer: that is what a pipeline bubble is.
         wait = max(0.0, span.wait() - step.transfer)
-        self._client.send(
+        self._channel.send(
             StageTiming(batch.epoch, batch.step_id, self._index, span.started(), span.finished(), wait, step.transfer)
         )

@@ -9,8 +9,10 @@ Data: one process group per pair of neighbours, so that traffic of one pair neve
 
 import contextlib
 import math
+import os
 import socket
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import msgspec
@@ -57,10 +59,88 @@ class StopRequested(Exception):
     """The engine wants this stage to leave its loop."""
 
 
-class ControlServer:
+class Wakeup:
+    """Ends a wait from any thread. Calls that nobody has waited for yet count as one, and none of them blocks."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        """To be polled: readable once it is set."""
+        return self._fd
+
+    def set(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def __del__(self) -> None:
+        os.close(self._fd)  # nobody is left who could set it
+
+
+class Control(ABC):
     """The engine's end of the control channel: one message to all stages at once, replies of all in one queue."""
 
-    def __init__(self, host: str, num_stages: int) -> None:
+    def __init__(self, num_stages: int) -> None:
+        self._last = num_stages - 1
+
+    def send(self, order: StepOrder) -> None:
+        """To all stages; what only the sampler reads (masks are large) goes to the last one alone.
+
+        Raises `zmq.ZMQError` if one is not connected.
+        """
+        whole = brief = _encoder.encode(order)
+        if self._last and (order.batch.draws or order.batch.prompt_rows):
+            batch = msgspec.structs.replace(order.batch, draws=[], prompt_rows=[])
+            brief = _encoder.encode(msgspec.structs.replace(order, batch=batch))
+        for stage in range(self._last):
+            self._put(stage, brief)
+        self._put(self._last, whole)
+
+    def stop(self) -> None:
+        """To all stages that are connected: leave the loop."""
+        for stage in range(self._last + 1):
+            with contextlib.suppress(zmq.ZMQError):
+                self._put(stage, STOP)
+
+    def send_tokens(self, tokens: SampledTokens) -> None:
+        """To the first stage. Raises `zmq.ZMQError` if it is not connected."""
+        self._put(0, _encoder.encode(tokens))
+
+    def send_masks(self, masks: LateMasks) -> None:
+        """To the last stage. Raises `zmq.ZMQError` if it is not connected."""
+        self._put(self._last, _encoder.encode(masks))
+
+    def receive(self, timeout: float | None) -> FromStage | None:
+        """The next reply, or None after a wakeup or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""
+        if (reply := self._take(timeout)) is None:
+            return None
+        identity, payload = reply
+        message = _reply_decoder.decode(payload)
+        sender = self._last if isinstance(message, StepOutput) else message.stage
+        if identity != identity_of(sender):
+            raise msgspec.ValidationError(f"{identity!r} speaks as stage {sender}")
+        return message
+
+    @abstractmethod
+    def _put(self, stage: int, payload: bytes) -> None: ...
+
+    @abstractmethod
+    def _take(self, timeout: float | None) -> tuple[bytes, bytes] | None:
+        """Who says what."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class ControlServer(Control):
+    """Between processes. `wakeup` ends a `receive`."""
+
+    def __init__(self, host: str, num_stages: int, wakeup: Wakeup) -> None:
+        super().__init__(num_stages)
+        self._wakeup = wakeup
         self._context = zmq.Context()
         self._keys = [zmq.curve_keypair() for _ in range(num_stages)]
         self._auth = ThreadAuthenticator(self._context)
@@ -76,74 +156,60 @@ class ControlServer:
             self._router.setsockopt(zmq.IPV6, 1)
         port = self._router.bind_to_random_port(f"tcp://{bracketed(host)}")
         self._endpoint = f"tcp://{bracketed(host)}:{port}"
-        self._wake_in, self._wake_out = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        self._wake_in.bind("inproc://wake")
-        self._wake_out.connect("inproc://wake")
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._wake_in, zmq.POLLIN)
+        self._poller.register(wakeup, zmq.POLLIN)
 
     def address(self, stage: int) -> ControlAddress:
         """What stage number `stage` connects with."""
         public, secret = self._keys[stage]
         return ControlAddress(self._endpoint, self._server_public, public, secret)
 
-    def send(self, order: StepOrder) -> None:
-        """To all stages; what only the sampler reads (masks are large) goes to the last one alone.
+    def _put(self, stage: int, payload: bytes) -> None:
+        self._router.send_multipart([identity_of(stage), payload], zmq.NOBLOCK)
 
-        Raises `zmq.ZMQError` if one is not connected.
-        """
-        whole, last = _encoder.encode(order), len(self._keys) - 1
-        brief = whole
-        if last and (order.batch.draws or order.batch.prompt_rows):
-            batch = msgspec.structs.replace(order.batch, draws=[], prompt_rows=[])
-            brief = _encoder.encode(msgspec.structs.replace(order, batch=batch))
-        for stage in range(last + 1):
-            self._router.send_multipart([_identity(stage), whole if stage == last else brief])
-
-    def stop(self) -> None:
-        """To all stages that are connected: leave the loop."""
-        for stage in range(len(self._keys)):
-            with contextlib.suppress(zmq.ZMQError):
-                self._router.send_multipart([_identity(stage), STOP], zmq.NOBLOCK)
-
-    def send_tokens(self, tokens: SampledTokens) -> None:
-        """To the first stage. Raises `zmq.ZMQError` if it is not connected."""
-        self._router.send_multipart([_identity(0), _encoder.encode(tokens)])
-
-    def send_masks(self, masks: LateMasks) -> None:
-        """To the last stage. Raises `zmq.ZMQError` if it is not connected."""
-        self._router.send_multipart([_identity(len(self._keys) - 1), _encoder.encode(masks)])
-
-    def receive(self, timeout: float | None) -> FromStage | None:
-        """The next reply, or None after `wake` or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""
+    def _take(self, timeout: float | None) -> tuple[bytes, bytes] | None:
         ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
-        if self._wake_in in ready:
-            self._wake_in.recv()
-        if self._router in ready:
-            identity, payload = self._router.recv_multipart()
-            message = _reply_decoder.decode(payload)
-            if not isinstance(message, StepOutput) and identity != _identity(message.stage):
-                raise msgspec.ValidationError(f"{identity!r} speaks as stage {message.stage}")
-            return message
-        return None
-
-    def wake(self) -> None:
-        """Make `receive` return. One thread at a time: the caller holds a lock."""
-        self._wake_out.send(b"")
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        if self._router not in ready:
+            return None
+        identity, payload = self._router.recv_multipart()
+        return identity, payload
 
     def close(self) -> None:
         self._auth.stop()
         self._context.destroy(linger=0)
 
 
-class ControlClient:
+class StageChannel(ABC):
     """A stage's end of the control channel."""
+
+    def receive(self, wait: bool = True) -> ToStage | None:
+        """The next order; None if there is none yet and `wait` is False. Raises `StopRequested`."""
+        if (payload := self._take(wait)) is None:
+            return None
+        if payload == STOP:
+            raise StopRequested
+        return _order_decoder.decode(payload)
+
+    def send(self, message: FromStage) -> None:
+        self._put(_encoder.encode(message))
+
+    @abstractmethod
+    def _put(self, payload: bytes) -> None: ...
+
+    @abstractmethod
+    def _take(self, wait: bool) -> bytes | None: ...
+
+
+class ControlClient(StageChannel):
+    """Of a stage with a process of its own."""
 
     def __init__(self, address: ControlAddress, stage: int) -> None:
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
-        self._dealer.setsockopt(zmq.IDENTITY, _identity(stage))
+        self._dealer.setsockopt(zmq.IDENTITY, identity_of(stage))
         self._dealer.setsockopt(zmq.LINGER, 1000)
         if "[" in address.endpoint:
             self._dealer.setsockopt(zmq.IPV6, 1)
@@ -151,18 +217,14 @@ class ControlClient:
         self._dealer.curve_publickey, self._dealer.curve_secretkey = address.public_key, address.secret_key
         self._dealer.connect(address.endpoint)
 
-    def receive(self, wait: bool = True) -> ToStage | None:
-        """The next order; None if there is none yet and `wait` is False. Raises `StopRequested`."""
+    def _put(self, payload: bytes) -> None:
+        self._dealer.send(payload)
+
+    def _take(self, wait: bool) -> bytes | None:
         try:
-            payload = self._dealer.recv(0 if wait else zmq.NOBLOCK)
+            return self._dealer.recv(0 if wait else zmq.NOBLOCK)
         except zmq.Again:
             return None
-        if payload == STOP:
-            raise StopRequested
-        return _order_decoder.decode(payload)
-
-    def send(self, message: FromStage) -> None:
-        self._dealer.send(_encoder.encode(message))
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
@@ -178,7 +240,8 @@ class _Allowed:
         return zmq.utils.z85.encode(key) in self._keys if len(key) == 32 else key in self._keys
 
 
-def _identity(stage: int) -> bytes:
+def identity_of(stage: int) -> bytes:
+    """What a stage is called on the control channel."""
     return b"stage-%d" % stage
 
 

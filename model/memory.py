@@ -11,6 +11,7 @@ from model.stage import Stage
 
 log = logging.getLogger(__name__)
 
+CONTEXT_BYTES = 600_000_000  # of a process on a GPU, beside what torch allocates
 GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one pool of the largest captured step's size
 
 
@@ -21,25 +22,35 @@ def kv_budget(
     max_num_batched_tokens: int,
     block_size: int,
     kv_dtype: torch.dtype | None = None,
+    share: float = 1.0,
 ) -> int:
-    """Bytes for keys and values on this GPU. Raises `ValueError` if the weights leave none."""
+    """Bytes for keys and values on this GPU, of which this stage has `share`. Raises `ValueError` if none are left."""
     device = decoder.device
     activations = _activation_bytes(decoder, max_num_seqs, max_num_batched_tokens, block_size, kv_dtype)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    used = total - free  # weights, the CUDA context, and whatever else lives on this GPU
-    budget = int(memory_fraction * total) - used - activations - GRAPH_BYTES
+    own = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    used = used_bytes(free, total, own, share)
+    budget = int(memory_fraction * share * total) - used - activations - GRAPH_BYTES
     log.info(
         "memory: %.1f GB of %.1f GB are used by weights and context, %.1f GB go to activations, %.1f GB to graphs, "
         "%.1f GB to the KV cache",
-        used / 1e9, total / 1e9, activations / 1e9, GRAPH_BYTES / 1e9, budget / 1e9,
+        used / 1e9, share * total / 1e9, activations / 1e9, GRAPH_BYTES / 1e9, budget / 1e9,
     )  # fmt: skip
     if budget <= 0:
         raise ValueError(
             f"weights and activations need {(used + activations) / 1e9:.1f} GB, more than cache.memory_fraction = "
-            f"{memory_fraction:g} of {total / 1e9:.1f} GB: use more stages, fewer bits, or a larger fraction"
+            f"{memory_fraction:g} of {share * total / 1e9:.1f} GB: use more stages, fewer bits, or a larger fraction"
         )
     return budget
+
+
+def used_bytes(free: int, total: int, own: int, share: float) -> int:
+    """Of this stage's share: who has the whole GPU counts whatever lives there, who shares it what is `own`.
+
+    Neighbours fill their shares at the same time, so what is free now says nothing of what a share will hold.
+    """
+    return own if share < 1 else total - free
 
 
 def _activation_bytes(

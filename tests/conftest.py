@@ -11,7 +11,7 @@ import torch
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, StageDied
-from cluster.pipeline import LocalPipeline
+from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
 from model.batch import StageTiming
@@ -163,7 +163,7 @@ def make_engine() -> Iterator[MakeEngine]:
             max_model_len=config.max_position_embeddings,
         )
         collector = Collector()
-        engine = Engine(scheduler, pipeline, collector)
+        engine = Engine(scheduler, pipeline, collector, vocab_size=config.vocab_size)
         engine.start()
         engines.append(engine)
         return engine, collector

@@ -1,7 +1,8 @@
 """The same tokens, however they are computed: stages, chunks, preemption, prefix hits, company, aborts."""
 
 import random
-import time
+import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import pytest
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.errors import EngineStopped, RequestRejected, StageDied
+from cluster.local_pipeline import LocalPipeline
 from cluster.patience import Patience
-from cluster.pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
-from model.batch import Batch, SampleRow, StageTiming, StepOutput, uniform
+from model.batch import Batch, SampleRow, uniform
 from tests.conftest import TINY, Collector, MakeEngine, make_stages, request
 
 PROMPTS = [
@@ -145,25 +146,30 @@ def test_cohorts_fill_the_pipeline(make_engine: MakeEngine) -> None:
 
 
 class HangingPipeline(LocalPipeline):
-    """Computes nothing until it is rebuilt; `answers` says whether its stage would say a word."""
+    """Computes nothing until it is interrupted; `answers` says whether its stage would say a word."""
 
     def __init__(self, answers: bool) -> None:
-        super().__init__(make_stages())
-        self.answers, self.hangs, self.asked = answers, True, 0
+        (stage,) = make_stages()
+        super().__init__([stage])
+        self.answers, self.asked = answers, 0
+        self.goes_on = threading.Event()
+        compute = stage.compute
 
-    def receive(self, timeout: float | None) -> StepOutput | StageTiming | None:
-        if self.hangs:
-            time.sleep(min(timeout or 0.0, 0.05))
-            return None
-        return super().receive(timeout)
+        def hang(*args: Any) -> Any:
+            self.goes_on.wait()
+            return compute(*args)
+
+        stage.compute = hang  # type: ignore[method-assign]
 
     def unresponsive(self, message: str) -> StageDied | None:
         self.asked += 1
-        return None if self.answers else StageDied(f"{message}: stage 0 does not answer", "hung")
+        if self.answers:
+            return None
+        self.interrupt(0)
+        return StageDied(f"{message}: stage 0 does not answer", "hung")
 
-    def recover(self, epoch: int, fresh: bool = False) -> int:
-        self.hangs = False
-        return super().recover(epoch, fresh)
+    def interrupt(self, index: int) -> None:
+        self.goes_on.set()
 
 
 @pytest.mark.parametrize("answers", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine
-from cluster.pipeline import LocalPipeline
+from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from model.batch import Batch, TokenLogprobs
 from model.config import split_layers

@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
 from cluster.engine import Engine, RecoveryReport
-from cluster.errors import CaravanError
+from cluster.errors import CaravanError, StageDied
 from cluster.launch import launch_engine
 from cluster.ray_pipeline import RayPipeline
 from cluster.transport import ControlServer
@@ -149,6 +151,71 @@ def test_a_stage_that_hangs_is_found_and_replaced(two_stages: tuple[Engine, Coll
     assert (report.cause, report.num_replaced) == ("hung", 1)
     assert pipeline(engine).stages[1 - stage].pid == before[1 - stage]
     assert not psutil.pid_exists(before[stage]), "what hung is ended, not left behind"
+
+
+def break_link(downstream: Any, upstream_pid: int) -> None:
+    """In the process of a stage: end its connections with the one before it, as a network would."""
+    (addresses,) = [{c.laddr for c in psutil.Process(upstream_pid).net_connections("tcp")}]
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr in addresses:
+            with socket.socket(fileno=os.dup(connection.fd)) as broken:
+                broken.shutdown(socket.SHUT_RDWR)
+
+
+def slow_once(stage: Any, seconds: float) -> None:
+    """In the process of a stage: it takes so long for its next step, as it does for a long prompt."""
+    compute = stage._stage.compute
+
+    def slow(*args: Any) -> Any:
+        stage._stage.compute = compute
+        time.sleep(seconds)
+        return compute(*args)
+
+    stage._stage.compute = slow
+
+
+def test_a_link_that_breaks_costs_no_stage_its_weights(two_stages: tuple[Engine, Collector]) -> None:
+    """Not even one that is computing all the while."""
+    engine, collector = two_stages
+    prompt, tokens = golden.load()[2]
+    before, recoveries = [report.pid for report in pipeline(engine).stages], len(collector.recoveries)
+    first, second = (stage.actor for stage in pipeline(engine)._stages)
+    engine.add(request("linked", prompt, max_tokens=64))
+    while len(collector.tokens("linked")) < 5:
+        time.sleep(0.01)
+    ray.get(first.__ray_call__.remote(slow_once, 1.0))
+    while ray.get(first.doing.remote()).seconds < 0.2:
+        time.sleep(0.01)
+    ray.get(second.__ray_call__.remote(break_link, before[0]))
+    assert collector.wait(["linked"], timeout=120)["linked"] == tokens
+    (report,) = collector.recoveries[recoveries:]
+    assert (report.cause, report.num_replaced) == ("link", 0)
+    assert [report.pid for report in pipeline(engine).stages] == before
+
+
+def test_requests_that_come_while_a_stage_is_replaced_hold_up_nobody(
+    two_stages: tuple[Engine, Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than any queue of wakeups holds, and then it turns out that the replacement fails too."""
+    engine, collector = two_stages
+    load, names = pipeline(engine)._load, [f"flood{i}" for i in range(2500)]
+
+    def flood() -> None:
+        for name in names:
+            engine.add(request(name, [5], max_tokens=1))
+
+    def flooded(*args: Any) -> None:
+        monkeypatch.setattr(pipeline(engine), "_load", load)
+        thread = threading.Thread(target=flood, daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "adding requests waits for the rebuild"
+        raise StageDied("the replacement has died as well", "start")
+
+    monkeypatch.setattr(pipeline(engine), "_load", flooded)
+    disturb(engine, collector, "flooded", pipeline(engine).stages[1].pid, signal.SIGKILL)
+    for name in names:
+        engine.abort(name)
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_a_device_that_hangs_in_its_own_step_is_told_from_one_that_waits(
             return engine.orders.pop(0)
         if not loop._outbox:
             return None
-        seen.append(loop.activity)
+        seen.append(loop.doing.activity)
         raise StopRequested
 
     engine.receive = receive

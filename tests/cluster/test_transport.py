@@ -24,6 +24,7 @@ from cluster.transport import (
     Ready,
     StepOrder,
     StopRequested,
+    Wakeup,
     interface_address,
 )
 from model.batch import (
@@ -51,7 +52,7 @@ def batch(step_id: int = 0) -> Batch:
 
 @pytest.fixture
 def server() -> Iterator[ControlServer]:
-    server = ControlServer(HOST, 2)
+    server = ControlServer(HOST, 2, Wakeup())
     yield server
     server.close()
 
@@ -101,7 +102,7 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
 def test_waiting_ends_by_timeout_or_wake(server: ControlServer) -> None:
     started = time.monotonic()
     assert server.receive(0.05) is None
-    threading.Timer(0.1, server.wake).start()
+    threading.Timer(0.1, server._wakeup.set).start()
     assert server.receive(30.0) is None
     assert time.monotonic() - started < 10
 

@@ -21,7 +21,7 @@ from cluster.block_manager import BlockManager
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
 from cluster.engine import Engine
 from cluster.launch import launch_engine
-from cluster.pipeline import LocalPipeline
+from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
 from model.config import ModelConfig

@@ -12,7 +12,7 @@ import torch
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine, StepReport
 from cluster.errors import CaravanError
-from cluster.pipeline import LocalPipeline
+from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
