@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from model.config import ModelConfig
 from model.float8 import quantize_weight
@@ -149,6 +149,18 @@ class Int4Linear(StepByStep):
         ]
         product = products[0] if len(products) == 1 else torch.cat(products, 1)
         return product if self._bias is None else product + self._bias
+
+
+class PaddedLinear(StepByStep):
+    """A product with all its `inputs` of which only some are here, from `start` on: the others count as zeros."""
+
+    def __init__(self, product: Linear, start: int, inputs: int) -> None:
+        self._product, self._start, self._inputs = product, start, inputs
+        self.num_parameters = product.num_parameters
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        return self._product(pad(x, (self._start, self._inputs - self._start - x.shape[1])))
 
 
 class PackedFloat16Linear(StepByStep):

@@ -4,8 +4,10 @@ Legend: T tokens, C model dim, H query heads, K KV heads, D head dim, F feed-for
 Names are those of Meta's checkpoints: wq wk wv wo, w1 (gate) w2 (down) w3 (up).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
+from typing import Self, TypeVar
 
 import torch
 from torch.nn.functional import embedding
@@ -14,52 +16,84 @@ from model.attention import AttentionMetadata, paged_attention
 from model.config import PRODUCTS, ModelConfig, StageLayers
 from model.kernels import Kernels, kernels_for
 from model.kv_cache import KVCache
-from model.layers import Int4Linear, Linear, compute_dtype, make_linear, rotary_table
+from model.layers import Int4Linear, Linear, PaddedLinear, compute_dtype, make_linear, rotary_table
+from model.shards import Shard, shards, whole
 
+Result = TypeVar("Result")
+# What one of a stage's devices computes. It yields its share of a sum over the devices, [T, C], and is sent what its
+# kernels take for the sum: the sum itself, or the share, where they add up by themselves what lies on all devices.
+Shares = Generator[torch.Tensor, torch.Tensor, Result]
 Tensors = Iterator[tuple[str, torch.Tensor]]
-Take = Callable[[str], torch.Tensor]  # the tensor of this name, which must be the next one
+Take = Callable[[str], torch.Tensor | None]  # this device's part of the tensor of this name, if it has one
+
+
+class Source:
+    """The tensors of a stage, read once, for all of its devices.
+
+    Raises `ValueError` for a tensor of the wrong shape. Holds those that some device has not taken yet.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Tensors, on_tensor: Callable[[str], None], devices: int) -> None:
+        self._config, self._tensors, self._on_tensor, self._devices = config, tensors, on_tensor, devices
+        self._held: dict[str, tuple[torch.Tensor, int]] = {}  # with the number of devices that have taken it
+
+    def take(self, shard: Shard, name: str) -> torch.Tensor | None:
+        """A device's part, if it has one."""
+        tensor = self._look(name)
+        _, taken = self._held.pop(name)
+        if taken + 1 < self._devices:
+            self._held[name] = tensor, taken + 1
+        return shard.part(name, tensor, self._look)
+
+    def _look(self, name: str) -> torch.Tensor:
+        while name not in self._held:
+            found, tensor = next(self._tensors)
+            needed = self._config.tensor_shape(found)
+            if tuple(tensor.shape) != needed:
+                raise ValueError(f"{found} has shape {tuple(tensor.shape)}, the model needs {needed}")
+            self._held[found] = tensor, 0
+            self._on_tensor(found)
+        return self._held[name][0]
 
 
 class Layer:
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual.
+    """One device's share of a decoder layer: attention and feed-forward, each behind a norm and added to the residual.
 
     `fp8`: which of its products are in 8 bits.
     """
 
     def __init__(
-        self, config: ModelConfig, take: Take, dtype: torch.dtype, device: torch.device, fp8: Collection[str]
+        self, shard: Shard, take: Take, dtype: torch.dtype, device: torch.device, fp8: Collection[str]
     ) -> None:
-        self.config = config
+        self.config = shard.config
         compute = compute_dtype(dtype, device)
 
         def load(product: str, bias: bool) -> Linear:
-            stems = PRODUCTS[product]
+            def stacked(part: str, as_type: torch.dtype | None = None) -> torch.Tensor | None:
+                return _stacked([f"{stem}.{part}" for stem in PRODUCTS[product]], shard, take, as_type, device)
 
-            def stacked(part: str, as_type: torch.dtype | None = None) -> torch.Tensor:
-                return _stacked([f"{stem}.{part}" for stem in stems], config, take, as_type, device)
-
-            weights = [stacked(part, dtype if part == "weight" else None) for part in config.weight_parts]
+            weights = [stacked(part, dtype if part == "weight" else None) for part in shard.whole.weight_parts]
             biases = stacked("bias", compute) if bias else None
-            if config.int4 is None:
-                return make_linear(weights[0], dtype, device, product in fp8, biases)
-            shapes = [config.tensor_shape(f"layers.0.{stem}.weight") for stem in stems]
-            words, scales, zeros, *rest = weights
-            orders = rest[0].view(len(stems), -1) if rest else None
-            return Int4Linear(words, scales, zeros, [rows for rows, _ in shapes], shapes[0][1], compute, orders, biases)
+            if shard.whole.int4 is not None:
+                return _int4_linear(shard, product, weights, biases, compute)
+            return make_linear(_there(weights[0]), dtype, device, product in fp8, biases)
 
-        self.attention_norm = take("attention_norm.weight").to(device, compute, copy=True)
-        self.wqkv = load("wqkv", bias=config.attention_bias)
-        self.wo = load("wo", bias=config.attention_bias)
-        self.ffn_norm = take("ffn_norm.weight").to(device, compute, copy=True)
-        self.w13 = load("w13", bias=config.mlp_bias)
-        self.w2 = load("w2", bias=config.mlp_bias)
+        def norm(name: str) -> torch.Tensor:
+            return _there(take(name)).to(device, compute, copy=True)
+
+        self.attention_norm = norm("attention_norm.weight")
+        self.wqkv = load("wqkv", bias=shard.whole.attention_bias)
+        self.wo = load("wo", bias=shard.whole.attention_bias)
+        self.ffn_norm = norm("ffn_norm.weight")
+        self.w13 = load("w13", bias=shard.whole.mlp_bias)
+        self.w2 = load("w2", bias=shard.whole.mlp_bias)
 
     @property
     def num_parameters(self) -> int:
         linears: tuple[Linear, ...] = (self.wqkv, self.wo, self.w13, self.w2)
         return sum(x.num_parameters for x in linears) + self.attention_norm.numel() + self.ffn_norm.numel()
 
-    def __call__(
+    def steps(
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
@@ -68,28 +102,29 @@ class Layer:
         kv: KVCache,
         index: int,
         metadata: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, C] and the residual it is to be added to -> the same of this layer.
+    ) -> Shares[tuple[torch.Tensor, torch.Tensor]]:
+        """A share of x [T, C], and the residual it is to be added to -> the same of this layer.
 
         Keys and values go to layer `index` of `kv`.
         """
         c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
+        x = yield x
         qkv, residual = self.wqkv.after_norm(kernels, x, residual, self.attention_norm, c.norm_eps)
         q = kernels.rotate_and_write(
             qkv, c.n_heads, rotary, metadata.positions, k_cache, v_cache, metadata.slot_mapping
         )
         attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
-        attended = self.wo(attended.flatten(1))
+        attended = yield self.wo(attended.flatten(1))
         gate_up, residual = self.w13.after_norm(kernels, attended, residual, self.ffn_norm, c.norm_eps)
         return self.w2.after_gate(kernels, gate_up), residual
 
 
 class Decoder:
-    """One stage's share of the model. `tensors` yields its weights in the order of `stage.tensor_names`.
+    """One stage's share of the model, or one of its devices' share of that.
 
-    `fp8`: names of the layers' products that are in 8 bits, see `float8_products`; the others are as `dtype` says.
-    Holds what it has built and one tensor at a time. Raises `ValueError` for a tensor of the wrong shape, and for `fp8`
-    of layers in 4 bits.
+    `tensors` yields its weights in the order of `stage.tensor_names`. `fp8`: names of the layers' products that are in
+    8 bits, see `float8_products`; the others are as `dtype` says. Holds what it has built and one tensor at a time.
+    Raises `ValueError` for a tensor of the wrong shape, and for `fp8` of layers in 4 bits.
     """
 
     def __init__(
@@ -103,85 +138,164 @@ class Decoder:
         on_tensor: Callable[[str], None] = lambda name: None,
         fp8: frozenset[str] = frozenset(),
     ) -> None:
-        if fp8 and config.int4 is not None:
-            raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already; leave it out")
-        self.config, self.stage, self.dtype, self.device = config, stage, compute_dtype(dtype, device), device
+        self._begin(whole(config), stage, dtype, device, max_model_len)
+        for _ in self._take(Source(config, tensors, on_tensor, 1), dtype, fp8):
+            pass
+
+    @classmethod
+    def sharded(
+        cls,
+        config: ModelConfig,
+        stage: StageLayers,
+        tensors: Tensors,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device],
+        max_model_len: int,
+        on_tensor: Callable[[str], None] = lambda name: None,
+        fp8: frozenset[str] = frozenset(),
+    ) -> list[Self]:
+        """One for each of `devices`, see `Shard`; holds the tensors of one layer at a time."""
+        source = Source(config, tensors, on_tensor, len(devices))
+        made = [cls.__new__(cls) for _ in devices]
+        for decoder, shard, device in zip(made, shards(config, len(devices)), devices, strict=True):
+            decoder._begin(shard, stage, dtype, device, max_model_len)
+        for _ in zip(*(decoder._take(source, dtype, fp8) for decoder in made), strict=True):
+            pass
+        return made
+
+    def _begin(
+        self, shard: Shard, stage: StageLayers, dtype: torch.dtype, device: torch.device, max_model_len: int
+    ) -> None:
+        self.shard, self.config, self.stage = shard, shard.config, stage
+        self.dtype, self.device = compute_dtype(dtype, device), device
         self.kernels = kernels_for(device)
-        self.rotary = rotary_table(max_model_len, config, device)
+        self.sums = self.kernels  # for shares; on several GPUs those that add up what lies on all of them
+        self.rotary = rotary_table(max_model_len, shard.whole, device)
+        self.layers: list[Layer] = []
 
-        def take(name: str) -> torch.Tensor:
-            found, tensor = next(tensors)
-            assert found == name, f"{found} came where {name} was due"
-            if tuple(tensor.shape) != config.tensor_shape(name):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model needs {config.tensor_shape(name)}")
-            on_tensor(name)
-            return tensor
+    def _take(self, source: Source, dtype: torch.dtype, fp8: frozenset[str]) -> Iterator[None]:
+        """Build one part after another."""
+        if fp8 and self.shard.whole.int4 is not None:
+            raise ValueError("model.quantization: fp8: the checkpoint's layers are in 4 bits already; leave it out")
+        tied = self._take_embedding(source) if self.stage.is_first else None
+        yield
+        for i in range(self.stage.start, self.stage.stop):
+            in_8_bits = [product for product in PRODUCTS if f"layers.{i}.{product}" in fp8]
+            take = partial(_take_of_layer, source, self.shard, i)
+            self.layers.append(Layer(self.shard, take, dtype, self.device, in_8_bits))
+            yield
+        if self.stage.is_last:
+            self.norm = _there(source.take(self.shard, "norm.weight")).to(self.device, self.dtype, copy=True)
+            self.output = make_linear(self._head(source, tied), dtype, self.device)
+            yield
 
-        if stage.is_first:
-            self.tok_embeddings = take("tok_embeddings.weight").to(device, self.dtype, copy=True)
-        self.layers = [
-            Layer(
-                config,
-                lambda name, i=i: take(f"layers.{i}.{name}"),  # type: ignore[misc]
-                dtype,
-                device,
-                [product for product in PRODUCTS if f"layers.{i}.{product}" in fp8],
-            )
-            for i in range(stage.start, stage.stop)
-        ]
-        if stage.is_last:
-            self.norm = take("norm.weight").to(device, self.dtype, copy=True)
-            self.output = make_linear(self._head(take), dtype, device)
+    def _take_embedding(self, source: Source) -> torch.Tensor | None:
+        """Keep it where it is looked up; returns a tied head's part of it."""
+        table = _there(source.take(self.shard, "tok_embeddings.weight"))
+        if self.shard.leads:
+            table = self.tok_embeddings = table.to(self.device, self.dtype, copy=True)
+        if not (self.stage.is_last and self.shard.whole.tie_word_embeddings):
+            return None
+        return self._words_of(table).to(self.device, copy=not self.shard.leads)
 
-    def _head(self, take: Take) -> torch.Tensor:
-        if not self.config.tie_word_embeddings:
-            return take("output.weight").to(self.device, copy=True)
-        tied = self.tok_embeddings if self.stage.is_first else take("tok_embeddings.weight")
-        return tied.to(self.device, copy=not self.stage.is_first)
+    def _head(self, source: Source, tied: torch.Tensor | None) -> torch.Tensor:
+        if tied is not None:
+            return tied
+        is_tied = self.shard.whole.tie_word_embeddings
+        table = source.take(self.shard, "tok_embeddings.weight" if is_tied else "output.weight")
+        return self._words_of(_there(table)).to(self.device, copy=True)
+
+    def _words_of(self, table: torch.Tensor) -> torch.Tensor:
+        return table[self.shard.words.start : self.shard.words.stop]
 
     @property
     def num_parameters(self) -> int:
         """Weights held, a tied head counted once."""
         count = sum(layer.num_parameters for layer in self.layers)
-        count += self.tok_embeddings.numel() if self.stage.is_first else 0
+        count += self.tok_embeddings.numel() if self.stage.is_first and self.shard.leads else 0
         if self.stage.is_last:
-            shared = self.config.tie_word_embeddings and self.stage.is_first
+            shared = self.config.tie_word_embeddings and self.stage.is_first and self.shard.leads
             count += self.norm.numel() + (0 if shared else self.output.num_parameters)
         return count
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[T] -> [T, C]; first stage only."""
+        """[T] -> [T, C]; first device of the first stage only."""
         return embedding(token_ids, self.tok_embeddings)
 
-    def forward(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
-        """x [T, C] through this stage's layers -> [T, C]."""
+    def steps(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> Shares[torch.Tensor]:
+        """A share of x [T, C] through this stage's layers -> [T, C], the whole of it."""
         residual = None
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, self.kernels, self.rotary, kv, index, metadata)
+            x, residual = yield from layer.steps(x, residual, self.sums, self.rotary, kv, index, metadata)
         assert residual is not None
-        return residual + x
+        x = yield x
+        return self.sums.add(x, residual)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, C] -> [rows, V] float32; last stage only."""
+    def forward(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
+        """`steps` at once, where nothing is left to be done between them: on one device, or by kernels that add up."""
+        steps = self.steps(x, kv, metadata)
+        share = next(steps)
+        try:
+            while True:
+                share = steps.send(share)
+        except StopIteration as end:
+            result: torch.Tensor = end.value
+            return result
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, C] -> [rows, words of this device] float32; last stage only."""
         logits, _ = self.output.after_norm(self.kernels, x, None, self.norm, self.config.norm_eps)
         return logits.float()
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, C] -> [rows, V] float32; what a device that does not lead returns is of no use."""
+        return self.sums.gather(self.head(x))
+
+
+def _take_of_layer(source: Source, shard: Shard, layer: int, name: str) -> torch.Tensor | None:
+    return source.take(shard, f"layers.{layer}.{name}")
+
+
+def _int4_linear(
+    shard: Shard, product: str, weights: list[torch.Tensor | None], bias: torch.Tensor | None, compute: torch.dtype
+) -> Linear:
+    """`weights`: words, scales, zeros, and where inputs have an order of their own, that."""
+    stems = PRODUCTS[product]
+    words, scales, zeros = map(_there, weights[:3])
+    order = weights[3] if len(weights) > 3 else None
+    orders = order.view(len(stems), -1) if order is not None else None
+    rows, inputs = [shard.rows(stem) for stem in stems], shard.inputs(stems[0])
+    made = Int4Linear(words, scales, zeros, rows, inputs, compute, orders, bias)
+    if product == "wo" and shard.keeps_wo_whole:
+        return PaddedLinear(made, shard.heads.start * shard.whole.head_dim, inputs)
+    return made
+
 
 def _stacked(
-    names: Sequence[str], config: ModelConfig, take: Take, dtype: torch.dtype | None, device: torch.device
-) -> torch.Tensor:
+    names: Sequence[str], shard: Shard, take: Take, dtype: torch.dtype | None, device: torch.device
+) -> torch.Tensor | None:
     """Tensors [rows, ...] of several names, rows one below another; each is let go of before the next is taken.
 
-    `dtype` None: that of the first.
+    `dtype` None: that of the first. None if they have no part here.
     """
     first = take(names[0])
-    dtype = dtype or first.dtype
-    if len(names) == 1:
-        return first.to(device, dtype, copy=True)
-    rows = [config.tensor_shape(f"layers.0.{name}")[0] for name in names]
-    whole = torch.empty(sum(rows), *first.shape[1:], dtype=dtype, device=device)
+    if first is None or len(names) == 1:
+        return first.to(device, dtype or first.dtype, copy=True).contiguous() if first is not None else None
+    rows = [len(first)] + [_rows(shard, name) for name in names[1:]]
+    whole = torch.empty(sum(rows), *first.shape[1:], dtype=dtype or first.dtype, device=device)
     whole[: rows[0]] = first
     del first
     for name, start, count in zip(names[1:], accumulate(rows), rows[1:], strict=False):
-        whole[start : start + count] = take(name)
+        whole[start : start + count].copy_(_there(take(name)))
     return whole
+
+
+def _there(part: torch.Tensor | None) -> torch.Tensor:
+    assert part is not None, "every device has a part of this one"
+    return part
+
+
+def _rows(shard: Shard, name: str) -> int:
+    """Of the tensor `name` of a layer, as this device has it."""
+    stem, _, part = name.rpartition(".")
+    return shard.whole.tensor_shape(f"layers.0.{name}")[0] if part == "order" else shard.rows(stem)

@@ -105,6 +105,14 @@ class Kernels(Protocol):
         """
         ...
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Their sum, [T, C]."""
+        ...
+
+    def gather(self, share: torch.Tensor) -> torch.Tensor:
+        """The columns of all devices [T, V], from this one's."""
+        ...
+
     def rotate_and_write(
         self,
         qkv: torch.Tensor,

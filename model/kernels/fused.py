@@ -48,6 +48,12 @@ class FusedKernels:
         )
         return Quantized(out, scales) if quantize else out, total
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual + x
+
+    def gather(self, share: torch.Tensor) -> torch.Tensor:
+        return share
+
     def rotate_and_write(
         self,
         qkv: torch.Tensor,

@@ -36,6 +36,12 @@ class ReferenceKernels:
         normed = rms_norm(total, (total.shape[-1],), weight, eps)
         return self.quantize_rows(normed) if quantize else normed, total
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual + x
+
+    def gather(self, share: torch.Tensor) -> torch.Tensor:
+        return share
+
     def rotate_and_write(
         self,
         qkv: torch.Tensor,
