@@ -175,6 +175,21 @@ def test_the_garbage_collector_leaves_alone_what_engine_and_gateway_started_with
     assert min(counts) > 50_000
 
 
+def test_only_engine_and_stages_have_torch(service: Service) -> None:
+    """Beside a gateway's own some 200 MB, which it would never use."""
+    names = {pid: cmdline(pid) for pid in session_processes(service.head)}
+    gateways = [pid for pid, name in names.items() if "Gateway" in name]
+    engines = [pid for pid, name in names.items() if "Engine" in name and "Gateway" not in name]
+    assert gateways
+    assert engines
+    assert not any(has_torch(pid) for pid in gateways)
+    assert all(has_torch(pid) for pid in engines)
+
+
+def has_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_openai_errors_are_its_exception_classes(service: Service) -> None:
     ask = {"messages": [{"role": "user", "content": "hi"}], "model": NAME}
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
