@@ -5,6 +5,7 @@ from typing import Generic, TypeVar
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # of arXiv 2401.00588: an output token costs a pass of its own over the weights
 
 Waiting = TypeVar("Waiting")
+Held = tuple[int, int]  # running sequences, and their KV blocks
 
 
 class Account(Generic[Waiting]):
@@ -19,6 +20,10 @@ class Account(Generic[Waiting]):
         self.num_running = 0
         self.num_blocks = 0  # KV blocks its running sequences hold
         self.waiting: list[Waiting] = []  # next first
+
+    @property
+    def held(self) -> Held:
+        return self.num_running, self.num_blocks
 
     def charge(self, num_input: int, num_output: int) -> None:
         """Count tokens that are computed for it."""

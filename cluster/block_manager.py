@@ -6,23 +6,15 @@ needed (least recently used first), and is found again by its key.
 """
 
 from collections import OrderedDict
+from collections.abc import Set
 
-from cluster.sequence import Sequence
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.sequence import Found, Sequence
 
 NO_CONTENT = 0  # the content id of "nothing before", and of a block that is not full
 Key = tuple[int, tuple[int, ...]]  # (content id of the block before, this block's tokens)
-
-
-class Block:
-    """One KV block. `content` identifies its tokens and all tokens before them, or is NO_CONTENT."""
-
-    __slots__ = ("block_id", "content", "key", "ref_count")
-
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_count = 0
-        self.content = NO_CONTENT
-        self.key: Key | None = None
 
 
 class BlockManager:
@@ -31,14 +23,13 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._blocks = [Block(i) for i in range(num_blocks)]
+        self.num_blocks = num_blocks
+        self._users = np.zeros(num_blocks, np.int32)  # of each block
+        self._contents = np.full(num_blocks, NO_CONTENT, np.int64)  # ids of its tokens and all tokens before them
+        self._keys: list[Key | None] = [None] * num_blocks  # under which it is cached
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))  # oldest first
-        self._cached: dict[Key, Block] = {}
+        self._cached: dict[Key, int] = {}  # block ids
         self._next_content = NO_CONTENT + 1
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self._blocks)
 
     @property
     def num_free(self) -> int:
@@ -51,20 +42,38 @@ class BlockManager:
 
     def cached_prefix(self, token_ids: list[int]) -> list[int]:
         """Blocks that already hold the beginning of `token_ids`, at least one token short of all of them."""
-        found: list[int] = []
-        before = NO_CONTENT
-        while self.prefix_caching and (len(found) + 1) * self.block_size < len(token_ids):
-            block = self._cached.get((before, self._tokens(token_ids, len(found))))
-            if block is None:
-                break
-            found.append(block.block_id)
-            before = block.content
-        return found
+        found = Found()
+        self.look_up(found, token_ids)
+        blocks: list[int] = found.blocks.tolist()
+        return blocks
 
-    def can_allocate(self, prefix: list[int], num_tokens: int) -> bool:
-        """Whether `num_tokens`, whose beginning is in the blocks of `prefix`, fit."""
-        idle_prefix = sum(1 for i in prefix if self._blocks[i].ref_count == 0)
-        return self.blocks_for(num_tokens) - len(prefix) + idle_prefix <= self.num_free
+    def look_up(self, found: Found, token_ids: list[int]) -> None:
+        """Bring up to date what was found of `token_ids` before: who waits long is not walked again at every look."""
+        if len(gone := np.flatnonzero(self._contents[found.blocks] != found.contents)):
+            found.blocks, found.contents = found.blocks[: gone[0]], found.contents[: gone[0]]
+        more: list[int] = []
+        count, before = len(found.blocks), int(found.contents[-1]) if len(found.contents) else NO_CONTENT
+        while self.prefix_caching and (count + len(more) + 1) * self.block_size < len(token_ids):
+            block_id = self._cached.get((before, self._tokens(token_ids, count + len(more))))
+            if block_id is None:
+                break
+            more.append(block_id)
+            before = int(self._contents[block_id])
+        if more:
+            found.blocks = np.append(found.blocks, np.array(more, np.int32))
+            found.contents = self._contents[found.blocks]
+
+    def num_users(self, block_id: int) -> int:
+        return int(self._users[block_id])
+
+    def can_allocate(
+        self, prefix: list[int] | NDArray[np.int32], num_tokens: int, freed: Set[int] = frozenset()
+    ) -> bool:
+        """Whether `num_tokens`, whose beginning is in the blocks of `prefix`, fit once those of `freed` are free."""
+        idle_prefix = np.count_nonzero(self._users[prefix] == 0)
+        if freed:
+            idle_prefix += sum(1 for i in prefix if i in freed)
+        return bool(self.blocks_for(num_tokens) - len(prefix) + idle_prefix <= self.num_free + len(freed))
 
     def allocate(self, seq: Sequence, prefix: list[int], num_tokens: int) -> None:
         """Give `seq`, which has none, blocks for `num_tokens`, the first of them being `prefix`."""
@@ -88,26 +97,24 @@ class BlockManager:
         known = min(seq.num_computed_tokens, seq.num_tokens)  # the newest token may still be on its way
         full = known // self.block_size if self.prefix_caching else 0
         for i in range(seq.num_full_blocks, full):
-            before = self._blocks[seq.block_table[i - 1]].content if i else NO_CONTENT
-            block = self._blocks[seq.block_table[i]]
+            before = int(self._contents[seq.block_table[i - 1]]) if i else NO_CONTENT
+            block_id = seq.block_table[i]
             key = (before, self._tokens(seq.token_ids, i))
-            twin = self._cached.setdefault(key, block)
+            twin = self._cached.setdefault(key, block_id)
             # A twin with the same tokens may be cached already: ours then takes its content id, so that what
             # follows in our sequence is found behind either of them.
-            if twin is block:
-                block.content, block.key = self._next_content, key
+            if twin == block_id:
+                self._contents[block_id], self._keys[block_id] = self._next_content, key
                 self._next_content += 1
             else:
-                block.content = twin.content
+                self._contents[block_id] = self._contents[twin]
         seq.num_full_blocks = max(full, seq.num_full_blocks)
 
     def free(self, seq: Sequence) -> None:
         """Take back all blocks of `seq`; the last ones are reused first, for beginnings are shared most."""
         for block_id in reversed(seq.block_table):
-            block = self._blocks[block_id]
-            assert block.ref_count > 0
-            block.ref_count -= 1
-            if block.ref_count == 0:
+            self._users[block_id] -= 1
+            if self._users[block_id] == 0:
                 self._free[block_id] = None
         seq.block_table = []
         seq.num_full_blocks = 0
@@ -115,8 +122,8 @@ class BlockManager:
     def forget(self) -> None:
         """Drop all cached content (the blocks' memory is new). Nothing may be in use."""
         assert self.num_free == self.num_blocks
-        for block in self._blocks:
-            self._evict(block)
+        for block_id in range(self.num_blocks):
+            self._evict(block_id)
 
     def check(self, sequences: list[Sequence]) -> None:
         """Assert that exactly the blocks of `sequences` are in use, each as often as it is referenced."""
@@ -124,26 +131,27 @@ class BlockManager:
         for seq in sequences:
             for block_id in seq.block_table:
                 counts[block_id] += 1
-        for block, count in zip(self._blocks, counts, strict=True):
-            assert block.ref_count == count, f"block {block.block_id}: {block.ref_count} references, {count} users"
-            assert (block.block_id in self._free) == (count == 0), f"block {block.block_id} is free and used, or lost"
-        assert all(block.key == key for key, block in self._cached.items())
+        for block_id, (users, count) in enumerate(zip(self._users.tolist(), counts, strict=True)):
+            assert users == count, f"block {block_id}: {users} references, {count} users"
+            assert (block_id in self._free) == (count == 0), f"block {block_id} is free and used, or lost"
+        assert all(self._keys[block_id] == key for key, block_id in self._cached.items())
 
     def _tokens(self, token_ids: list[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
 
     def _acquire(self, block_id: int) -> None:
         self._free.pop(block_id, None)
-        self._blocks[block_id].ref_count += 1
+        self._users[block_id] += 1
 
     def _take(self) -> int:
         block_id, _ = self._free.popitem(last=False)
-        block = self._blocks[block_id]
-        self._evict(block)
-        block.ref_count = 1
+        self._evict(block_id)
+        self._users[block_id] = 1
         return block_id
 
-    def _evict(self, block: Block) -> None:
-        if block.key is not None:
-            del self._cached[block.key]
-        block.content, block.key = NO_CONTENT, None
+    def _evict(self, block_id: int) -> None:
+        key = self._keys[block_id]
+        if key is not None:
+            del self._cached[key]
+            self._keys[block_id] = None
+        self._contents[block_id] = NO_CONTENT

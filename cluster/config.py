@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.waiting_queue import Policy
+from cluster.fairness import Policy
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path

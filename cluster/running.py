@@ -8,7 +8,32 @@ import numpy as np
 
 from cluster.account import Account
 from cluster.block_manager import BlockManager
-from cluster.sequence import Sequence
+from cluster.sequence import Found, Sequence
+
+
+class Vacancy:
+    """Whether a sequence could run, if some who do were gone."""
+
+    def __init__(self, blocks: BlockManager, seq: Sequence, num_free_slots: int, num_running: int) -> None:
+        self._blocks, self._seq = blocks, seq
+        self.num_blocks = blocks.blocks_for(seq.num_tokens)  # that it needs
+        self._num_free_slots, self._num_running = num_free_slots, num_running
+        self._users_gone: Counter[int] = Counter()  # block -> how many of its users
+        self._freed: set[int] = set()
+
+    def without(self, seq: Sequence) -> None:
+        """And this one too."""
+        self._num_free_slots += 1
+        self._num_running -= 1
+        self._users_gone.update(seq.block_table)
+        self._freed.update(i for i in seq.block_table if self._users_gone[i] == self._blocks.num_users(i))
+
+    @property
+    def fits(self) -> bool:
+        """With one block more for everybody who runs then, or what is admitted now is preempted soon."""
+        num_tokens = self._seq.num_tokens + self._num_running * self._blocks.block_size
+        found = self._seq.found.blocks
+        return self._num_free_slots > 0 and self._blocks.can_allocate(found, num_tokens, self._freed)
 
 
 class Running:
@@ -47,18 +72,15 @@ class Running:
         """Of those that run: who is least urgent has the largest. 0 if nobody runs."""
         return max(self._priorities, default=0)
 
-    def prefix_for(self, seq: Sequence) -> list[int] | None:
-        """The blocks that hold the beginning of a waiting sequence already, if it may run now; None if not."""
-        if not self._slots:
-            return None
-        # Whose logprobs are wanted must be computed, even if its keys and values are there.
-        prefix = self._blocks.cached_prefix(seq.token_ids) if seq.prompt_logprobs is None else []
-        # Room is left for one block more of everybody who runs, or what is admitted now is preempted soon.
-        headroom = len(self) * self._blocks.block_size
-        return prefix if self._blocks.can_allocate(prefix, seq.num_tokens + headroom) else None
+    def vacancy_for(self, seq: Sequence) -> "Vacancy":
+        """What there is for a waiting sequence."""
+        if seq.prompt_logprobs is None:  # otherwise it must be computed, even if its keys and values are there
+            self._blocks.look_up(seq.found, seq.token_ids)
+        return Vacancy(self._blocks, seq, len(self._slots), len(self))
 
-    def admit(self, seq: Sequence, prefix: list[int]) -> None:
-        """Let it run, with blocks for all it knows now, of which `prefix` are computed."""
+    def admit(self, seq: Sequence) -> None:
+        """Let it run, with blocks for all it knows now, of which those that were found are computed."""
+        prefix, seq.found = seq.found.blocks.tolist(), Found()
         self._blocks.allocate(seq, prefix, seq.num_tokens)
         seq.account.num_running += 1
         seq.account.num_blocks += len(seq.block_table)

@@ -19,9 +19,10 @@ from cluster.awaited_masks import AwaitedMasks
 from cluster.batch_builder import build_batch, in_order
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
+from cluster.fairness import Fairness, Policy
 from cluster.running import Running
 from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
-from cluster.waiting_queue import Policy, WaitingQueue
+from cluster.waiting_queue import WaitingQueue
 from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
@@ -66,7 +67,8 @@ class Scheduler:
         self.max_model_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
-        self._waiting = WaitingQueue(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
+        self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
+        self._waiting = WaitingQueue(self._fairness)
         self._running = Running(blocks, max_num_seqs, self.max_model_len)
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
@@ -294,7 +296,7 @@ class Scheduler:
         """Whether it has a place for its next token, at the cost of others if need be."""
         if self._running.grow(seq):
             return True
-        victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._expendable)
+        victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._fairness.expendable)
         return self._make_room(seq, victims, [])
 
     def _schedule_decodes(self, latest: int) -> list[Sequence]:
@@ -323,7 +325,7 @@ class Scheduler:
                 continue
             if seq.num_computed_tokens % block_size == 0 and not self._running.grow(seq):  # only where a block may end
                 if victims is None:  # sorted once: a cache that is full for one is full for many
-                    victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._expendable)
+                    victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._fairness.expendable)
                 if not self._make_room(seq, victims, chosen):
                     continue
             mask_seconds -= missing
@@ -359,67 +361,35 @@ class Scheduler:
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """Whose prompt is computed next: one of `prefilling`, which it leaves, or one that is admitted for it."""
-        while (head := self._waiting.next()) is not None and self._waiting.first_of([head, *prefilling]) is head:
-            if not self._admit(head):
+        while (head := self._waiting.next()) is not None and self._fairness.first_of([head, *prefilling]) is head:
+            if not self._running.vacancy_for(head).fits:
                 break
+            self._admit(head)
             if not head.num_deaths:
                 return head
-        seq = self._waiting.first_of(prefilling)
+        seq = self._fairness.first_of(prefilling)
         if seq is not None:
             prefilling.remove(seq)
         return seq
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Let a waiting sequence run, with blocks for all it knows now; False if there is no room."""
-        prefix = self._running.prefix_for(seq)
-        if prefix is None:
-            return False
-        self._waiting.remove(seq.request_id)
-        self._running.admit(seq, prefix)
+    def _admit(self, seq: Sequence) -> None:
+        """Let a waiting sequence run that there is a vacancy for."""
+        self._waiting.serve(seq)
+        self._running.admit(seq)
         self._prefix_queried += seq.num_tokens
         self._prefix_hits += seq.num_computed_tokens
         self.admitted.append(seq.request_id)
-        return True
 
     def _make_way(self) -> None:
         """Admit who is next at the cost of those that hold more or are less urgent; others wait for free room."""
-        while (seq := self._waiting.next()) is not None and self._may_displace(seq):
-            displaced = 0
-            while self._running.prefix_for(seq) is None:
-                victim = self._victim_for(seq)
-                if victim is None:
-                    return
+        while (seq := self._waiting.next()) is not None:
+            vacancy = self._running.vacancy_for(seq)
+            victims = self._fairness.victims(seq, vacancy, self._running, self._waiting.accounts)
+            if not victims:
+                return  # it has to wait, or is admitted with its first chunk
+            for victim in victims:
                 self._preempt(victim)
-                displaced += 1
-            if not displaced:
-                return  # it is admitted with its first chunk
             self._admit(seq)
-
-    def _may_displace(self, seq: Sequence) -> bool:
-        """Whether anybody runs who could have to make way: a quick look that ends the matter with a single tenant."""
-        return self._running.worst_priority > seq.request.priority or seq.account.num_running < len(self._running)
-
-    def _victim_for(self, seq: Sequence) -> Sequence | None:
-        """Who is to make way for `seq`, or None if it has to wait.
-
-        That is who is less urgent; among equals, the youngest of the tenant that holds most, as long as `seq`'s tenant
-        stays within its fair share and has not had more service. It may be in flight: what comes of that is dropped.
-        """
-        queue, worst = self._waiting, self._running.worst_priority
-        candidates = (s for s in self._running if s.request.priority == worst)
-        if worst <= seq.request.priority:
-            account, active = seq.account, [a for a in queue.accounts if a.num_running or a.waiting]
-            other = max(active, key=queue.share)
-            share = queue.share(account, 1, self.blocks.blocks_for(seq.num_tokens))
-            due = share <= 1 / sum(a.weight for a in active) and share < queue.share(other)
-            if worst < seq.request.priority or not due or account.counter > other.counter + queue.slack:
-                return None
-            candidates = (s for s in candidates if s.account is other)
-        return max(candidates, key=self._expendable, default=None)
-
-    def _expendable(self, seq: Sequence) -> tuple[int, float, int]:
-        """Who is preempted first: the least urgent, of the tenant that holds most, that arrived last."""
-        return seq.request.priority, self._waiting.share(seq.account), seq.arrival
 
     def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: list[Sequence]) -> bool:
         """Preempt the youngest of `victims` that are not `chosen`, until `seq` has blocks for one token more.

@@ -3,6 +3,8 @@
 from typing import Literal, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.account import Account
 from model.batch import TokenLogprobs
@@ -57,6 +59,16 @@ class Matcher(Protocol):
         ...
 
 
+class Found:
+    """The cached beginning of a sequence that waits, as it was when last looked up."""
+
+    __slots__ = ("blocks", "contents")
+
+    def __init__(self) -> None:
+        self.blocks: NDArray[np.int32] = np.empty(0, np.int32)
+        self.contents: NDArray[np.int64] = np.empty(0, np.int64)
+
+
 class Sequence:
     """The engine's state of one request, counted rather than flagged.
 
@@ -74,6 +86,7 @@ class Sequence:
         "arrival",
         "block_table",
         "failure",
+        "found",
         "is_greedy",
         "last_step",
         "matcher",
@@ -125,6 +138,7 @@ class Sequence:
         self.num_paid_tokens = len(self.token_ids) if request.output_ids else 0
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
+        self.found = Found()  # while it waits
         # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
         wanted = sampling.prompt_logprobs is not None and not request.output_ids
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None

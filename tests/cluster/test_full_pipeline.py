@@ -5,10 +5,10 @@ from collections import deque
 import pytest
 
 from cluster.block_manager import BlockManager
+from cluster.fairness import Policy
 from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
 from cluster.sequence import TokenEvent
-from cluster.waiting_queue import Policy
 from model.batch import Batch, StepOutput
 from ops.bench import workload
 from ops.bench.engine.simulated import SimulatedStages

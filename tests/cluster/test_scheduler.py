@@ -9,10 +9,10 @@ import pytest
 
 from cluster.block_manager import BlockManager
 from cluster.errors import StageDied
+from cluster.fairness import Policy
 from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
-from cluster.waiting_queue import Policy
 from model.batch import Batch, LateMasks
 from model.sampling_params import SamplingParams
 from model.text.constraint import Constraint

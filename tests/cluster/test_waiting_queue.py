@@ -8,9 +8,10 @@ import pytest
 
 from cluster.account import INPUT_WEIGHT, OUTPUT_WEIGHT
 from cluster.block_manager import BlockManager
+from cluster.fairness import Fairness, Policy
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, Sequence
-from cluster.waiting_queue import Policy, WaitingQueue
+from cluster.waiting_queue import WaitingQueue
 from model.batch import StepOutput
 from tests.cluster.test_engine import PROMPTS, naive
 from tests.conftest import MakeEngine, request
@@ -21,7 +22,7 @@ def of(tenant: str, name: str, tokens: int = 10, max_tokens: int = 16, **more: o
 
 
 def queue_of(*requests: Request, slack: float = 0.0, policy: Policy = "fcfs") -> WaitingQueue:
-    queue = WaitingQueue(max_num_seqs=8, num_blocks=100, slack=slack, policy=policy)
+    queue = WaitingQueue(Fairness(max_num_seqs=8, num_blocks=100, slack=slack, policy=policy))
     for arrival, request_ in enumerate(requests):
         queue.add(Sequence(request_, arrival))
     return queue
@@ -31,7 +32,7 @@ def serve(queue: WaitingQueue, tokens: int | None = None) -> str:
     """Take who is next and compute all of its prompt, or so many tokens; returns its name."""
     seq = queue.next()
     assert seq is not None
-    queue.remove(seq.request_id)
+    queue.serve(seq)
     seq.charge(tokens or seq.num_tokens)
     return seq.request_id
 
@@ -272,3 +273,38 @@ def test_who_makes_way_gets_the_same_tokens(make_engine: MakeEngine) -> None:
     assert [tokens[f"g{i}"] for i in range(5)] == [naive(p, 60) for p in PROMPTS[:5]]
     assert [tokens[f"s{i}"] for i in range(3)] == [naive(p, 20) for p in PROMPTS[4:7]]
     assert engine.scheduler.stats().preemptions > 0
+
+
+def test_a_request_that_was_never_served_does_not_move_the_clock() -> None:
+    """Whoever comes to an empty queue begins where the last one served is, not where one that left would be."""
+    queue = queue_of(of("busy", "b0"), of("light", "l0"))
+    for account, counter in zip(queue.accounts, (1e6, 50.0), strict=True):
+        account.counter = counter
+    assert serve(queue) == "l0"
+    queue.remove("b0")
+    queue.add(Sequence(of("new", "n0"), 10))
+    queue.add(Sequence(of("light", "l1"), 11))
+    assert [serve(queue) for _ in range(2)] == ["n0", "l1"]
+
+
+def test_nobody_is_preempted_for_who_is_not_admitted_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant asks for more KV than may be taken from the other: all of the other's go on."""
+    bare = Bare(max_num_seqs=64, num_blocks=200)
+    for i in range(40):
+        bare.scheduler.add(of("many", f"m{i}", tokens=8, max_tokens=200))
+    bare.steps(20)
+    for i in range(3):
+        bare.scheduler.add(of("large", f"l{i}", tokens=380, max_tokens=4))
+    make_way, preempt, wasted, gone = bare.scheduler._make_way, bare.scheduler._preempt, list[str](), list[str]()
+
+    def counted() -> None:
+        gone.clear()
+        make_way()
+        if not bare.scheduler.admitted:
+            wasted.extend(gone)
+
+    monkeypatch.setattr(bare.scheduler, "_preempt", lambda seq: (gone.append(seq.request_id), preempt(seq)))
+    monkeypatch.setattr(bare.scheduler, "_make_way", counted)
+    bare.steps(600)
+    assert bare.scheduler.stats().preemptions > 0
+    assert not wasted, f"{len(wasted)} preempted for nothing"
