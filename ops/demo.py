@@ -4,7 +4,6 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -51,10 +50,7 @@ def show(console: Console, url: str, metrics: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: asyncio.run(load.run(f"{url}/v1/chat/completions", bodies, concurrency=4)))
         console.print("while they run, caravan top --once:")
-        try:
-            top.run([metrics], interval=WATCH_S, once=True)
-        except httpx.HTTPError as error:
-            console.print(f"no metrics yet: {error}")
+        top.run([metrics], interval=WATCH_S, once=True)
         summary, streams = running.result()
     answers = Table("tokens", "first token", "answer", show_lines=True)
     for stream in streams:

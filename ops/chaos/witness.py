@@ -186,7 +186,7 @@ def kv_blocks_in_use(nodes: Nodes) -> float:
     total = 0.0
     for url in nodes.metrics:
         with suppress(httpx.HTTPError):  # of a node that is dead
-            total += sum(value for (name, _), value in scrape([url]).items() if name == "kv_blocks_used")
+            total += sum(value for (name, _), value in scrape(url).items() if name == "kv_blocks_used")
     return total
 
 

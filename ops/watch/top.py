@@ -4,7 +4,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +19,8 @@ from deployments.metrics import EXPORTED_PREFIX
 Labels = tuple[tuple[str, str], ...]
 Sample = dict[tuple[str, Labels], float]  # (metric name without prefix, labels) -> value
 BAR = 12  # characters
+SCRAPE_TIMEOUT_S = 5.0
+BUSY, CLEARLY = 0.05, 1.1  # a stage that others wait for: its share of the time, and how much more than theirs
 
 
 @dataclass(slots=True)
@@ -69,12 +72,43 @@ def parse(text: str) -> Sample:
     return found
 
 
-def scrape(urls: Sequence[str]) -> Sample:
-    """All endpoints at once. Raises `httpx.HTTPError`."""
-    merged: Sample = {}
-    for url in urls:
-        merged |= parse(httpx.get(url, timeout=5).raise_for_status().text)
-    return merged
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One look at all endpoints."""
+
+    at: float  # of the monotonic clock, in seconds
+    samples: dict[str, Sample]  # of each endpoint that answered
+    dead: dict[str, str]  # why the others did not
+
+    def merged(self) -> Sample:
+        """What all of them say."""
+        return {key: value for sample in self.samples.values() for key, value in sample.items()}
+
+    def since(self, previous: "Scrape") -> ClusterView:
+        """Rates since then. An endpoint that did not answer then has none yet: its totals are of all its time."""
+        before = replace(self, samples={url: previous.samples.get(url, own) for url, own in self.samples.items()})
+        return summarise(before.merged(), self.merged(), max(self.at - previous.at, 1e-3))
+
+
+def scrape(url: str) -> Sample:
+    """What one endpoint says. Raises `httpx.HTTPError`, or `ValueError` if these are no metrics."""
+    return parse(httpx.get(url, timeout=SCRAPE_TIMEOUT_S).raise_for_status().text)
+
+
+def scrape_all(urls: Sequence[str]) -> Scrape:
+    """All endpoints at once: one that is dead holds up the others for at most `SCRAPE_TIMEOUT_S`."""
+
+    def read(url: str) -> Sample | str:
+        try:
+            return scrape(url)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            return str(error) or type(error).__name__
+
+    with ThreadPoolExecutor(len(urls)) as pool:
+        found = dict(zip(urls, pool.map(read, urls), strict=True))
+    samples = {url: answer for url, answer in found.items() if not isinstance(answer, str)}
+    dead = {url: answer for url, answer in found.items() if isinstance(answer, str)}
+    return Scrape(time.monotonic(), samples, dead)
 
 
 def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
@@ -167,9 +201,8 @@ def render(view: ClusterView) -> RenderableType:
             f"{replica.preemptions:.1f}",
             f"{replica.loaded:.0%}",
         )
-        busiest = max((s.busy for s in replica.stages), default=0.0)
+        slowest = slowest_stage(replica.stages)
         for s in replica.stages:
-            slow = len(replica.stages) > 1 and s.busy == busiest > 0.05
             stages.add_row(
                 replica.replica,
                 s.stage,
@@ -177,11 +210,19 @@ def render(view: ClusterView) -> RenderableType:
                 bar(s.waiting),
                 bar(s.transfer),
                 f"{s.step_ms:.1f} ms",
-                "<- slowest" if slow else "",
+                "<- slowest" if s is slowest else "",
             )
     if not view.replicas:
         return Group(head, Text("no engine replica reports metrics yet"))
     return Group(head, Text(), replicas, Text(), stages)
+
+
+def slowest_stage(stages: Sequence[StageView]) -> StageView | None:
+    """The one that the others wait for, if they do: one that is hardly busier than the next is as fast as that."""
+    if len(stages) < 2:
+        return None
+    second, first = sorted(stages, key=lambda stage: stage.busy)[-2:]
+    return first if first.busy > BUSY and first.busy > CLEARLY * second.busy else None
 
 
 def bar(share: float) -> str:
@@ -191,25 +232,17 @@ def bar(share: float) -> str:
 
 
 def run(urls: Sequence[str], interval: float = 2.0, once: bool = False) -> int:
-    """Show the screen until Ctrl-C, or once. Returns the exit status."""
-    console = Console()
-    previous: Sample = {}
-    at = time.monotonic()
-    with Live(console=console, auto_refresh=False, transient=False) as live:
-        first = True
+    """Show the screen until Ctrl-C, or once. Returns the exit status: 1 if no endpoint answers that one time."""
+    previous: Scrape | None = None
+    with Live(console=Console(), auto_refresh=False, transient=False) as live:
         while True:
-            try:
-                current = scrape(urls)
-            except httpx.HTTPError as error:
-                message = f"cannot read {', '.join(urls)} ({error}): give the right address with --metrics"
-                live.update(Text(message, style="red"), refresh=True)
-                if once:
-                    return 1
+            current = scrape_all(urls)
+            dead = Text("\n".join(f"no answer from {url}: {why}" for url, why in current.dead.items()), style="red")
+            if current.samples:
+                live.update(Group(render(current.since(previous or current)), dead), refresh=True)
             else:
-                now = time.monotonic()
-                live.update(render(summarise(previous, current, max(now - at, 1e-3))), refresh=True)
-                previous, at = current, now
-                if once and not first:
-                    return 0
-                first = False
+                live.update(Group(dead, Text("give the right address with --metrics", style="red")), refresh=True)
+            if once and (previous is not None or not current.samples):
+                return 0 if current.samples else 1
+            previous = current
             time.sleep(interval)

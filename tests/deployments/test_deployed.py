@@ -43,7 +43,7 @@ class Service:
 
     def gauge(self, name: str, **labels: str) -> float:
         """Sum of a metric over all replicas that report it with these labels."""
-        samples = top.scrape([self.head.metrics])
+        samples = top.scrape(self.head.metrics)
         wanted = set(labels.items())
         return sum(value for (sample, has), value in samples.items() if sample == name and wanted <= set(has))
 

@@ -436,8 +436,8 @@ def test_a_stage_is_killed_while_clients_wait(
     def serving(*_: Any) -> Iterator[Any]:
         yield SimpleNamespace(head=SimpleNamespace(metrics="metrics"), url="", start_s=1.0)
 
-    def scrape(urls: list[str]) -> Sample:
-        assert urls == ["metrics"]
+    def scrape(url: str) -> Sample:
+        assert url == "metrics"
         return {("streams_resumed_total", (("cause", "rebuilding"),)): 2.0 + 3 * len(kills)}
 
     monkeypatch.setattr(bench_scaling, "serving", serving)

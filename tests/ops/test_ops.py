@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,57 @@ def test_the_view_without_data() -> None:
     console.print(top.render(view))
     assert "no engine replica" in console.export_text()
     assert top.run(["http://127.0.0.1:9/metrics"], once=True) == 1
+
+
+def test_the_view_names_an_endpoint_that_is_dead_and_shows_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    backend = Backend()
+    engine, gateway = Recorder(backend, "engine"), Recorder(backend, "gateway")
+    dead = "http://127.0.0.1:9/metrics"
+    with metrics_server(lambda: fill(backend, engine, gateway, 1)) as alive:
+        assert top.run([dead, alive], interval=0.01, once=True) == 0
+    shown = capsys.readouterr().out
+    assert f"no answer from {dead}" in shown
+    assert "no answer from " + alive not in shown
+    assert "r1" in shown
+    assert "give the right address" not in shown
+
+
+def test_an_endpoint_that_comes_back_brings_no_rate_of_all_its_time() -> None:
+    backend = Backend()
+    text = fill(backend, Recorder(backend, "engine"), Recorder(backend, "gateway"), 4)
+    gone = top.Scrape(0.0, {}, {"a": "gone"})
+    back = top.Scrape(2.0, {"a": top.parse(text)}, {})
+    assert back.since(gone).output_tokens == 0.0
+    assert back.since(back).replicas[0].running == 8
+
+
+@contextmanager
+def metrics_server(text: Callable[[], str]) -> Iterator[str]:
+    """An endpoint of its own; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = text().encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("busy", "slowest"), [((0.9, 0.6), 0), ((0.9, 0.89), None), ((0.04, 0.01), None), ((0.9,), None), ((0.3, 0.4), 1)]
+)
+def test_slowest_is_said_where_the_difference_means_something(busy: tuple[float, ...], slowest: int | None) -> None:
+    stages = [top.StageView(str(i), busy=share) for i, share in enumerate(busy)]
+    assert top.slowest_stage(stages) is (None if slowest is None else stages[slowest])
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------

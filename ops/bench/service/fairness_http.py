@@ -91,7 +91,7 @@ class _Tenants:
         return summary
 
     def _metered(self, name: str) -> float:
-        samples = top.scrape([self._service.head.metrics])
+        samples = top.scrape(self._service.head.metrics)
         wanted = "tenant_generated_tokens_total"
         return sum(
             value for (metric, labels), value in samples.items() if metric == wanted and ("tenant", name) in labels

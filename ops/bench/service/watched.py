@@ -26,7 +26,7 @@ def watching(url: str, period_s: float = PERIOD_S) -> Iterator[Seen]:
 
     def look() -> None:
         with suppress(httpx.HTTPError):
-            seen.append((time.monotonic(), scrape([url])))
+            seen.append((time.monotonic(), scrape(url)))
 
     def watch() -> None:
         look()
