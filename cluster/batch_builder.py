@@ -3,7 +3,6 @@
 from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.awaited_masks import Unmasked
 from cluster.sequence import Sequence
@@ -23,13 +22,15 @@ def in_order(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tup
 
 
 def build_batch(
-    epoch: int, step_id: int, sequences: list[Sequence], counts: list[int], tables: NDArray[np.int32]
+    epoch: int, step_id: int, sequences: list[Sequence], counts: list[int], block_size: int
 ) -> tuple[Batch, list[Unmasked]]:
     """So many of the next tokens of each sequence, in the order of `in_order`; and the rows whose masks are not known.
 
-    `tables` has the block table of every slot.
+    Of their block tables only what this step is the first to use: the stages keep the rest.
     """
     token_ids: list[int] = []
+    num_new_blocks: list[int] = []
+    new_blocks: list[int] = []
     sample_rows: list[int] = []
     draws: list[SampleRow] = []
     prompt_rows: list[PromptRow] = []
@@ -37,6 +38,11 @@ def build_batch(
     tokens_from = -1
     for row, (seq, count) in enumerate(zip(sequences, counts, strict=True)):
         start = seq.num_computed_tokens
+        known = -(-start // block_size) if seq.last_step >= 0 else 0  # what a step before has used
+        used = -(-(start + count) // block_size)
+        num_new_blocks.append(used - known)
+        if used > known:
+            new_blocks += seq.block_table[known:used]
         if seq.num_pending_tokens:
             token_ids.append(SAMPLED)
             if seq.last_step > tokens_from:
@@ -51,16 +57,15 @@ def build_batch(
             sample_rows.append(row)
         if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
             prompt_rows.append(_prompt_row(row, seq, start + count))
-    width = max([len(seq.block_table) for seq in sequences])
-    slots = np.array([seq.slot for seq in sequences], np.int32)
     batch = Batch(
         epoch=epoch,
         step_id=step_id,
         token_ids=np.array(token_ids, np.int32),
         query_lens=np.array(counts, np.int32),
         num_computed_tokens=np.array([seq.num_computed_tokens for seq in sequences], np.int32),
-        block_tables=tables[slots, :width].reshape(-1),
-        slots=slots,
+        slots=np.array([seq.slot for seq in sequences], np.int32),
+        num_new_blocks=np.array(num_new_blocks, np.int32),
+        new_blocks=np.array(new_blocks, np.int32),
         tokens_from=tokens_from,
         sample_rows=np.array(sample_rows, np.int32),
         draws=draws,

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-import numpy as np
-
 from cluster.account import Account
 from cluster.block_manager import BlockManager
 from cluster.sequence import Found, Sequence
@@ -43,10 +41,9 @@ class Running:
     no batch. What sequences hold is given and taken back here alone.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         self._blocks = blocks
-        # Block tables as batches carry them, one row per slot: kept up to date rather than made anew for every batch.
-        self.tables = np.zeros((max_num_seqs, blocks.blocks_for(max_model_len)), np.int32)
+        self._num_slots = max_num_seqs
         self.prefilling: dict[str, Sequence] = {}
         self.decoding: dict[str, Sequence] = {}
         self.apart: dict[str, Sequence] = {}
@@ -86,7 +83,6 @@ class Running:
         seq.account.num_blocks += len(seq.block_table)
         self._priorities[seq.request.priority] += 1
         seq.slot = self._slots.pop()
-        self.tables[seq.slot, : len(seq.block_table)] = seq.block_table
         seq.num_computed_tokens = len(prefix) * self._blocks.block_size
         seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
         if seq.num_output_tokens == len(seq.request.output_ids):
@@ -112,7 +108,6 @@ class Running:
             return False
         self._blocks.grow(seq, num_tokens)
         seq.account.num_blocks += len(seq.block_table) - before
-        self.tables[seq.slot, before : len(seq.block_table)] = seq.block_table[before:]
         return True
 
     def advance(self, sequences: list[Sequence], counts: list[int], step_id: int) -> None:
@@ -154,7 +149,7 @@ class Running:
             assert listed.count(True) == 1, f"{seq.request_id} is in {listed.count(True)} lists"
             assert seq.request_id in self._list_of(seq), f"{seq.request_id} is in the wrong list"
         taken = [seq.slot for seq in self]
-        assert sorted(taken + self._slots) == list(range(len(self.tables))), "a slot is lost or shared"
+        assert sorted(taken + self._slots) == list(range(self._num_slots)), "a slot is lost or shared"
         for account in accounts:
             own = [seq for seq in self if seq.account is account]
             held = sum(len(seq.block_table) for seq in own)

@@ -69,7 +69,7 @@ class Scheduler:
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._waiting = WaitingQueue(self._fairness)
-        self._running = Running(blocks, max_num_seqs, self.max_model_len)
+        self._running = Running(blocks, max_num_seqs)
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
@@ -141,7 +141,7 @@ class Scheduler:
         if not decodes and not chunks:
             return None
         sequences, counts = in_order(decodes, chunks)
-        batch, unmasked = build_batch(self.epoch, self._next_step, sequences, counts, self._running.tables)
+        batch, unmasked = build_batch(self.epoch, self._next_step, sequences, counts, self.blocks.block_size)
         self._awaited.expect(batch.step_id, unmasked)
         if decodes:
             self._cohorts.add(batch.step_id)

@@ -40,7 +40,7 @@ FromStage = Ready | StepOutput | StageTiming
 ToStage = StepOrder | SampledTokens | LateMasks
 STOP = b""  # to a stage: leave the loop
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
+encode = msgspec.msgpack.Encoder(enc_hook=encode_array).encode
 _order_decoder: msgspec.msgpack.Decoder[ToStage] = msgspec.msgpack.Decoder(ToStage, dec_hook=decode_array)
 _reply_decoder: msgspec.msgpack.Decoder[FromStage] = msgspec.msgpack.Decoder(FromStage)
 
@@ -91,10 +91,10 @@ class Control(ABC):
 
         Raises `zmq.ZMQError` if one is not connected.
         """
-        whole = brief = _encoder.encode(order)
+        whole = brief = encode(order)
         if self._last and (order.batch.draws or order.batch.prompt_rows):
             batch = msgspec.structs.replace(order.batch, draws=[], prompt_rows=[])
-            brief = _encoder.encode(msgspec.structs.replace(order, batch=batch))
+            brief = encode(msgspec.structs.replace(order, batch=batch))
         for stage in range(self._last):
             self._put(stage, brief)
         self._put(self._last, whole)
@@ -107,11 +107,11 @@ class Control(ABC):
 
     def send_tokens(self, tokens: SampledTokens) -> None:
         """To the first stage. Raises `zmq.ZMQError` if it is not connected."""
-        self._put(0, _encoder.encode(tokens))
+        self._put(0, encode(tokens))
 
     def send_masks(self, masks: LateMasks) -> None:
         """To the last stage. Raises `zmq.ZMQError` if it is not connected."""
-        self._put(self._last, _encoder.encode(masks))
+        self._put(self._last, encode(masks))
 
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after a wakeup or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""
@@ -194,7 +194,7 @@ class StageChannel(ABC):
         return _order_decoder.decode(payload)
 
     def send(self, message: FromStage) -> None:
-        self._put(_encoder.encode(message))
+        self._put(encode(message))
 
     @abstractmethod
     def _put(self, payload: bytes) -> None: ...

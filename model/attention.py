@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: what every layer of a step needs to know, and which kernel computes which tokens.
 
-Legend: T tokens, S sequences, Sd decoding sequences, H query heads, D head dim, B block size, W blocks per table.
+Legend: T tokens, S sequences, H query heads, D head dim, B block size, W blocks per table.
 """
 
 from dataclasses import dataclass
@@ -8,68 +8,57 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.batch import Batch
-from model.kernels import Cache, Kernels, Pieces, PrefillMetadata
-from model.transfer import Integers, all_to_device
+from model.batch import ALONE, SAMPLED_AFTER, Batch, Int32Array
+from model.kernels import Cache, Kernels, Pieces, PrefillMetadata, Tokens
+from model.slots import Slots
+from model.transfer import all_to_device
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Prepared once per step. All tensors are int64 on the stage's device unless said otherwise."""
+    """Prepared once per step, on the stage's device."""
 
-    positions: torch.Tensor  # [T]
-    slot_mapping: torch.Tensor  # [T] where each token's key and value go
-    sample_tokens: torch.Tensor  # [R] index of the token whose logits are sampled
-    block_tables: torch.Tensor  # [Sd, W] of the sequences that compute one token; they come first
-    context_lens: torch.Tensor  # [Sd] with that token
+    tokens: Tokens
+    tables: torch.Tensor  # [slots + 1, W]
+    num_decodes: int  # tokens of sequences that compute no other; they come first
     prefill: PrefillMetadata | None  # the other sequences
-    pieces: Pieces | None = None  # of captured steps, where tokens of prompts are sequences of their own
-
-    @property
-    def num_decodes(self) -> int:
-        return len(self.context_lens)
+    pieces: Pieces | None = None  # of captured steps, where all tokens count as decodes
 
 
-def prepare(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
-    """Turn a batch into index tensors on `device`: all arithmetic in numpy on the host, then one copy."""
-    starts = np.concatenate(([0], np.cumsum(batch.query_lens, dtype=np.int64)))  # [S + 1]
-    context_lens = batch.num_computed_tokens.astype(np.int64) + batch.query_lens  # [S]
-    tables = batch.block_tables.reshape(batch.num_seqs, -1)  # [S, W]
-    seq_of_token = np.repeat(np.arange(batch.num_seqs), batch.query_lens)  # [T]
-    positions = np.arange(batch.num_tokens) - starts[seq_of_token] + batch.num_computed_tokens[seq_of_token]
-    slots = tables[seq_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
+def packed_tokens(batch: Batch) -> list[Int32Array]:
+    """A step as `Kernels.unpack_tokens` takes it, one part after another: T, then of each token its id, position,
+    slot and flags (ALONE, SAMPLED_AFTER).
+
+    The only place that lays a batch out token by token. Block tables and newest tokens are on the device already.
+    """
+    flags = np.repeat(np.where(batch.query_lens == 1, ALONE, 0).astype(np.int32), batch.query_lens)
+    flags[batch.sample_tokens] |= SAMPLED_AFTER
+    count = np.array([batch.num_tokens], np.int32)
+    return [count, batch.token_ids, batch.positions, np.repeat(batch.slots, batch.query_lens), flags]
+
+
+def prepare(batch: Batch, slots: Slots, kernels: Kernels) -> AttentionMetadata:
+    """Of a step launched kernel by kernel. `slots` have been told of it."""
     decodes = int(np.count_nonzero(batch.query_lens == 1))
     assert (batch.query_lens[:decodes] == 1).all(), "sequences that compute one token come first"
-    width = -(-int(context_lens[:decodes].max(initial=1)) // block_size)
-    contexts = context_lens[decodes:]
-    prefill_slots = [_slots(tables[decodes + i], int(n), block_size) for i, n in enumerate(contexts)]
-    on_device = all_to_device(
-        [
-            positions,
-            slots,
-            batch.sample_tokens,
-            tables[:decodes, :width].reshape(-1),
-            context_lens[:decodes],
-            np.concatenate(prefill_slots) if prefill_slots else np.empty(0, np.int64),
-            starts[decodes:] - starts[decodes],
-            np.concatenate(([0], np.cumsum(contexts))),
-        ],
-        device,
-    )
+    lens = batch.query_lens[decodes:]
+    contexts = lens + batch.num_computed_tokens[decodes:]
+    parts = [np.concatenate(packed_tokens(batch)), batch.slots[decodes:], _starts(lens), _starts(contexts)]
+    packed, *of_prompts = all_to_device(parts, torch.int32, slots.device)
+    tokens = Tokens.empty(batch.num_tokens, slots.device)
+    kernels.unpack_tokens(packed, slots.newest, slots.tables, slots.block_size, tokens)
     prefill = None
-    if prefill_slots:
-        lens = batch.query_lens[decodes:].tolist(), contexts.tolist()
-        prefill = PrefillMetadata(*lens, on_device[6].int(), on_device[7].int(), on_device[5])
-    positions_, slot_mapping, sample_tokens, block_tables, context_lens_ = on_device[:5]
-    return AttentionMetadata(
-        positions_, slot_mapping, sample_tokens, block_tables.view(decodes, width), context_lens_, prefill
-    )
+    if len(lens):
+        prompt_slots, query_starts, context_starts = of_prompts
+        prefill = PrefillMetadata(lens.tolist(), contexts.tolist(), query_starts, context_starts, prompt_slots)
+    return AttentionMetadata(tokens, slots.tables, decodes, prefill)
 
 
-def _slots(table: Integers, length: int, block_size: int) -> Integers:
-    """Cache slots of the first `length` tokens of a sequence, in order."""
-    blocks = table[: -(-length // block_size)].astype(np.int64)
-    return (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
+def _starts(lens: Int32Array) -> Int32Array:
+    """[n + 1] where each of n parts begins, and the last one ends."""
+    starts = np.zeros(len(lens) + 1, np.int32)
+    np.cumsum(lens, out=starts[1:])
+    return starts
 
 
 def paged_attention(
@@ -79,11 +68,11 @@ def paged_attention(
 
     q: [T, H, D]; k_cache, v_cache: [N, B, K, D], holding this step's keys already. Returns [T, H, D].
     """
-    n = metadata.num_decodes
+    n, tokens, tables = metadata.num_decodes, metadata.tokens, metadata.tables
     parts = []
     if n:
-        tables, lens = metadata.block_tables, metadata.context_lens
-        parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, tables, lens, metadata.pieces))
+        slots, lens = tokens.slots[:n], tokens.context_lens[:n]
+        parts.append(kernels.decode_attention(q[:n], k_cache, v_cache, tables, slots, lens, metadata.pieces))
     if metadata.prefill is not None:
-        parts.append(kernels.prefill_attention(q[n:], k_cache, v_cache, metadata.prefill))
+        parts.append(kernels.prefill_attention(q[n:], k_cache, v_cache, tables, metadata.prefill))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,10 +1,10 @@
 """The only messages between scheduler and stages: what to compute in one step, and what came out.
 
-Legend: T tokens in the batch, S sequences in the batch, W width of the block tables.
+Legend: T tokens in the batch, S sequences in the batch.
 
-A batch says everything a stage needs; stages keep no per-request state and decide nothing. There is no prefill/decode
-flag: a sequence that computes one token decodes, one that computes many prefills, and both may share a batch, those
-that decode first.
+Stages decide nothing. Of every running sequence they keep, by its slot, what they were told and what was sampled: a
+batch says what is new. There is no prefill/decode flag: a sequence that computes one token decodes, one that computes
+many prefills, and both may share a batch, those that decode first.
 
 A batch may be scheduled before the tokens it continues are known: the first stage fills them in when they come.
 """
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 SAMPLED = -1  # as a token id: the token sampled last for this sequence, which the scheduler does not know yet
+ALONE, SAMPLED_AFTER = 1, 2  # of a token: its sequence computes no other; a token is sampled after it
 
 
 class Penalties(msgspec.Struct, frozen=True, array_like=True):
@@ -63,8 +64,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all sequences one after another; see SAMPLED
     query_lens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens to compute now
     num_computed_tokens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens whose KV is in the cache already
-    block_tables: np.ndarray[Any, np.dtype[np.int32]]  # [S * W] KV blocks of each sequence, padded with 0
-    slots: np.ndarray[Any, np.dtype[np.int32]]  # [S] where each sequence's newest sampled token is kept
+    slots: np.ndarray[Any, np.dtype[np.int32]]  # [S] where stages keep what they know of each sequence
+    num_new_blocks: np.ndarray[Any, np.dtype[np.int32]]  # [S] how many of its KV blocks are used for the first time
+    new_blocks: np.ndarray[Any, np.dtype[np.int32]]  # those, one sequence's after another's: each table's end
     tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
     sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the sequences whose next token is sampled
     draws: list[SampleRow]  # how, for those that do not simply take the likeliest
@@ -88,27 +90,24 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     def awaits_masks(self) -> bool:
         return any(draw.awaits_mask for draw in self.draws)
 
-    def one_by_one(self, no_slot: int) -> "Batch":
-        """The same step with every token as a sequence of its own: those before it are in the cache when it attends.
+    @property
+    def positions(self) -> Int32Array:
+        """[T] where each token stands in its sequence."""
+        before = self.num_computed_tokens - (np.cumsum(self.query_lens, dtype=np.int32) - self.query_lens)
+        found: Int32Array = np.arange(self.num_tokens, dtype=np.int32) + np.repeat(before, self.query_lens)
+        return found
 
-        Only tokens that something is sampled after have their sequence's slot; the others have `no_slot`.
-        """
-        if self.num_tokens == self.num_seqs:
-            return self
-        assert not self.prompt_rows, "they go by sequences"
-        of_token = np.repeat(np.arange(self.num_seqs), self.query_lens)
-        stops = np.cumsum(self.query_lens, dtype=np.int32)
-        before = self.num_computed_tokens - (stops - self.query_lens)
-        slots, sample_rows = np.full(self.num_tokens, no_slot, np.int32), self.sample_tokens
-        slots[sample_rows] = self.slots[self.sample_rows]
-        return msgspec.structs.replace(
-            self,
-            query_lens=np.ones(self.num_tokens, np.int32),
-            num_computed_tokens=np.arange(self.num_tokens, dtype=np.int32) + before[of_token],
-            block_tables=self.block_tables.reshape(self.num_seqs, -1)[of_token].reshape(-1),
-            slots=slots,
-            sample_rows=sample_rows,
-        )
+    def num_blocks(self, block_size: int) -> Int32Array:
+        """[S] KV blocks that each sequence has filled or begun after this step."""
+        found: Int32Array = -(-(self.num_computed_tokens + self.query_lens) // block_size)
+        return found
+
+    @classmethod
+    def of_one(cls, token_ids: Int32Array, block_size: int) -> "Batch":
+        """A whole sequence alone, in slot 0 and the first blocks, whose next token is sampled."""
+        one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+        blocks = np.arange(-(-len(token_ids) // block_size), dtype=np.int32)
+        return cls(0, 0, token_ids, one * len(token_ids), zero, zero, one * len(blocks), blocks, -1, zero, [])
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

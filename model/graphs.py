@@ -1,12 +1,12 @@
 """Steps as CUDA graphs: one launch instead of several hundred, which take the host longer than a small step the GPU.
 
-Legend: S sequences, W blocks per table, C model dim, V vocabulary.
+Legend: T tokens, P pieces, C model dim, V vocabulary.
 
-A graph is captured per bucket of batch sizes, over buffers that stay where they are. A smaller batch is padded with
-rows that attend to nothing and write to a block nobody owns. Nothing that waits for another process is ever captured.
+A graph is captured per bucket of token counts, over buffers that stay where they are. A smaller step is padded with
+tokens that attend to nothing and write to a block nobody owns. Nothing that waits for another process is ever captured.
 
-All that a graph knows is sequences that compute one token each. What several tokens of a prompt compute is taken apart
-into such; graphs of a second kind know which of them follow each other, in pieces that read their keys once.
+All that a graph knows is tokens, each with its slot and position; those of a prompt share a slot. Graphs of a second
+kind know which of them follow each other, in pieces that read their keys once.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.attention import AttentionMetadata
+from model.attention import AttentionMetadata, packed_tokens
 from model.batch import Batch, Int32Array
-from model.kernels import DecodeInputs, Pieces, packed_size, piece_tokens
+from model.kernels import Pieces, Tokens, piece_tokens
 from model.kv_cache import KVCache
 from model.llama import Decoder
+from model.slots import Slots
 
 MIXED_TOKENS = 512  # of a step with tokens of prompts: a larger one takes the GPU longer than the host
 MIXED_PROMPTS = 64  # in such a step: each ends in a piece of its own
 PIECES_BYTES = 2**30  # keys and values of a layer that pieces read at most
-TABLE_ENTRIES = 2**20  # of a step with prompts, whose tokens have a block table each: the host copies them
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
@@ -44,38 +44,32 @@ def mixed_buckets(max_num_batched_tokens: int) -> list[int]:
 class Decoded:
     """What a step computed; overwritten by the next."""
 
-    out: torch.Tensor  # hidden [S, C], on the last stage logits [S, V]
-    likeliest: torch.Tensor | None  # [S] on the last stage
+    out: torch.Tensor  # hidden [T, C], on the last stage logits [T, V]
+    likeliest: torch.Tensor | None  # [T] on the last stage
 
 
 class StepGraphs:
     """The steps of one stage that are small enough.
 
-    `newest` [slots + 1] is where the newest token of each sequence is kept, read by the first stage and, where it is
-    the last one too, written with the likeliest token; its last entry is for padding.
+    A stage that is the first and the last one writes the likeliest token of each sequence to `slots` itself.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         kv: KVCache,
-        newest: torch.Tensor,
+        slots: Slots,
         max_num_batched_tokens: int,
         on_capture: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self._decoder, self._kv, self._newest = decoder, kv, newest
+        self._decoder, self._kv, self._slots = decoder, kv, slots
         self._piece_tokens = piece_tokens(decoder.config.n_heads // decoder.config.n_kv_heads)
-        sizes = {False: decode_buckets(len(newest) - 1), True: mixed_buckets(max_num_batched_tokens)}
-        n, max_blocks = max(sizes[False][-1], sizes[True][-1]), -(-len(decoder.rotary) // kv.block_size)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=decoder.device)
-
-        # Which rows are pieces comes from the host as it is: where they begin and how many each has, [2, P].
-        self._pieces = zeros(2, self._most_pieces(sizes[True][-1])).int()
-        pieces = Pieces(self._pieces[0], self._pieces[1], zeros(n))
-        self._inputs = DecodeInputs(zeros(n), zeros(n), zeros(n), zeros(n), zeros(n), zeros(n, max_blocks), pieces)
-        self._packed = torch.zeros(packed_size(n, max_blocks), dtype=torch.int32, device=decoder.device)
+        sizes = {False: decode_buckets(slots.padding_slot), True: mixed_buckets(max_num_batched_tokens)}
+        n = max(sizes[False][-1], sizes[True][-1])
+        # Where pieces begin and how many tokens each has, as the host says it: [2, P].
+        self._pieces = torch.zeros(2, self._most_pieces(sizes[True][-1]), dtype=torch.int32, device=decoder.device)
+        self._packed = torch.zeros(1 + 4 * n, dtype=torch.int32, device=decoder.device)
+        self._tokens = Tokens.empty(n, decoder.device)
         self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
         self._sizes = sizes
         self._graphs: dict[tuple[int, bool], tuple[Any, Decoded]] = {}
@@ -93,20 +87,19 @@ class StepGraphs:
         return not mixed or self._is_light(batch)
 
     def _is_light(self, batch: Batch) -> bool:
-        """Whether prompts are few and short enough: an eager step copies one table of each, and reads its keys once."""
-        width = len(batch.block_tables) // batch.num_seqs
+        """Whether prompts are few and short enough: an eager step reads the keys of each once."""
         read = keys_read_by_pieces(batch, self._piece_tokens) * self._kv.token_bytes
-        prompts = int(np.count_nonzero(batch.query_lens > 1))
-        return prompts <= MIXED_PROMPTS and read <= PIECES_BYTES and batch.num_tokens * width <= TABLE_ENTRIES
+        return int(np.count_nonzero(batch.query_lens > 1)) <= MIXED_PROMPTS and read <= PIECES_BYTES
 
     def _most_pieces(self, size: int) -> int:
         """Of so many tokens: what is left of each prompt is one more."""
         return size // self._piece_tokens + MIXED_PROMPTS
 
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
-        """One step with a row for each token; hidden [T, C] on all stages but the first."""
+        """One step, of which the slots have been told; hidden [T, C] on all stages but the first."""
         n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
-        packed = packed_decodes(batch, len(self._newest) - 1)
+        packed = torch.empty(1 + 4 * n, dtype=torch.int32, pin_memory=self._packed.is_cuda)
+        np.concatenate(packed_tokens(batch), out=packed.numpy())
         self._packed[: len(packed)].copy_(packed, non_blocking=True)
         if mixed:
             pieces = pieces_of(batch.query_lens, self._piece_tokens, self._pieces.shape[1])
@@ -126,38 +119,25 @@ class StepGraphs:
         return graph, done
 
     def _step(self, size: int, mixed: bool) -> Decoded:
-        decoder, all_ = self._decoder, self._inputs
-        slots = self._most_pieces(size)
-        inputs = DecodeInputs(
-            all_.token_ids[:size], all_.positions[:size], all_.slot_mapping[:size], all_.context_lens[:size],
-            all_.seq_slots[:size], all_.block_tables[:size],
-            Pieces(all_.pieces.rows[:slots], all_.pieces.counts[:slots], all_.pieces.lone_lens[:size]),
-        )  # fmt: skip
-        padding_slot = self._kv.num_blocks * self._kv.block_size
-        decoder.kernels.unpack_decodes(self._packed, self._newest, inputs, self._kv.block_size, padding_slot)
-        metadata = AttentionMetadata(
-            positions=inputs.positions,
-            slot_mapping=inputs.slot_mapping,
-            sample_tokens=inputs.positions[:0],
-            block_tables=inputs.block_tables,
-            context_lens=inputs.context_lens,
-            prefill=None,
-            pieces=inputs.pieces if mixed else None,
-        )
-        x = decoder.embed(inputs.token_ids) if decoder.stage.is_first else self._hidden[:size].clone()
+        decoder, slots, tokens = self._decoder, self._slots, self._tokens.first(size)
+        decoder.kernels.unpack_tokens(self._packed, slots.newest, slots.tables, slots.block_size, tokens)
+        starts, counts = self._pieces[:, : self._most_pieces(size)].unbind()
+        pieces = Pieces(starts, counts, tokens.lone_lens) if mixed else None
+        metadata = AttentionMetadata(tokens, slots.tables, size, None, pieces)
+        x = decoder.embed(tokens.ids) if decoder.stage.is_first else self._hidden[:size].clone()
         x = decoder.forward(x, self._kv, metadata)
         if not decoder.stage.is_last:
             return Decoded(x, None)
         logits = decoder.logits(x)
         likeliest = logits.argmax(dim=-1)
         if decoder.stage.is_first:
-            self._newest[inputs.seq_slots] = likeliest
+            slots.newest[tokens.sampled_slots] = likeliest
         return Decoded(logits, likeliest)
 
 
-def pieces_of(query_lens: Int32Array, most: int, slots: int) -> torch.Tensor:
-    """Prompts in pieces of `most` rows at most: where each begins, and how many it has; [2, slots] int32."""
-    pieces = torch.zeros(2, slots, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+def pieces_of(query_lens: Int32Array, most: int, room: int) -> torch.Tensor:
+    """Prompts in pieces of `most` tokens at most: where each begins, and how many it has; [2, room] int32."""
+    pieces = torch.zeros(2, room, dtype=torch.int32, pin_memory=torch.cuda.is_available())
     many = query_lens > 1
     lens, begins = query_lens[many], (np.cumsum(query_lens) - query_lens)[many]
     each = -(-lens // most)  # pieces of each prompt
@@ -173,16 +153,3 @@ def keys_read_by_pieces(batch: Batch, most: int) -> int:
     many = batch.query_lens > 1
     before, now = batch.num_computed_tokens[many].astype(np.int64), batch.query_lens[many].astype(np.int64)
     return int((-(-now // most) * (before + (now + most) // 2)).sum())
-
-
-def packed_decodes(batch: Batch, no_slot: int) -> torch.Tensor:
-    """The batch as `Kernels.unpack_decodes` takes it, in pinned memory where there is a GPU; see `one_by_one`."""
-    alone = np.repeat(batch.query_lens == 1, batch.query_lens).astype(np.int32)
-    batch = batch.one_by_one(no_slot)
-    width = len(batch.block_tables) // batch.num_seqs
-    size = packed_size(batch.num_seqs, width)
-    packed = torch.empty(size, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-    head = np.array([batch.num_seqs, width], np.int32)
-    parts = head, batch.token_ids, batch.num_computed_tokens, batch.slots, alone, batch.block_tables
-    np.concatenate(parts, out=packed.numpy())
-    return packed

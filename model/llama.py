@@ -110,9 +110,8 @@ class Layer:
         c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
         x = yield x
         qkv, residual = self.wqkv.after_norm(kernels, x, residual, self.attention_norm, c.norm_eps)
-        q = kernels.rotate_and_write(
-            qkv, c.n_heads, rotary, metadata.positions, k_cache, v_cache, metadata.slot_mapping
-        )
+        tokens = metadata.tokens
+        q = kernels.rotate_and_write(qkv, c.n_heads, rotary, tokens.positions, k_cache, v_cache, tokens.cells)
         attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
         attended = yield self.wo(attended.flatten(1))
         gate_up, residual = self.w13.after_norm(kernels, attended, residual, self.ffn_norm, c.norm_eps)

@@ -76,17 +76,18 @@ def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: i
     rest = max_num_batched_tokens - decodes
     prompts = [min(longest, rest - start) for start in range(0, rest, longest)]
     lens = [1] * decodes + prompts
-    width = -(-max(prompts) // block_size)
-    row = np.arange(width, dtype=np.int32)
+    seqs = np.arange(len(lens), dtype=np.int32)
+    num_blocks = -(-np.array(lens, np.int32) // block_size)
     return Batch(
         epoch=0,
         step_id=0,
         token_ids=np.zeros(sum(lens), np.int32),
         query_lens=np.array(lens, np.int32),
         num_computed_tokens=np.zeros(len(lens), np.int32),
-        block_tables=np.tile(row, len(lens)),
-        slots=np.arange(len(lens), dtype=np.int32) % max_num_seqs,
+        slots=seqs % max_num_seqs,
+        num_new_blocks=num_blocks,
+        new_blocks=np.concatenate([np.arange(n, dtype=np.int32) for n in num_blocks]),
         tokens_from=-1,
-        sample_rows=np.arange(len(lens), dtype=np.int32),
+        sample_rows=seqs,
         draws=[SampleRow(i, 0.5, 1.0, 0, 0.9, 0.0) for i in range(len(lens))],
     )

@@ -15,6 +15,7 @@ from model.batch import Batch
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampling import prompt_logprobs
+from model.slots import Slots
 
 BLOCK_SIZE = 16
 
@@ -50,22 +51,22 @@ def perplexity(
         raise ValueError(f"perplexity needs a text and windows of at least 2 tokens, got {len(token_ids)} and {window}")
     blocks = -(-window // BLOCK_SIZE)
     kv = KVCache(decoder.config, len(decoder.layers), blocks, BLOCK_SIZE, kv_dtype or decoder.dtype, decoder.device)
+    slots = Slots(1, blocks, BLOCK_SIZE, blocks, decoder.device)
     total, count = 0.0, 0
     for start in range(0, len(token_ids) - 1, window):
         ids = token_ids[start : start + window]
-        total -= _window_logprob(decoder, kv, ids)
+        total -= _window_logprob(decoder, kv, slots, ids)
         count += len(ids) - 1
         on_window(len(ids))
     return Perplexity(count, total / count)
 
 
 @torch.inference_mode()
-def _window_logprob(decoder: Decoder, kv: KVCache, token_ids: Sequence[int]) -> float:
+def _window_logprob(decoder: Decoder, kv: KVCache, slots: Slots, token_ids: Sequence[int]) -> float:
     """Sum of the logprobs of all tokens but the first."""
-    ids, zero = np.array(token_ids, np.int32), np.zeros(1, np.int32)
-    tables = np.arange(kv.num_blocks, dtype=np.int32)
-    batch = Batch(0, 0, ids, np.array([len(ids)], np.int32), zero, tables, zero, -1, zero[:0], [])
-    metadata = prepare(batch, kv.block_size, decoder.device)
-    on_device = torch.from_numpy(ids.astype("int64")).to(decoder.device)
-    x = decoder.forward(decoder.embed(on_device), kv, metadata)  # [T, C]
-    return float(prompt_logprobs(decoder.logits, x[:-1], on_device[1:], 0).chosen.double().sum())
+    batch = Batch.of_one(np.array(token_ids, np.int32), BLOCK_SIZE)
+    slots.extend(batch)
+    metadata = prepare(batch, slots, decoder.kernels)
+    ids = metadata.tokens.ids
+    x = decoder.forward(decoder.embed(ids), kv, metadata)  # [T, C]
+    return float(prompt_logprobs(decoder.logits, x[:-1], ids[1:], 0).chosen.double().sum())

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from model.attention import AttentionMetadata, prepare
+from model.attention import prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, StepOutput
 from model.config import StageLayers
 from model.graphs import StepGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
+from model.slots import Slots
 from model.transfer import to_device
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,7 @@ class Unsampled:
 
 
 class Stage:
-    """Layers [start, stop) with their KV. Executes batches in the order given.
-
-    Of requests it keeps nothing but, on the first stage, the newest sampled token of each slot.
-    """
+    """Layers [start, stop) with their KV. Executes batches in the order given; of each sequence it knows its slot."""
 
     def __init__(
         self,
@@ -46,9 +44,9 @@ class Stage:
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
+        max_blocks = min(num_blocks, -(-len(decoder.rotary) // block_size))
+        self.slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
         self._graphs: StepGraphs | None = None
-        # One entry more than there are slots: rows that pad a captured batch write there.
-        self._newest = torch.zeros(num_slots + 1, dtype=torch.int64, device=decoder.device)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """Shape of the hidden state between stages, residual added: (T, C)."""
@@ -56,20 +54,19 @@ class Stage:
 
     def feed(self, batch: Batch, token_ids: torch.Tensor) -> None:
         """First stage: these tokens [R], on its device, were sampled in `batch`; before the batches that need them."""
-        self._newest[_on(self.decoder.device, batch.slots[batch.sample_rows])] = token_ids
+        self.slots.feed(batch, token_ids)
 
     @torch.inference_mode()
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
         """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
         self._run_eagerly_once()
-        self._graphs = StepGraphs(self.decoder, self.kv, self._newest, max_num_batched_tokens, on_capture)
+        self._graphs = StepGraphs(self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture)
 
     def _run_eagerly_once(self) -> None:
         """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic."""
-        padding = np.full(2, self.kv.num_blocks, np.int32)
-        slots = np.full(2, len(self._newest) - 1, np.int32)
-        lens, none = np.array([1, 2], np.int32), np.zeros(2, np.int32)
-        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, padding, slots, -1, np.arange(2, dtype=np.int32), [])
+        slots, none = np.full(2, self.slots.padding_slot, np.int32), np.zeros(2, np.int32)
+        lens, both = np.array([1, 2], np.int32), np.arange(2, dtype=np.int32)
+        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, slots, none, none[:0], -1, both, [])
         hidden = torch.zeros(self.hidden_shape(batch), dtype=self.decoder.dtype, device=self.decoder.device)
         self.run(batch, None if self.layers.is_first else hidden)
 
@@ -85,15 +82,14 @@ class Stage:
     @torch.inference_mode()
     def compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
         """The same, except that on the last stage `sample` is still to come, unless all tokens are the likeliest."""
+        self.slots.extend(batch)
         if self._graphs is not None and self._graphs.take(batch):
             return self._run_graph(self._graphs, batch, hidden)
-        metadata = prepare(batch, self.kv.block_size, self.decoder.device)
-        token_ids = self._inputs(batch) if self.layers.is_first else None
-        x = self._eager(token_ids, hidden, metadata)
+        x = self._eager(batch, hidden)
         if not self.layers.is_last:
             return x
         prompts = self._prompt_logprobs(batch, x)
-        return Unsampled(batch, self.decoder.logits(x[metadata.sample_tokens]), prompts)
+        return Unsampled(batch, self.decoder.logits(x[_on(self.decoder.device, batch.sample_tokens)]), prompts)
 
     def _run_graph(
         self, graphs: StepGraphs, batch: Batch, hidden: torch.Tensor | None
@@ -107,11 +103,10 @@ class Stage:
         rows = _on(self.decoder.device, batch.sample_tokens)
         return Unsampled(batch, done.out[rows], []) if batch.draws else Sampled(done.likeliest[rows], {}, [])
 
-    def _eager(
-        self, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def _eager(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """Hidden state [T, C]."""
-        x = self.decoder.embed(token_ids) if token_ids is not None else hidden
+        metadata = prepare(batch, self.slots, self.decoder.kernels)
+        x = self.decoder.embed(metadata.tokens.ids) if self.layers.is_first else hidden
         assert x is not None, "only the first stage makes its own input"
         return self.decoder.forward(x, self.kv, metadata)
 
@@ -148,18 +143,6 @@ class Stage:
         except Exception:
             log.exception("the logprobs of a prompt failed")
             return None
-
-    def _inputs(self, batch: Batch) -> torch.Tensor:
-        """Token ids [T], with what was sampled on the way filled in."""
-        ids = _on(self.decoder.device, batch.token_ids)
-        unknown = batch.token_ids == SAMPLED
-        if not unknown.any():
-            return ids
-        # Only sequences of one token continue a sampled one, and they come first: token i belongs to sequence i.
-        n = int(unknown.nonzero()[0][-1]) + 1
-        slots = _on(self.decoder.device, batch.slots[:n])
-        ids[:n] = torch.where(ids[:n] == SAMPLED, self._newest[slots], ids[:n])
-        return ids
 
 
 def to_output(batch: Batch, sampled: Sampled) -> StepOutput:

@@ -20,9 +20,9 @@ def to_device(values: Sequence[Any] | Integers, dtype: torch.dtype, device: torc
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
-def all_to_device(arrays: list[Integers], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors, in one copy."""
+def all_to_device(arrays: Sequence[Integers], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Each as a tensor, all in one copy."""
     sizes = [array.size for array in arrays]
-    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
     np.concatenate(arrays, out=host.numpy(), casting="same_kind")
     return list(torch.split(host.to(device, non_blocking=True), sizes))

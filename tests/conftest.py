@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from cluster.errors import CaravanError, StageDied
 from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
-from model.batch import StageTiming
+from model.batch import Batch, Int32Array, StageTiming
 from model.config import ModelConfig, split_layers
 from model.llama import Decoder
 from model.sampling_params import SamplingParams
@@ -47,6 +49,17 @@ def eventually(condition: Callable[[], object], timeout: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
         time.sleep(0.5)
+
+
+def ints(*values: int) -> Int32Array:
+    return np.array(values, np.int32)
+
+
+def with_tables(batch: Batch, tables: list[list[int]], block_size: int) -> Batch:
+    """The same step, which says all blocks of each sequence up to what it computes: that too is allowed."""
+    counts = batch.num_blocks(block_size)
+    blocks = [block for table, count in zip(tables, counts.tolist(), strict=True) for block in table[:count]]
+    return msgspec.structs.replace(batch, num_new_blocks=counts, new_blocks=ints(*blocks))
 
 
 def make_stages(

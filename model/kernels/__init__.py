@@ -10,6 +10,29 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a step knows of each of its tokens, padding included; int64 [T]."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor  # in its sequence
+    cells: torch.Tensor  # of the KV cache, where its key and value go: block * block size + offset
+    context_lens: torch.Tensor  # tokens of its sequence up to itself; 0: padding
+    slots: torch.Tensor  # its sequence's
+    sampled_slots: torch.Tensor  # the same if a token is sampled after it, otherwise the slot for padding
+    lone_lens: torch.Tensor  # context_lens of sequences that compute one token; 0: the others', and padding
+
+    @staticmethod
+    def empty(count: int, device: torch.device) -> "Tokens":
+        return Tokens(*torch.empty(7, count, dtype=torch.int64, device=device).unbind())
+
+    def first(self, count: int) -> "Tokens":
+        return Tokens(
+            self.ids[:count], self.positions[:count], self.cells[:count], self.context_lens[:count],
+            self.slots[:count], self.sampled_slots[:count], self.lone_lens[:count],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillMetadata:
     """The sequences of a step that compute several tokens, one after another; P of them."""
 
@@ -17,29 +40,16 @@ class PrefillMetadata:
     context_lens: list[int]  # tokens each attends to, those included
     query_starts: torch.Tensor  # [P + 1] int32, cumulated query_lens
     context_starts: torch.Tensor  # [P + 1] int32, cumulated context_lens
-    slots: torch.Tensor  # [sum of context_lens] where each context's keys are, in order
+    slots: torch.Tensor  # [P] int32
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Of a step whose rows are one token each: which of them follow each other in a prompt and attend together."""
+    """Of a step whose tokens attend one by one: which of them follow each other in a prompt and attend together."""
 
-    rows: torch.Tensor  # [P] int32, where each begins
-    counts: torch.Tensor  # [P] int32, how many rows it has; 0: it is none
-    lone_lens: torch.Tensor  # [S] int64, context_lens of rows outside of pieces; 0: it is in one, or padding
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """What a step whose rows are one token each reads; int64 tensors for S of them, padding included."""
-
-    token_ids: torch.Tensor  # [S]
-    positions: torch.Tensor  # [S]
-    slot_mapping: torch.Tensor  # [S] where the token's key and value go
-    context_lens: torch.Tensor  # [S] with that token; 0: padding
-    seq_slots: torch.Tensor  # [S] as Batch.slots
-    block_tables: torch.Tensor  # [S, W]
-    pieces: Pieces
+    starts: torch.Tensor  # [P] int32, where each begins
+    counts: torch.Tensor  # [P] int32, how many tokens it has; 0: it is none
+    lone_lens: torch.Tensor  # [T] int64, see Tokens: who attends alone
 
 
 class Quantized(NamedTuple):
@@ -62,21 +72,16 @@ class Int4Weight(NamedTuple):
     zeros: torch.Tensor  # [G, out] int16
 
 
-PIECE_ROWS = 64  # queries of a piece
+PIECE_QUERIES = 64  # of a piece
 
 Activations = torch.Tensor | Quantized
 # Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
 Cache = torch.Tensor | Quantized
 
 
-def packed_size(sequences: int, width: int) -> int:
-    """Elements of a step in the form that `Kernels.unpack_decodes` takes."""
-    return 2 + sequences * (4 + width)
-
-
 def piece_tokens(groups: int) -> int:
     """The most tokens that attend together, where so many query heads share a KV head: their queries fill a tile."""
-    return max(1, PIECE_ROWS // (1 << (groups - 1).bit_length()))
+    return max(1, PIECE_QUERIES // (1 << (groups - 1).bit_length()))
 
 
 class Kernels(Protocol):
@@ -84,15 +89,12 @@ class Kernels(Protocol):
 
     Legend: T tokens, C model dim, F feed-forward dim, H query heads, K KV heads, D head dim."""
 
-    def unpack_decodes(
-        self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
-    ) -> None:
-        """A step as it comes from the host, into `inputs`, where a captured graph finds it.
+    def unpack_tokens(self, packed: torch.Tensor, newest: torch.Tensor, tables: torch.Tensor, block_size: int,
+                      tokens: Tokens) -> None:  # fmt: skip
+        """What the host says of each token (see `model.attention.packed_tokens`), into `tokens`.
 
-        packed, int32: the number of sequences n, the width of their tables w, then [n] token ids, [n] computed tokens,
-        [n] seq_slots, [n] whether they are outside of pieces (1) or not (0), [n * w] tables.
-        An id SAMPLED stands for newest[seq_slots]. Rows from n on become padding: their keys go to `padding_slot`,
-        their newest token to the last entry of `newest`.
+        newest [slots + 1] and tables [slots + 1, W]: see `model.slots`. An id SAMPLED stands for its slot's newest
+        token. What is more in `tokens` becomes padding: of the last slot, at its position 0.
         """
         ...
 
@@ -121,9 +123,9 @@ class Kernels(Protocol):
         positions: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        slot_mapping: torch.Tensor,
+        cells: torch.Tensor,
     ) -> torch.Tensor:
-        """qkv [T, (H + 2K) * D] -> rotated queries [T, H, D]; rotated keys and values go to `slot_mapping` [T].
+        """qkv [T, (H + 2K) * D] -> rotated queries [T, H, D]; rotated keys and values go to `cells` [T].
 
         rotary [positions, D / 2, 2]: cosine and sine for each pair (x[2j], x[2j + 1]); caches [N, B, K, D].
         """
@@ -134,19 +136,21 @@ class Kernels(Protocol):
         q: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        block_tables: torch.Tensor,
+        tables: torch.Tensor,
+        slots: torch.Tensor,
         context_lens: torch.Tensor,
         pieces: Pieces | None = None,
     ) -> torch.Tensor:
-        """softmax(q k / sqrt(D)) v of one token per sequence: q [S, H, D], caches [N, B, K, D] -> [S, H, D].
+        """softmax(q k / sqrt(D)) v, token by token: q [T, H, D], caches [N, B, K, D] -> [T, H, D].
 
-        block_tables [S, W], context_lens [S] with the token itself; a length of 0 gives 0. With `pieces`
-        the result is the same, and the tokens of a piece, `piece_tokens` at most, may read its keys together.
+        Token i attends to the first context_lens[i] of the sequence whose blocks are in tables[slots[i]], itself the
+        last of them; to none gives 0. With `pieces` the result is the same, and the tokens of a piece, `piece_tokens`
+        at most, may read its keys together.
         """
         ...
 
     def prefill_attention(
-        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
+        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, prefill: PrefillMetadata
     ) -> torch.Tensor:
         """The same for sequences of several tokens, causally: q [sum of query_lens, H, D] -> its shape."""
         ...

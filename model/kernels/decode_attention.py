@@ -53,8 +53,8 @@ def _splits(programs: int, enough: int, most: int) -> int:
 
 
 def decode_attention(
-    q: torch.Tensor, k_cache: Cache, v_cache: Cache, block_tables: torch.Tensor, context_lens: torch.Tensor,
-    tiling: Tiling,
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, slots: torch.Tensor,
+    context_lens: torch.Tensor, tiling: Tiling,
 ) -> torch.Tensor:  # fmt: skip
     """See `Kernels.decode_attention`."""
     n, h, d = q.shape
@@ -65,18 +65,18 @@ def decode_attention(
     out = torch.empty_like(q)
     partial = torch.empty(n, h, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(n, h, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
-    tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, partial, lse
+    tensors = q, keys, values, k_scales, v_scales, tables, slots, context_lens, out, partial, lse
     scale = d**-0.5 * LOG2_E
     ahead = early()["early"] and d * keys.itemsize % 16 == 0 and n * kv_heads * splits <= FETCHED_AHEAD
     shape = d, width, block_size
     if groups == 1 and scaled:
         _decode_split_alone[(h, n, splits)](
-            *tensors, scale, block_tables.stride(0), h, *shape, tiling.tile, splits, tiling.stages, ahead,
+            *tensors, scale, tables.stride(0), h, *shape, tiling.tile, splits, tiling.stages, ahead,
             num_warps=tiling.warps, **early(),
         )  # fmt: skip
     else:
         _decode_split[(kv_heads, n, splits)](
-            *tensors, scale, block_tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
+            *tensors, scale, tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
             *shape, scaled, tiling.tile, splits, 0, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
         )  # fmt: skip
     if splits > 1:
@@ -90,8 +90,8 @@ def _parts(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def piece_attention(
-    q: torch.Tensor, k_cache: Cache, v_cache: Cache, block_tables: torch.Tensor, context_lens: torch.Tensor,
-    pieces: Pieces, out: torch.Tensor,
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, slots: torch.Tensor,
+    context_lens: torch.Tensor, pieces: Pieces, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Of the tokens in `pieces`, into their rows of `out`. Keys are not cut: there are pieces enough."""
     _, h, d = q.shape
@@ -99,46 +99,49 @@ def piece_attention(
     (keys, k_scales), (values, v_scales) = _parts(k_cache), _parts(v_cache)
     block_size, kv_heads = keys.shape[1:3]
     groups, tokens = h // kv_heads, piece_tokens(h // kv_heads)
-    tensors = q, keys, values, k_scales, v_scales, block_tables, context_lens, out, pieces.counts, pieces.rows
+    tensors = q, keys, values, k_scales, v_scales, tables, slots, context_lens, out, pieces.counts, pieces.starts
     rows = max(16, tokens * triton.next_power_of_2(groups))
     tile, warps = (64, 4) if q.dtype != torch.float32 else (16, 8)  # without matrix units all is kept in registers
-    _decode_split[(kv_heads, len(pieces.rows), 1)](
-        *tensors, d**-0.5 * LOG2_E, block_tables.stride(0), h, kv_heads, groups, rows, d,
+    _decode_split[(kv_heads, len(pieces.starts), 1)](
+        *tensors, d**-0.5 * LOG2_E, tables.stride(0), h, kv_heads, groups, rows, d,
         triton.next_power_of_2(d), block_size, scaled, tile, 1, tokens, False, num_warps=warps, num_stages=2, **early(),
     )  # fmt: skip
 
 
 @triton.jit
-def _rows(tables, table_stride, seq, kv, position, inside, kv_heads: tl.constexpr, d: tl.constexpr, size: tl.constexpr):
+def _rows(
+    tables, table_stride, slot, kv, position, inside, kv_heads: tl.constexpr, d: tl.constexpr, size: tl.constexpr
+):
     """Where the key and the value of each position begin in their caches, and its scale in 8 bits; blocks of `size`."""
-    block = tl.load(tables + seq * table_stride + position // size, mask=inside, other=0).to(tl.int64)
+    block = tl.load(tables + slot * table_stride + position // size, mask=inside, other=0).to(tl.int64)
     offset = position % size
     return ((block * size + offset) * kv_heads + kv) * d, (block * kv_heads + kv) * size + offset
 
 
 @triton.jit
 def _begin_part(
-    k_cache, v_cache, tables, lens, table_stride, seq, kv, split, more, kv_heads: tl.constexpr, d: tl.constexpr,
+    k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, more, kv_heads: tl.constexpr, d: tl.constexpr,
     block_size: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """As `begin`; returns the positions [start, stop) of one of `splits` parts of a context and `more` tokens.
+    """As `begin`; returns the slot and the positions [start, stop) of one of `splits` parts of a context and `more`.
 
-    Lengths and tables are read before the inputs are awaited: what writes them never lets the next kernel start early.
-    The first keys and values are then asked for at once: all but the newest have been there since the step before.
+    Slots, lengths and tables are read before the inputs are awaited: what writes them never lets the next kernel begin
+    early. The first keys and values are asked for at once: all but the newest have been there since the step before.
     """
     let_next_start(early)
+    slot = tl.load(slots + seq)
     length = tl.load(lens + seq).to(tl.int32) + more
     per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
     start = split * per
     stop = tl.minimum(start + per, length)
     if ahead and start < stop:
         position = tl.minimum(start + tl.arange(0, tile), stop - 1)
-        row, _ = _rows(tables, table_stride, seq, kv, position, position < stop, kv_heads, d, block_size)
+        row, _ = _rows(tables, table_stride, slot, kv, position, position < stop, kv_heads, d, block_size)
         size: tl.constexpr = d * k_cache.dtype.element_ty.primitive_bitwidth // 8
         fetch_ahead(k_cache + row, size)
         fetch_ahead(v_cache + row, size)
     await_inputs(early)
-    return start, stop
+    return slot, start, stop
 
 
 @triton.jit
@@ -154,9 +157,9 @@ def _unpacked(x):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tables", "lens", "table_stride"])
+@triton.jit(do_not_specialize=["tables", "slots", "lens", "table_stride"])
 def _decode_split(
-    q, k_cache, v_cache, k_scales, v_scales, tables, lens, out, partial, lse, scale, table_stride,
+    q, k_cache, v_cache, k_scales, v_scales, tables, slots, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
     width: tl.constexpr, block_size: tl.constexpr, scaled: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
     tokens: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
@@ -173,9 +176,9 @@ def _decode_split(
     if tokens > 0:  # both written before this step began
         count = tl.load(partial + seq)
         seq = tl.load(lse + seq).to(tl.int64)
-    start, stop = _begin_part(
-        k_cache, v_cache, tables, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile, splits,
-        ahead, early,
+    slot, start, stop = _begin_part(
+        k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile,
+        splits, ahead, early,
     )  # fmt: skip
     if tokens > 0 and count == 0:
         return
@@ -198,7 +201,7 @@ def _decode_split(
     for first in range(start, stop, tile):
         position = first + t
         inside = position < stop
-        row, to_scale = _rows(tables, table_stride, seq, kv, position, inside, kv_heads, d, block_size)
+        row, to_scale = _rows(tables, table_stride, slot, kv, position, inside, kv_heads, d, block_size)
         mask = inside[:, None] & (i < d)[None, :]
         keys = tl.load(k_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
         values = tl.load(v_cache + row[:, None] + i[None, :], mask=mask, other=0.0)
@@ -233,9 +236,9 @@ def _decode_split(
         tl.store(lse + head * splits + split, best + tl.log2(weight), mask=g < groups)
 
 
-@triton.jit(do_not_specialize=["tables", "lens", "table_stride"])
+@triton.jit(do_not_specialize=["tables", "slots", "lens", "table_stride"])
 def _decode_split_alone(
-    q, k_cache, v_cache, k_scales, v_scales, tables, lens, out, partial, lse, scale, table_stride,
+    q, k_cache, v_cache, k_scales, v_scales, tables, slots, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, d: tl.constexpr, width: tl.constexpr, block_size: tl.constexpr, tile: tl.constexpr,
     splits: tl.constexpr, stages: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -246,9 +249,10 @@ def _decode_split_alone(
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    start, stop = _begin_part(
-        k_cache, v_cache, tables, lens, table_stride, seq, head, split, 0, h, d, block_size, tile, splits, ahead, early
-    )
+    slot, start, stop = _begin_part(
+        k_cache, v_cache, tables, slots, lens, table_stride, seq, head, split, 0, h, d, block_size, tile, splits, ahead,
+        early,
+    )  # fmt: skip
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
     at = (seq * h + head) * d + i
@@ -259,7 +263,7 @@ def _decode_split_alone(
     for first in tl.range(start, stop, tile, num_stages=stages):
         position = first + t
         inside = position < stop
-        row, to_scale = _rows(tables, table_stride, seq, head, position, inside, h, d, block_size)
+        row, to_scale = _rows(tables, table_stride, slot, head, position, inside, h, d, block_size)
         mask = inside[:, None] & (i < d)[None, :]
         keys = tl.load(k_cache + row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v_cache + row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear
 
-from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, Pieces, PrefillMetadata, Quantized
+from model.batch import ALONE, SAMPLED, SAMPLED_AFTER
+from model.kernels import Activations, Cache, Int4Weight, Pieces, PrefillMetadata, Quantized, Tokens
 from model.kernels.decode_attention import decode_attention, piece_attention, tiling_for
 from model.kernels.device import has_warp_groups
 from model.kernels.early import begin, early
@@ -21,18 +21,20 @@ from model.kernels.stream_k import bfloat16_tile, float8_tile
 from model.kernels.stream_k_product import stream_k_linear
 
 HEADS_PER_PROGRAM = 8
+TOKENS_PER_PROGRAM = 128
 
 
 class FusedKernels:
     """See `Kernels`."""
 
-    def unpack_decodes(
-        self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
+    def unpack_tokens(
+        self, packed: torch.Tensor, newest: torch.Tensor, tables: torch.Tensor, block_size: int, tokens: Tokens
     ) -> None:
-        _unpack_decodes[(len(inputs.token_ids),)](
-            packed, newest, inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.context_lens,
-            inputs.seq_slots, inputs.pieces.lone_lens, inputs.block_tables, inputs.block_tables.stride(0), block_size,
-            padding_slot, len(newest) - 1, SAMPLED, 256, num_warps=4,
+        size = len(tokens.ids)
+        _unpack_tokens[(triton.cdiv(size, TOKENS_PER_PROGRAM),)](
+            packed, newest, tables, tokens.ids, tokens.positions, tokens.cells, tokens.context_lens, tokens.slots,
+            tokens.sampled_slots, tokens.lone_lens, size, tables.stride(0), len(newest) - 1, block_size, SAMPLED, ALONE,
+            SAMPLED_AFTER, TOKENS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
 
     def add_rms_norm(
@@ -62,7 +64,7 @@ class FusedKernels:
         positions: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        slot_mapping: torch.Tensor,
+        cells: torch.Tensor,
     ) -> torch.Tensor:
         tokens = len(qkv)
         _, block_size, kv_heads, d = cache_shape(k_cache)
@@ -72,7 +74,7 @@ class FusedKernels:
         q = torch.empty(tokens, n_heads, d, dtype=qkv.dtype, device=qkv.device)
         grid = (tokens, triton.cdiv(n_heads + 2 * kv_heads, HEADS_PER_PROGRAM))
         _rotate_and_write[grid](
-            qkv, q, k, v, k_scales, v_scales, rotary, positions, slot_mapping, n_heads, kv_heads, d, block_size,
+            qkv, q, k, v, k_scales, v_scales, rotary, positions, cells, n_heads, kv_heads, d, block_size,
             quantize, HEADS_PER_PROGRAM, triton.next_power_of_2(d), num_warps=4, **early(),
         )  # fmt: skip
         return q
@@ -82,7 +84,8 @@ class FusedKernels:
         q: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        block_tables: torch.Tensor,
+        tables: torch.Tensor,
+        slots: torch.Tensor,
         context_lens: torch.Tensor,
         pieces: Pieces | None = None,
     ) -> torch.Tensor:
@@ -90,17 +93,18 @@ class FusedKernels:
         element_bytes = 1 if isinstance(k_cache, Quantized) else k_cache.itemsize
         tiling = tiling_for(len(q), kv_heads, q.shape[1] // kv_heads, element_bytes)
         if pieces is None:
-            return decode_attention(q, k_cache, v_cache, block_tables, context_lens, tiling)
-        out = decode_attention(q, k_cache, v_cache, block_tables, pieces.lone_lens, tiling)
-        piece_attention(q, k_cache, v_cache, block_tables, context_lens, pieces, out)
+            return decode_attention(q, k_cache, v_cache, tables, slots, context_lens, tiling)
+        out = decode_attention(q, k_cache, v_cache, tables, slots, pieces.lone_lens, tiling)
+        piece_attention(q, k_cache, v_cache, tables, slots, context_lens, pieces, out)
         return out
 
     def prefill_attention(
-        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
+        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, prefill: PrefillMetadata
     ) -> torch.Tensor:
         if q.dtype == torch.float32:  # flash attention takes 16 bits only
-            return ReferenceKernels().prefill_attention(q, k_cache, v_cache, prefill)
-        k, v = (_gathered(cache, prefill.slots, q.dtype) for cache in (k_cache, v_cache))
+            return ReferenceKernels().prefill_attention(q, k_cache, v_cache, tables, prefill)
+        cells = _cells(tables, prefill, cache_shape(k_cache)[1])
+        k, v = (_gathered(cache, cells, q.dtype) for cache in (k_cache, v_cache))
         out = varlen_attn(
             q, k, v, prefill.query_starts, prefill.context_starts, max(prefill.query_lens), max(prefill.context_lens),
             window_size=(-1, 0),
@@ -170,15 +174,24 @@ class FusedKernels:
         return linear(x, dequantize(weight, x.shape[1], x.dtype))
 
 
-def _gathered(cache: Cache, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What stands at `slots` [n] -> [n, K, D]."""
+def _cells(tables: torch.Tensor, prefill: PrefillMetadata, block_size: int) -> torch.Tensor:
+    """Where the contexts of all sequences are in the cache, one after another."""
+    starts, total = prefill.context_starts, sum(prefill.context_lens)
+    count = torch.arange(total, device=tables.device, dtype=torch.int32)
+    of = torch.searchsorted(starts, count, right=True) - 1
+    position = count - starts[of]
+    return tables[prefill.slots[of], position // block_size].long() * block_size + position % block_size
+
+
+def _gathered(cache: Cache, cells: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What stands in `cells` [n] -> [n, K, D]."""
     if isinstance(cache, torch.Tensor):
-        return cache.flatten(0, 1).index_select(0, slots)
+        return cache.flatten(0, 1).index_select(0, cells)
     _, block_size, kv_heads, d = cache.values.shape
-    out = torch.empty(len(slots), kv_heads, d, dtype=dtype, device=slots.device)
-    grid = (len(slots), triton.cdiv(kv_heads, HEADS_PER_PROGRAM))
+    out = torch.empty(len(cells), kv_heads, d, dtype=dtype, device=cells.device)
+    grid = (len(cells), triton.cdiv(kv_heads, HEADS_PER_PROGRAM))
     _dequantize[grid](
-        cache.values, cache.scales, slots, out, kv_heads, d, block_size, HEADS_PER_PROGRAM, triton.next_power_of_2(d),
+        cache.values, cache.scales, cells, out, kv_heads, d, block_size, HEADS_PER_PROGRAM, triton.next_power_of_2(d),
         num_warps=4,
     )  # fmt: skip
     return out
@@ -190,34 +203,31 @@ def _outputs(x: torch.Tensor, width: int, quantize: bool) -> tuple[torch.Tensor,
     return out, torch.empty(len(x), 1, dtype=torch.float32, device=x.device) if quantize else out
 
 
-@triton.jit(do_not_specialize=["table_stride", "padding_slot", "last_slot"])
-def _unpack_decodes(
-    packed, newest, token_ids, positions, slot_mapping, context_lens, seq_slots, lone_lens, tables, table_stride,
-    block_size, padding_slot, last_slot, sampled: tl.constexpr, chunk: tl.constexpr,
+@triton.jit(do_not_specialize=["packed", "size", "table_stride", "padding_slot"])
+def _unpack_tokens(
+    packed, newest, tables, ids, positions, cells, context_lens, slots, sampled_slots, lone_lens, size, table_stride,
+    padding_slot, block_size: tl.constexpr, sampled: tl.constexpr, alone: tl.constexpr, sampled_after: tl.constexpr,
+    chunk: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    i = tl.program_id(0) * chunk + tl.arange(0, chunk)
+    inside = i < size
     n = tl.load(packed)
-    width = tl.load(packed + 1)
-    real = row < n
-    to_row = packed + 2 + row
-    position = tl.load(to_row + n, mask=real, other=0)
-    slot = tl.load(to_row + 2 * n, mask=real, other=last_slot)
-    token = tl.load(to_row, mask=real, other=0).to(tl.int64)
-    token = tl.where(token == sampled, tl.load(newest + slot), token)
-    alone = tl.load(to_row + 3 * n, mask=real, other=0)
-    table = packed + 2 + 4 * n + row * width
-    block = tl.load(table + position // block_size, mask=real, other=0).to(tl.int64)
-    tl.store(token_ids + row, token)
-    tl.store(positions + row, position.to(tl.int64))
-    tl.store(seq_slots + row, slot.to(tl.int64))
-    tl.store(context_lens + row, tl.where(real, position + 1, 0).to(tl.int64))
-    tl.store(lone_lens + row, ((position + 1) * alone).to(tl.int64))
-    tl.store(slot_mapping + row, tl.where(real, block * block_size + position % block_size, padding_slot))
-    i = tl.arange(0, chunk)
-    for start in range(0, width, chunk):
-        inside = real & (start + i < width)
-        blocks = tl.load(table + start + i, mask=inside, other=0).to(tl.int64)
-        tl.store(tables + row.to(tl.int64) * table_stride + start + i, blocks, mask=inside)
+    real = i < n
+    at = packed + 1 + i
+    token = tl.load(at, mask=real, other=0).to(tl.int64)
+    position = tl.load(at + n, mask=real, other=0).to(tl.int64)
+    slot = tl.load(at + 2 * n, mask=real, other=padding_slot).to(tl.int64)
+    flags = tl.load(at + 3 * n, mask=real, other=0)
+    token = tl.where(token == sampled, tl.load(newest + slot, mask=inside, other=0), token)
+    block = tl.load(tables + slot * table_stride + position // block_size, mask=inside, other=0).to(tl.int64)
+    context = tl.where(real, position + 1, 0)
+    tl.store(ids + i, token, mask=inside)
+    tl.store(positions + i, position, mask=inside)
+    tl.store(cells + i, block * block_size + position % block_size, mask=inside)
+    tl.store(context_lens + i, context, mask=inside)
+    tl.store(slots + i, slot, mask=inside)
+    tl.store(sampled_slots + i, tl.where((flags & sampled_after) != 0, slot, padding_slot), mask=inside)
+    tl.store(lone_lens + i, tl.where((flags & alone) != 0, context, 0), mask=inside)
 
 
 @triton.jit
@@ -253,9 +263,9 @@ def _add_rms_norm(
 
 
 # What changes from step to step is not specialised on: a kernel compiled in the middle of traffic is a stall.
-@triton.jit(do_not_specialize=["positions", "slots"])
+@triton.jit(do_not_specialize=["positions", "cells"])
 def _rotate_and_write(
-    qkv, q, k_cache, v_cache, k_scales, v_scales, rotary, positions, slots,
+    qkv, q, k_cache, v_cache, k_scales, v_scales, rotary, positions, cells,
     n_heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, block_size: tl.constexpr, quantize: tl.constexpr,
     heads: tl.constexpr, width: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +273,7 @@ def _rotate_and_write(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads + tl.arange(0, heads)
     i = tl.arange(0, width)[None, :]
-    slot = tl.load(slots + token)
+    cell = tl.load(cells + token)
     position = tl.load(positions + token)
     inside = (head < n_heads + 2 * kv_heads)[:, None] & (i < d)
     x = tl.load(qkv + (token * (n_heads + 2 * kv_heads) + head[:, None]) * d + i, mask=inside, other=0.0)
@@ -276,13 +286,13 @@ def _rotate_and_write(
     k_head, v_head = head - n_heads, head - n_heads - kv_heads
     is_k = (k_head >= 0) & (k_head < kv_heads)
     is_v = (v_head >= 0) & (v_head < kv_heads)
-    to_k = k_cache + (slot * kv_heads + k_head[:, None]) * d + i
-    to_v = v_cache + (slot * kv_heads + v_head[:, None]) * d + i
+    to_k = k_cache + (cell * kv_heads + k_head[:, None]) * d + i
+    to_v = v_cache + (cell * kv_heads + v_head[:, None]) * d + i
     if quantize:
         exact = tl.where(is_k[:, None], turned, x).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(exact), 1), 1e-12) / 448.0
         rounded = (exact / scale[:, None]).to(k_cache.dtype.element_ty)
-        to_scale = slot // block_size * kv_heads * block_size + slot % block_size
+        to_scale = cell // block_size * kv_heads * block_size + cell % block_size
         tl.store(to_k, rounded, mask=inside & is_k[:, None])
         tl.store(to_v, rounded, mask=inside & is_v[:, None])
         tl.store(k_scales + to_scale + k_head * block_size, scale, mask=is_k)
@@ -294,17 +304,17 @@ def _rotate_and_write(
 
 @triton.jit
 def _dequantize(
-    values, scales, slots, out,
+    values, scales, cells, out,
     kv_heads: tl.constexpr, d: tl.constexpr, block_size: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads + tl.arange(0, heads)
     i = tl.arange(0, width)[None, :]
-    slot = tl.load(slots + row)
+    cell = tl.load(cells + row)
     inside = (head < kv_heads)[:, None] & (i < d)
-    to_scale = (slot // block_size * kv_heads + head) * block_size + slot % block_size
+    to_scale = (cell // block_size * kv_heads + head) * block_size + cell % block_size
     scale = tl.load(scales + to_scale, mask=head < kv_heads, other=0.0)
-    x = tl.load(values + (slot * kv_heads + head[:, None]) * d + i, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(values + (cell * kv_heads + head[:, None]) * d + i, mask=inside, other=0.0).to(tl.float32)
     exact = x * scale[:, None]
     tl.store(out + (row * kv_heads + head[:, None]) * d + i, exact.to(out.dtype.element_ty), mask=inside)
 

@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from model.batch import SAMPLED
-from model.kernels import Activations, Cache, DecodeInputs, Int4Weight, Pieces, PrefillMetadata, Quantized, packed_size
+from model.batch import ALONE, SAMPLED, SAMPLED_AFTER
+from model.kernels import Activations, Cache, Int4Weight, Pieces, PrefillMetadata, Quantized, Tokens
 from model.packing import unpacked
 
 FLOAT8_MAX = 448.0  # of e4m3
@@ -13,21 +13,21 @@ FLOAT8_MAX = 448.0  # of e4m3
 class ReferenceKernels:
     """See `Kernels`."""
 
-    def unpack_decodes(
-        self, packed: torch.Tensor, newest: torch.Tensor, inputs: DecodeInputs, block_size: int, padding_slot: int
+    def unpack_tokens(
+        self, packed: torch.Tensor, newest: torch.Tensor, tables: torch.Tensor, block_size: int, tokens: Tokens
     ) -> None:
-        n, width = packed[:2].tolist()
-        token_ids, positions, slots, alone = packed[2 : 2 + 4 * n].long().view(4, n)
-        tables = packed[2 + 4 * n : packed_size(n, width)].long().view(n, width)
-        inputs.token_ids[:n] = torch.where(token_ids == SAMPLED, newest[slots], token_ids)
-        inputs.positions[:n], inputs.context_lens[:n], inputs.seq_slots[:n] = positions, positions + 1, slots
-        blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
-        inputs.slot_mapping[:n] = blocks * block_size + positions % block_size
-        inputs.block_tables[:n, :width] = tables
-        inputs.pieces.lone_lens[:n] = (positions + 1) * alone
-        for padded in (inputs.token_ids, inputs.positions, inputs.context_lens, inputs.pieces.lone_lens):
+        n = int(packed[0])
+        ids, positions, slots, flags = packed[1 : 1 + 4 * n].long().view(4, n)
+        padding_slot = len(newest) - 1
+        tokens.ids[:n] = torch.where(ids == SAMPLED, newest[slots], ids)
+        tokens.positions[:n], tokens.context_lens[:n], tokens.slots[:n] = positions, positions + 1, slots
+        tokens.sampled_slots[:n] = torch.where(flags & SAMPLED_AFTER > 0, slots, padding_slot)
+        tokens.lone_lens[:n] = (positions + 1) * (flags & ALONE)
+        for padded in (tokens.ids, tokens.positions, tokens.context_lens, tokens.lone_lens):
             padded[n:] = 0
-        inputs.slot_mapping[n:], inputs.seq_slots[n:] = padding_slot, len(newest) - 1
+        tokens.slots[n:] = tokens.sampled_slots[n:] = padding_slot
+        blocks = tables[tokens.slots, tokens.positions // block_size]
+        tokens.cells.copy_(blocks * block_size + tokens.positions % block_size)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, quantize: bool = False
@@ -50,30 +50,31 @@ class ReferenceKernels:
         positions: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        slot_mapping: torch.Tensor,
+        cells: torch.Tensor,
     ) -> torch.Tensor:
         kv_heads, d = cache_shape(k_cache)[2:]
         heads = qkv.view(len(qkv), -1, d)
         rotated = rotate(heads[:, : n_heads + kv_heads], rotary[positions])
-        self._write(k_cache, slot_mapping, rotated[:, n_heads:])
-        self._write(v_cache, slot_mapping, heads[:, n_heads + kv_heads :])
+        self._write(k_cache, cells, rotated[:, n_heads:])
+        self._write(v_cache, cells, heads[:, n_heads + kv_heads :])
         return rotated[:, :n_heads]
 
-    def _write(self, cache: Cache, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """rows [T, K, D] to `slots` [T]."""
+    def _write(self, cache: Cache, cells: torch.Tensor, heads: torch.Tensor) -> None:
+        """heads [T, K, D] to `cells` [T]."""
         if isinstance(cache, torch.Tensor):
-            cache.flatten(0, 1).index_copy_(0, slots, rows)
+            cache.flatten(0, 1).index_copy_(0, cells, heads)
             return
-        quantized, block_size = self.quantize_rows(rows), cache.values.shape[1]
-        _bytes(cache.values).flatten(0, 1).index_copy_(0, slots, _bytes(quantized.values))
-        cache.scales[slots // block_size, slots % block_size] = quantized.scales
+        quantized, block_size = self.quantize_rows(heads), cache.values.shape[1]
+        _bytes(cache.values).flatten(0, 1).index_copy_(0, cells, _bytes(quantized.values))
+        cache.scales[cells // block_size, cells % block_size] = quantized.scales
 
     def decode_attention(
         self,
         q: torch.Tensor,
         k_cache: Cache,
         v_cache: Cache,
-        block_tables: torch.Tensor,
+        tables: torch.Tensor,
+        slots: torch.Tensor,
         context_lens: torch.Tensor,
         pieces: Pieces | None = None,
     ) -> torch.Tensor:
@@ -81,7 +82,8 @@ class ReferenceKernels:
         block_size, kv_heads = cache_shape(k_cache)[1:3]
         longest = max(1, int(context_lens.max()))
         width = -(-longest // block_size)
-        blocks = block_tables[:, :width].flatten()  # index_select copies whole blocks, a third of indexing's time
+        # index_select copies whole blocks, a third of indexing's time
+        blocks = tables[:, :width].index_select(0, slots).flatten()
         # The G queries of a group share their keys as G tokens would.
         k, v = (_blocks(cache, blocks, q.dtype).view(n, -1, kv_heads, d) for cache in (k_cache, v_cache))
         k, v = (x[:, :longest].transpose(1, 2) for x in (k, v))  # [S, K, L, D]
@@ -91,13 +93,17 @@ class ReferenceKernels:
         return out if int(context_lens.min()) else out.masked_fill(context_lens.view(n, 1, 1) == 0, 0.0)
 
     def prefill_attention(
-        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, prefill: PrefillMetadata
+        self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, prefill: PrefillMetadata
     ) -> torch.Tensor:
+        """One sequence at a time: no more than one context is ever copied."""
         out = torch.empty_like(q)
-        start = context_start = 0
-        for length, context in zip(prefill.query_lens, prefill.context_lens, strict=True):
-            slots = prefill.slots[context_start : context_start + context]
-            k, v = (cached_rows(x, slots, q.dtype).transpose(0, 1).unsqueeze(0) for x in (k_cache, v_cache))
+        block_size, start = cache_shape(k_cache)[1], 0
+        for i, (length, context) in enumerate(zip(prefill.query_lens, prefill.context_lens, strict=True)):
+            blocks = tables[:, : -(-context // block_size)].index_select(0, prefill.slots[i : i + 1]).flatten()
+            k, v = (
+                _blocks(cache, blocks, q.dtype).flatten(0, 1)[:context].transpose(0, 1).unsqueeze(0)
+                for cache in (k_cache, v_cache)
+            )
             query = q[start : start + length].transpose(0, 1).unsqueeze(0)
             # The chunk's first token stands at position context - length and sees everything up to itself.
             mask = None
@@ -107,7 +113,7 @@ class ReferenceKernels:
                 query, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
             )
             out[start : start + length] = attended.squeeze(0).transpose(0, 1)
-            start, context_start = start + length, context_start + context
+            start += length
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor, quantize: bool = False) -> Activations:
@@ -160,13 +166,13 @@ def cache_shape(cache: Cache) -> torch.Size:
     return (cache.values if isinstance(cache, Quantized) else cache).shape
 
 
-def cached_rows(cache: Cache, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What stands at `slots` [n] -> [n, K, D]; of a cache in 8 bits in `dtype`."""
+def cached(cache: Cache, cells: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What stands in `cells` [n] -> [n, K, D]; of a cache in 8 bits in `dtype`."""
     if isinstance(cache, torch.Tensor):
-        return cache.flatten(0, 1).index_select(0, slots)
+        return cache.flatten(0, 1).index_select(0, cells)
     block_size = cache.values.shape[1]
-    values = _bytes(cache.values).flatten(0, 1).index_select(0, slots).view(cache.values.dtype)
-    return (values.float() * cache.scales[slots // block_size, slots % block_size]).to(dtype)
+    values = _bytes(cache.values).flatten(0, 1).index_select(0, cells).view(cache.values.dtype)
+    return (values.float() * cache.scales[cells // block_size, cells % block_size]).to(dtype)
 
 
 def _blocks(cache: Cache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

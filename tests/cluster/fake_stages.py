@@ -14,6 +14,7 @@ from cluster.sequence import Request
 from model.batch import SAMPLED, Batch, LateMasks, SampleRow, StepOutput, uniform
 
 VOCABULARY = 61
+NOWHERE = 10**8  # a block that nobody has
 Cells = np.ndarray[tuple[int], np.dtype[np.uint64]]
 Table = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -45,30 +46,32 @@ def _bit(mask: bytes, token_id: int) -> bool:
 
 
 class FakeStages:
-    """One KV cache, and the newest token of each slot."""
+    """One KV cache, and of each slot the newest token and the block table."""
 
     def __init__(self, num_blocks: int, block_size: int, num_slots: int, kills: set[int]) -> None:
         """`kills`: keys and values whose computation is the stage's death."""
         self._block_size, self._kills = block_size, kills
         self._kv = np.zeros(num_blocks * block_size, np.uint64)
         self._newest = np.zeros(num_slots, np.int32)
+        self._tables = np.zeros((num_slots, num_blocks), np.int32)
         self.forget()
 
     def forget(self) -> None:
         """The memory is new: whatever is read before it is written is wrong."""
         self._kv[:] = np.arange(len(self._kv), dtype=np.uint64) + np.uint64(10**9)
         self._newest[:] = -7
+        self._tables[:] = NOWHERE
 
     def run(self, batch: Batch, late: LateMasks | None) -> StepOutput:
         draws = {row.row: row for row in (late.fill(batch.draws) if late is not None else batch.draws)}
         assert not any(row.awaits_mask for row in draws.values()), "a step is sampled without its mask"
-        tables = batch.block_tables.reshape(batch.num_seqs, -1)
+        new_blocks = np.split(batch.new_blocks, np.cumsum(batch.num_new_blocks)[:-1])
+        for slot, stop, blocks in zip(batch.slots, batch.num_blocks(self._block_size), new_blocks, strict=True):
+            self._tables[slot, stop - len(blocks) : stop] = blocks
         contexts, at = [], 0
-        for table, slot, start, count in zip(
-            tables, batch.slots, batch.num_computed_tokens, batch.query_lens, strict=True
-        ):
+        for slot, start, count in zip(batch.slots, batch.num_computed_tokens, batch.query_lens, strict=True):
             token_ids = [int(self._newest[slot]) if t == SAMPLED else int(t) for t in batch.token_ids[at:][:count]]
-            contexts.append(self._compute(table, int(start), token_ids))
+            contexts.append(self._compute(self._tables[slot], int(start), token_ids))
             at += count
         tokens = []
         for row, index in enumerate(batch.sample_rows.tolist()):

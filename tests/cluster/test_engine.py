@@ -4,6 +4,7 @@ import random
 import threading
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,8 +29,8 @@ def naive(prompt: list[int], count: int, temperature: float = 0.0, seed: int = 0
     for _ in range(count):
         n = len(tokens)
         row = SampleRow(0, uniform(seed, n), temperature, 0, 1.0, 0.0)
-        ids, zero = np.array(tokens, np.int32), np.zeros(1, np.int32)
-        batch = Batch(0, 0, ids, np.array([n], np.int32), zero, np.arange(64, dtype=np.int32), zero, -1, zero, [row])
+        batch = Batch.of_one(np.array(tokens, np.int32), stage.kv.block_size)
+        batch = msgspec.structs.replace(batch, draws=[row])
         tokens += stage.run(batch, None).token_ids.tolist()  # type: ignore[union-attr]
     return tokens[len(prompt) :]
 

@@ -152,8 +152,6 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
     (decoder,) = decoders(1)
     n = len(tokens)
     stage = Stage(decoder, -(-n // BLOCK), BLOCK, 1)
-    ids, zero = np.array(tokens, np.int32), np.zeros(1, np.int32)
-    tables = np.arange(-(-n // BLOCK), dtype=np.int32)
     seen: list[torch.Tensor] = []
     logits = decoder.logits
 
@@ -163,7 +161,7 @@ def naive_logits(tokens: list[int]) -> torch.Tensor:
 
     decoder.logits = keep  # type: ignore[method-assign]
     try:
-        stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, tables, zero, -1, zero, []), None)
+        stage.run(Batch.of_one(np.array(tokens, np.int32), BLOCK), None)
     finally:
         del decoder.logits  # type: ignore[method-assign]
     return seen[0]

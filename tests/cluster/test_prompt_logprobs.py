@@ -17,12 +17,10 @@ K = 3
 def naive(prompt: list[int]) -> torch.Tensor:
     """Log probabilities [n, V] of what follows each token, from one pass."""
     (stage,) = make_stages(num_blocks=64)
-    n = len(prompt)
-    ids, zero = np.array(prompt, np.int32), np.zeros(1, np.int32)
     hidden: list[torch.Tensor] = []
     forward = stage.decoder.forward
     stage.decoder.forward = lambda *a: hidden.append(forward(*a)) or hidden[0]  # type: ignore[func-returns-value,method-assign]
-    stage.run(Batch(0, 0, ids, np.array([n], np.int32), zero, np.arange(64, dtype=np.int32), zero, -1, zero, []), None)
+    stage.run(Batch.of_one(np.array(prompt, np.int32), stage.kv.block_size), None)
     return stage.decoder.logits(hidden[0]).log_softmax(-1)
 
 

@@ -62,7 +62,7 @@ class Masking(Engine):
 
 def make_batch(step_id: int, draws: list[SampleRow] | None = None) -> Batch:
     one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    return Batch(0, step_id, one, one, zero, zero, zero, step_id - 1, zero, draws or [])
+    return Batch(0, step_id, one, one, zero, zero, zero, zero[:0], step_id - 1, zero, draws or [])
 
 
 def last_stage(**methods: Any) -> Any:

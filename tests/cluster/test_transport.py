@@ -46,7 +46,7 @@ HOST = "127.0.0.1"
 def batch(step_id: int = 0) -> Batch:
     penalties = Penalties(1.1, 0.2, 0.3, {5: 2, 7: 0})
     row = SampleRow(0, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties, (2,), b"\x05\xff")
-    arrays = (np.array(x, np.int32) for x in ([1, 2, 3, SAMPLED], [3, 1], [0, 17], [4, 0, 6, 7], [5, 9]))
+    arrays = (np.array(x, np.int32) for x in ([1, 2, 3, SAMPLED], [3, 1], [0, 17], [5, 9], [1, 2], [4, 6, 7]))
     return Batch(2, step_id, *arrays, step_id - 1, np.array([1], np.int32), [row], [PromptRow(0, 7, 3)])
 
 

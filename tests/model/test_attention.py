@@ -11,6 +11,8 @@ from model.batch import Batch
 from model.config import ModelConfig
 from model.kernels.reference import ReferenceKernels
 from model.kv_cache import KVCache
+from model.slots import Slots
+from tests.conftest import ints, with_tables
 
 BLOCK = 4
 
@@ -45,24 +47,24 @@ def test_paged_attention_equals_dense(
     sequences = sorted(sequences, key=lambda s: s[1] > 1)  # single tokens first, as Batch promises
     cache = KVCache(config, 1, 64, BLOCK, torch.float32, torch.device("cpu"))
     free = np.random.default_rng(0).permutation(64).astype(np.int32)
-    tables = np.zeros((len(sequences), 8), np.int32)
+    tables = free[: 8 * len(sequences)].reshape(-1, 8)
     queries, expected = [], []
     for i, (before, now) in enumerate(sequences):
-        tables[i] = free[i * 8 : (i + 1) * 8]
         length = before + now
         k, v = torch.randn(length, kv_heads, head_dim), torch.randn(length, kv_heads, head_dim)
-        slots = torch.tensor([tables[i, p // BLOCK] * BLOCK + p % BLOCK for p in range(length)]).long()
-        for held, rows in ((cache.k[0], k), (cache.v[0], v)):
+        cells = torch.tensor([tables[i, p // BLOCK] * BLOCK + p % BLOCK for p in range(length)]).long()
+        for held, heads_ in ((cache.k[0], k), (cache.v[0], v)):
             assert isinstance(held, torch.Tensor)
-            held.flatten(0, 1)[slots] = rows
+            held.flatten(0, 1)[cells] = heads_
         queries.append(torch.randn(now, heads, head_dim))
         expected.append(dense(queries[-1], k, v))
     batch = Batch(
-        0, 0, np.zeros(sum(n for _, n in sequences), np.int32), np.array([n for _, n in sequences], np.int32),
-        np.array([b for b, _ in sequences], np.int32), tables.reshape(-1),
-        np.arange(len(sequences), dtype=np.int32), -1, np.zeros(1, np.int32), [],
+        0, 0, np.zeros(sum(n for _, n in sequences), np.int32), ints(*(n for _, n in sequences)),
+        ints(*(b for b, _ in sequences)), ints(*range(len(sequences))), ints(), ints(), -1, ints(0), [],
     )  # fmt: skip
-    metadata = prepare(batch, BLOCK, torch.device("cpu"))
+    slots = Slots(len(sequences), 8, BLOCK, 64, torch.device("cpu"))
+    slots.extend(with_tables(batch, tables.tolist(), BLOCK))
+    metadata = prepare(batch, slots, ReferenceKernels())
     out = paged_attention(torch.cat(queries), cache.k[0], cache.v[0], metadata, ReferenceKernels())
     assert torch.allclose(out.double(), torch.cat(expected), atol=1e-5)
-    assert metadata.positions.tolist() == [b + j for b, n in sequences for j in range(n)]
+    assert metadata.tokens.positions.tolist() == [b + j for b, n in sequences for j in range(n)]

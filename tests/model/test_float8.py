@@ -20,6 +20,7 @@ from model.kv_cache import KVCache
 from model.layers import CudaLinear, DenseLinear, Float8Linear, StepByStep
 from model.llama import Decoder
 from model.roofline import Rates, StageWork
+from model.slots import Slots
 from model.weights.dummy import DummyCheckpoint
 from tests.conftest import TINY
 
@@ -54,10 +55,11 @@ def made(dtype: torch.dtype, fp8: frozenset[str] = frozenset(), config: ModelCon
 
 def logits(decoder: Decoder) -> torch.Tensor:
     """Of a sequence of 40 tokens."""
-    ids, zero = (np.arange(40, dtype=np.int32) * 7) % decoder.config.vocab_size, np.zeros(1, np.int32)
-    batch = Batch(0, 0, ids, np.array([40], np.int32), zero, np.arange(10, dtype=np.int32), zero, -1, zero[:0], [])
+    ids = (np.arange(40, dtype=np.int32) * 7) % decoder.config.vocab_size
+    batch, slots = Batch.of_one(ids, 4), Slots(1, 10, 4, 10, CPU)
+    slots.extend(batch)
     kv = KVCache(decoder.config, len(decoder.layers), 10, 4, decoder.dtype, CPU)
-    x = decoder.forward(decoder.embed(torch.from_numpy(ids).long()), kv, prepare(batch, 4, CPU))
+    x = decoder.forward(decoder.embed(torch.from_numpy(ids).long()), kv, prepare(batch, slots, decoder.kernels))
     return decoder.logits(x)
 
 

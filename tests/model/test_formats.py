@@ -18,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.attention import prepare
 from model.batch import Batch
 from model.config import split_layers
+from model.kernels import kernels_for
 from model.kv_cache import KVCache
 from model.llama import Decoder
+from model.slots import Slots
 from model.weights import open_checkpoint
 from model.weights.sharded import write_shards
 from tests.model.test_weights import GGUF_NAMES, HF_NAMES, meta_rows
@@ -208,8 +210,8 @@ def our_logits(path: Path, stages: int) -> torch.Tensor:
     """[T, V] from a chain of stages, each of which reads only its own share."""
     checkpoint = open_checkpoint(path)
     config, n = checkpoint.config, len(TOKENS)
-    ids, one, zero = (np.array(x, dtype=np.int32) for x in (TOKENS, [n], [0]))
-    metadata = prepare(Batch(0, 0, ids, one, zero, zero, zero, -1, zero[:0], []), n, CPU)
+    batch = Batch.of_one(np.array(TOKENS, np.int32), n)
+    metadata = prepare(batch, Slots(1, 1, n, 1, CPU), kernels_for(CPU))
     x = torch.tensor(TOKENS)
     with torch.inference_mode():
         for part in split_layers(config, stages):

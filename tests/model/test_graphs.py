@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.attention import packed_tokens
 from model.batch import SAMPLED, Batch, PromptRow, SampleRow
 from model.graphs import (
     MIXED_PROMPTS,
@@ -20,38 +21,37 @@ from model.graphs import (
     mixed_buckets,
     pieces_of,
 )
-from model.kernels import piece_tokens
+from model.kernels import Tokens, piece_tokens
+from model.kernels.reference import ReferenceKernels
 from model.memory import _largest_batch
 from model.sampling import Sampled
+from model.slots import Slots
 from model.stage import Stage
-from tests.conftest import make_stages
+from tests.conftest import ints, make_stages
 
 NO_SLOT = 64
 
 
-def ints(*values: int) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":
-    return np.array(values, np.int32)
-
-
 def steps(draws: list[SampleRow]) -> list[Batch]:
-    """Two prompts; then one goes on, one is in the middle, and another comes whole; then all three decode."""
+    """Two prompts; then one goes on, one is in the middle, and another comes whole; then all three decode.
+
+    In blocks of 4: the first sequence has 0 to 7, the second 8 to 15, the third 16 to 23.
+    """
     prompt = np.arange(30, dtype=np.int32) * 7 % 300
-    tables = np.arange(24, dtype=np.int32)
+    slots, all_ = ints(3, 9, 4), ints(0, 1, 2)
+    first, mixed = ints(0, 1, 8, 9, 10), np.concatenate(([SAMPLED], prompt[:13])).astype(np.int32)
     return [
-        Batch(0, 0, prompt[:15], ints(5, 10), ints(0, 0), tables[:16], ints(3, 9), -1, ints(0), []),
-        Batch(
-            0, 1, np.concatenate(([SAMPLED], prompt[:13])).astype(np.int32), ints(1, 6, 7), ints(5, 10, 0), tables,
-            ints(3, 9, 4), 0, ints(0, 1, 2), draws,
-        ),
-        Batch(0, 2, ints(*[SAMPLED] * 3), ints(1, 1, 1), ints(6, 16, 7), tables, ints(3, 9, 4), 1, ints(0, 1, 2), []),
+        Batch(0, 0, prompt[:15], ints(5, 10), ints(0, 0), slots[:2], ints(2, 3), first, -1, ints(0), []),
+        Batch(0, 1, mixed, ints(1, 6, 7), ints(5, 10, 0), slots, ints(0, 1, 2), ints(11, 16, 17), 0, all_, draws),
+        Batch(0, 2, ints(*[SAMPLED] * 3), ints(1, 1, 1), ints(6, 16, 7), slots, ints(0, 1, 0), ints(12), 1, all_, []),
     ]  # fmt: skip
 
 
-def run(stages: list[Stage], draws: list[SampleRow], apart: bool = False) -> list[tuple[list[int], dict[int, float]]]:
+def run(stages: list[Stage], draws: list[SampleRow]) -> list[tuple[list[int], dict[int, float]]]:
     """Token ids and logprobs of each step."""
     found = []
-    for step in steps(draws):
-        batch, result = step.one_by_one(NO_SLOT) if apart else step, None
+    for batch in steps(draws):
+        result = None
         for stage in stages:
             result = stage.run(batch, result)
         assert isinstance(result, Sampled)
@@ -70,12 +70,6 @@ def assert_equal(
 
 
 DRAWS = [[], [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, logprobs=3)]]
-
-
-@pytest.mark.parametrize("draws", DRAWS)
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_batch_taken_apart_gives_the_same_tokens(count: int, draws: list[SampleRow]) -> None:
-    assert_equal(run(make_stages(stages=count), draws, apart=True), run(make_stages(stages=count), draws))
 
 
 class Recorder:
@@ -106,7 +100,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones(count: int, draws: list[Sa
     stages = make_stages(stages=count)
     for stage in stages:
         with torch.inference_mode():
-            stage._graphs = Uncaptured(stage.decoder, stage.kv, stage._newest, 64)
+            stage._graphs = Uncaptured(stage.decoder, stage.kv, stage.slots, 64)
         assert all(stage._graphs.take(batch) for batch in steps(draws))
     assert_equal(run(stages, draws), run(make_stages(stages=count), draws))
 
@@ -114,21 +108,19 @@ def test_captured_steps_give_the_tokens_of_eager_ones(count: int, draws: list[Sa
 def test_steps_that_are_too_much_for_a_captured_one_are_left_out() -> None:
     (stage,) = make_stages()
     with torch.inference_mode():
-        graphs = Uncaptured(stage.decoder, stage.kv, stage._newest, 32)
+        graphs = Uncaptured(stage.decoder, stage.kv, stage.slots, 32)
     _, mixed, decode = steps([])
     many = np.zeros(33, np.int32)
     assert graphs.take(mixed)
     assert not graphs.take(msgspec.structs.replace(mixed, prompt_rows=[PromptRow(1, 5, 0)]))
     assert not graphs.take(msgspec.structs.replace(mixed, token_ids=many, query_lens=ints(1, 6, 26)))
-    wide = np.zeros(3 * 2**17, np.int32)
-    assert not graphs.take(msgspec.structs.replace(mixed, block_tables=wide))
-    assert graphs.take(msgspec.structs.replace(decode, block_tables=wide))
+    assert graphs.take(decode)
     assert not graphs.take(msgspec.structs.replace(mixed, num_computed_tokens=ints(5, 10**7, 0)))
     with torch.inference_mode():
-        roomy = Uncaptured(stage.decoder, stage.kv, stage._newest, 256)
+        roomy = Uncaptured(stage.decoder, stage.kv, stage.slots, 256)
     for count in (MIXED_PROMPTS, MIXED_PROMPTS + 1):
         twos, none = np.full(count, 2, np.int32), np.zeros(count, np.int32)
-        prompts = Batch(0, 0, np.zeros(2 * count, np.int32), twos, none, none, none, -1, none, [])
+        prompts = Batch(0, 0, np.zeros(2 * count, np.int32), twos, none, none, none, none[:0], -1, none, [])
         assert roomy.take(prompts) == (count == MIXED_PROMPTS)
 
 
@@ -143,8 +135,8 @@ def test_pieces_begin_with_their_sequence() -> None:
 def test_there_is_room_for_all_pieces_that_may_come(most: int) -> None:
     """So many prompts with one token more than fills their pieces."""
     lens = np.full(MIXED_PROMPTS, most + 1, np.int32)
-    slots = int(lens.sum()) // most + MIXED_PROMPTS
-    assert int(pieces_of(lens, most, slots)[1].count_nonzero()) == 2 * MIXED_PROMPTS
+    room = int(lens.sum()) // most + MIXED_PROMPTS
+    assert int(pieces_of(lens, most, room)[1].count_nonzero()) == 2 * MIXED_PROMPTS
 
 
 @pytest.mark.parametrize(("groups", "tokens"), [(1, 64), (2, 32), (3, 16), (8, 8), (64, 1), (71, 1)])
@@ -152,15 +144,38 @@ def test_a_piece_fills_a_tile_with_queries(groups: int, tokens: int) -> None:
     assert piece_tokens(groups) == tokens
 
 
-def test_what_nothing_is_sampled_after_keeps_no_slot() -> None:
-    """A captured step writes the likeliest token to the slot of every row: a prompt's middle must not be one."""
-    first, second, third = steps([])
-    assert first.one_by_one(NO_SLOT).slots.tolist() == [NO_SLOT] * 4 + [3] + [NO_SLOT] * 10
-    apart = second.one_by_one(NO_SLOT)
-    assert apart.slots.tolist() == [3] + [NO_SLOT] * 5 + [9] + [NO_SLOT] * 6 + [4]
-    assert apart.num_computed_tokens.tolist() == [5, *range(10, 16), *range(7)]
-    assert apart.sample_rows.tolist() == [0, 6, 13]
-    assert third.one_by_one(NO_SLOT) is third
+@pytest.mark.parametrize("room", [14, 20])
+def test_a_step_token_by_token(room: int) -> None:
+    """A captured step writes the likeliest token to a slot for every token: a prompt's middle must not have one."""
+    first, second, _ = steps([])
+    slots = Slots(NO_SLOT, 8, 4, 99, torch.device("cpu"))
+    slots.newest[3] = 77
+    for batch in (first, second):
+        slots.extend(batch)
+    tokens = Tokens.empty(room, torch.device("cpu"))
+    packed = torch.from_numpy(np.concatenate(packed_tokens(second)))
+    ReferenceKernels().unpack_tokens(packed, slots.newest, slots.tables, 4, tokens)
+    more, none = room - 14, [0] * (room - 14)
+    assert tokens.ids.tolist() == [77, *second.token_ids[1:].tolist(), *none]
+    assert tokens.positions.tolist() == [5, *range(10, 16), *range(7), *none]
+    assert tokens.context_lens.tolist() == [6, *range(11, 17), *range(1, 8), *none]
+    assert tokens.cells.tolist() == [5, *range(42, 48), *range(64, 71), *[99 * 4] * more]
+    assert tokens.slots.tolist() == [3] + [9] * 6 + [4] * 7 + [NO_SLOT] * more
+    assert tokens.sampled_slots.tolist() == [3] + [NO_SLOT] * 5 + [9] + [NO_SLOT] * 6 + [4] + [NO_SLOT] * more
+    assert tokens.lone_lens.tolist() == [6] + [0] * (13 + more)
+
+
+def test_tables_grow_by_what_is_new() -> None:
+    """And are the next sequence's from its first block on, whoever had the slot before."""
+    slots = Slots(NO_SLOT, 8, 4, 99, torch.device("cpu"))
+    for batch in steps([]):
+        slots.extend(batch)
+    assert [slots.tables[slot, :n].tolist() for slot, n in ((3, 2), (9, 5), (4, 2))] == [
+        [0, 1], [8, 9, 10, 11, 12], [16, 17],
+    ]  # fmt: skip
+    assert slots.tables[NO_SLOT].tolist() == [99] * 8
+    slots.extend(msgspec.structs.replace(Batch.of_one(ints(*range(9)), 4), slots=ints(9), new_blocks=ints(5, 6, 7)))
+    assert slots.tables[9, :5].tolist() == [5, 6, 7, 11, 12]
 
 
 def test_a_piece_reads_its_keys_once() -> None:
@@ -174,13 +189,13 @@ def test_what_is_not_captured_is_loaded_before_traffic() -> None:
     """A decode and a prompt, in nobody's block and slot."""
     for stage in make_stages(stages=2):
         kept = [cache[:-1].clone() for cache in (*stage.kv.k, *stage.kv.v) if isinstance(cache, torch.Tensor)]
-        stage._newest.fill_(7)
+        stage.slots.newest.fill_(7)
         with torch.inference_mode():
             stage._run_eagerly_once()
         now = [cache for cache in (*stage.kv.k, *stage.kv.v) if isinstance(cache, torch.Tensor)]
         assert all(torch.equal(a, b[:-1]) for a, b in zip(kept, now, strict=True))
         assert any(bool(cache[-1].any()) for cache in now) == stage.layers.is_first  # the other one is given zeros
-        assert stage._newest[:-1].eq(7).all()
+        assert stage.slots.newest[:-1].eq(7).all()
 
 
 def test_capturing_begins_with_a_step_that_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +204,7 @@ def test_capturing_begins_with_a_step_that_is_not_captured(monkeypatch: pytest.M
     eager = stage._eager
     monkeypatch.setattr("model.stage.StepGraphs", Uncaptured)
     monkeypatch.setattr(
-        stage, "_eager", lambda ids, x, step: seen.append(step.prefill is not None) or eager(ids, x, step)
+        stage, "_eager", lambda step, x: seen.append(bool((step.query_lens > 1).any())) or eager(step, x)
     )
     stage.capture(64, lambda done, total: None)
     assert seen == [True]

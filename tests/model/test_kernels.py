@@ -1,6 +1,6 @@
 """The fused kernels against their references, over odd sizes. Needs a CUDA device."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,16 +11,16 @@ from model.batch import SAMPLED
 from model.graphs import pieces_of
 from model.kernels import (
     Cache,
-    DecodeInputs,
     Int4Weight,
     Pieces,
     PrefillMetadata,
     Quantized,
+    Tokens,
     kernels_for,
     piece_tokens,
 )
 from model.kernels.device import has_warp_groups, tickets
-from model.kernels.reference import ReferenceKernels, cached_rows
+from model.kernels.reference import ReferenceKernels, cached
 from model.kernels.stream_k import MAX_ROWS, Tile
 from model.kv_cache import FLOAT8, KVCache
 from model.layers import CudaLinear, DenseLinear, Float8Linear, rotary_table
@@ -76,10 +76,10 @@ def test_rotate_and_write(dtype: torch.dtype, h: int, k: int, d: int, tokens: in
     qkv = torch.randn(tokens, (h + 2 * k) * d, device=GPU, dtype=dtype)
     rotary = rotary_table(4096, replace(TINY, head_dim=d), GPU)
     positions = torch.randint(0, 4096, (tokens,), device=GPU)
-    slots = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
+    cells = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
     caches = [[torch.zeros(20, BLOCK, k, d, device=GPU, dtype=t) for _ in range(2)] for t in (dtype, torch.float32)]
-    found = kernels_for(GPU).rotate_and_write(qkv, h, rotary, positions, *caches[0], slots)
-    expected = REFERENCE.rotate_and_write(qkv.float(), h, rotary, positions, *caches[1], slots)
+    found = kernels_for(GPU).rotate_and_write(qkv, h, rotary, positions, *caches[0], cells)
+    expected = REFERENCE.rotate_and_write(qkv.float(), h, rotary, positions, *caches[1], cells)
     assert error(found, expected) < TOLERANCE[dtype]
     for a, b in zip(*caches, strict=True):
         assert error(a, b) < TOLERANCE[dtype]
@@ -94,13 +94,13 @@ def test_rotate_and_write_in_8_bits(h: int, k: int, d: int, tokens: int) -> None
     qkv = torch.randn(tokens, (h + 2 * k) * d, device=GPU, dtype=torch.bfloat16)
     rotary = rotary_table(4096, config, GPU)
     positions = torch.randint(0, 4096, (tokens,), device=GPU)
-    slots = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
+    cells = torch.randperm(20 * BLOCK, device=GPU)[:tokens]
     found, expected = (KVCache(config, 1, 19, BLOCK, FLOAT8, GPU) for _ in range(2))
     for kernels, kv in ((kernels_for(GPU), found), (REFERENCE, expected)):
-        kernels.rotate_and_write(qkv, h, rotary, positions, kv.k[0], kv.v[0], slots)
+        kernels.rotate_and_write(qkv, h, rotary, positions, kv.k[0], kv.v[0], cells)
     every = torch.arange(20 * BLOCK, device=GPU)
     for a, b in ((found.k[0], expected.k[0]), (found.v[0], expected.v[0])):
-        x, y = (cached_rows(cache, every, torch.float32) for cache in (a, b))
+        x, y = (cached(cache, every, torch.float32) for cache in (a, b))
         assert error(x, y) < 2e-2  # a value between two of 8 bits may fall to either
         assert torch.equal(x == 0, y == 0), "written where it should not have been"
 
@@ -120,25 +120,22 @@ def test_8_bit_caches_are_laid_out_as_the_kernels_read_them() -> None:
 
 
 def paged(lens: list[int], k: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Caches full of poison but for the sequences' own slots, and the block tables [S, W]."""
+    """Caches full of poison but for the sequences' own cells, the tables [slots, W], and the slot of each sequence."""
     blocks = [-(-n // BLOCK) for n in lens]
     width, total = max(max(blocks), 1), sum(blocks) + 3
     order = torch.randperm(total)
-    tables = torch.zeros(len(lens), width, dtype=torch.int64)
+    slots = torch.randperm(len(lens) + 2)[: len(lens)]
+    tables = torch.zeros(len(lens) + 2, width, dtype=torch.int32)
     k_cache, v_cache = (torch.full((total, BLOCK, k, d), 1e4, device=GPU, dtype=dtype) for _ in range(2))
     start = 0
-    for i, (n, length) in enumerate(zip(blocks, lens, strict=True)):
-        tables[i, :n] = order[start : start + n]
+    for slot, n, length in zip(slots.tolist(), blocks, lens, strict=True):
+        tables[slot, :n] = order[start : start + n]
         start += n
-        slots = slots_of(tables[i], length)
+        position = torch.arange(length)
+        cells = (tables[slot, position // BLOCK] * BLOCK + position % BLOCK).to(GPU)
         for cache in (k_cache, v_cache):
-            cache.flatten(0, 1)[slots] = torch.randn(length, k, d, device=GPU, dtype=dtype)
-    return k_cache, v_cache, tables.to(GPU)
-
-
-def slots_of(table: torch.Tensor, length: int) -> torch.Tensor:
-    position = torch.arange(length)
-    return (table.cpu()[position // BLOCK] * BLOCK + position % BLOCK).to(GPU)
+            cache.flatten(0, 1)[cells] = torch.randn(length, k, d, device=GPU, dtype=dtype)
+    return k_cache, v_cache, tables.to(GPU), slots.to(GPU)
 
 
 LENGTHS = [[1], [16], [17], [1, 15, 16, 17, 63, 64, 65, 0, 1000], [2048], [300] * 40, [33] * 130, [100_000]]
@@ -149,11 +146,11 @@ LENGTHS = [[1], [16], [17], [1, 15, 16, 17, 63, 64, 65, 0, 1000], [2048], [300] 
 @pytest.mark.parametrize("lens", LENGTHS, ids=lambda x: f"{len(x)}x{max(x)}")
 def test_decode_attention(dtype: torch.dtype, h: int, k: int, d: int, lens: list[int]) -> None:
     torch.manual_seed(0)
-    k_cache, v_cache, tables = paged(lens, k, d, dtype)
+    k_cache, v_cache, *where = paged(lens, k, d, dtype)
     q = torch.randn(len(lens), h, d, device=GPU, dtype=dtype)
     context = torch.tensor(lens, device=GPU)
-    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, context)
-    expected = REFERENCE.decode_attention(q.float(), k_cache.float(), v_cache.float(), tables, context)
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, *where, context)
+    expected = REFERENCE.decode_attention(q.float(), k_cache.float(), v_cache.float(), *where, context)
     assert error(found, expected) < TOLERANCE[dtype]
 
 
@@ -162,12 +159,13 @@ def test_decode_attention(dtype: torch.dtype, h: int, k: int, d: int, lens: list
 @pytest.mark.parametrize("lens", LENGTHS, ids=lambda x: f"{len(x)}x{max(x)}")
 def test_decode_attention_over_8_bits(dtype: torch.dtype, h: int, k: int, d: int, lens: list[int]) -> None:
     torch.manual_seed(0)
-    *caches, tables = paged(lens, k, d, dtype)
+    *caches, tables, slots = paged(lens, k, d, dtype)
     k_cache, v_cache = (in_8_bits(cache) for cache in caches)
+    where = tables, slots
     q = torch.randn(len(lens), h, d, device=GPU, dtype=dtype)
     context = torch.tensor(lens, device=GPU)
-    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, context)
-    expected = REFERENCE.decode_attention(q.float(), k_cache, v_cache, tables, context)
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, *where, context)
+    expected = REFERENCE.decode_attention(q.float(), k_cache, v_cache, *where, context)
     assert error(found, expected) < TOLERANCE[dtype]
 
 
@@ -182,18 +180,18 @@ def test_pieces_of_prompts_attend_as_each_token_for_itself(
     dtype: torch.dtype, in_8: bool, h: int, k: int, d: int, sequences: list[tuple[int, int]]
 ) -> None:
     torch.manual_seed(0)
-    *caches, tables = paged([before + now for before, now in sequences], k, d, dtype)
+    *caches, tables, slots = paged([before + now for before, now in sequences], k, d, dtype)
     k_cache, v_cache = (in_8_bits(cache) if in_8 else cache for cache in caches)
     exact = (k_cache, v_cache) if in_8 else tuple(cache.float() for cache in caches)
     query_lens = np.array([now for _, now in sequences], np.int32)
-    row_tables = torch.cat([tables[i].expand(now, -1) for i, (_, now) in enumerate(sequences)]).contiguous()
+    of_token = torch.cat([slots[i].expand(now) for i, (_, now) in enumerate(sequences)])
     context = torch.cat([torch.arange(before + 1, before + now + 1) for before, now in sequences]).to(GPU)
-    rows, counts = pieces_of(query_lens, piece_tokens(h // k), len(context)).to(GPU)
+    starts, counts = pieces_of(query_lens, piece_tokens(h // k), len(context)).to(GPU)
     alone = torch.from_numpy(np.repeat(query_lens == 1, query_lens)).to(GPU)
-    pieces = Pieces(rows, counts, context * alone)
+    pieces = Pieces(starts, counts, context * alone)
     q = torch.randn(len(context), h, d, device=GPU, dtype=dtype)
-    expected = REFERENCE.decode_attention(q.float(), *exact, row_tables, context)  # type: ignore[arg-type]
-    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, row_tables, context, pieces)
+    expected = REFERENCE.decode_attention(q.float(), *exact, tables, of_token, context)  # type: ignore[arg-type]
+    found = kernels_for(GPU).decode_attention(q, k_cache, v_cache, tables, of_token, context, pieces)
     assert error(found, expected) < TOLERANCE[dtype]
 
 
@@ -207,15 +205,14 @@ def test_prefill_attention(
     """Chunks of (tokens before, tokens now)."""
     torch.manual_seed(0)
     lens, contexts = [n for _, n in sequences], [b + n for b, n in sequences]
-    *caches, tables = paged(contexts, k, d, dtype)
+    *caches, tables, slots = paged(contexts, k, d, dtype)
     k_cache, v_cache = (in_8_bits(cache) if in_8 else cache for cache in caches)
     q = torch.randn(sum(lens), h, d, device=GPU, dtype=dtype)
     starts = [torch.tensor([0, *x]).cumsum(0).int().to(GPU) for x in (lens, contexts)]
-    slots = torch.cat([slots_of(tables[i], n) for i, n in enumerate(contexts)])
-    prefill = PrefillMetadata(lens, contexts, *starts, slots)
-    found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, prefill)
+    prefill = PrefillMetadata(lens, contexts, *starts, slots.int())
+    found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, tables, prefill)
     expected = REFERENCE.prefill_attention(
-        q.float(), *(c.float() if isinstance(c, torch.Tensor) else c for c in (k_cache, v_cache)), prefill
+        q.float(), *(c.float() if isinstance(c, torch.Tensor) else c for c in (k_cache, v_cache)), tables, prefill
     )
     assert error(found, expected) < TOLERANCE[dtype]
 
@@ -379,27 +376,21 @@ def test_int4_products_in_parts_are_the_same_every_time(rows: int, tiling: tuple
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("size", [3, 4, 64])
+@pytest.mark.parametrize("size", [3, 4, 64, 300])
 @pytest.mark.parametrize("width", [2, 300])
-def test_unpack_decodes(size: int, width: int) -> None:
+def test_unpack_tokens(size: int, width: int) -> None:
     torch.manual_seed(0)
-    n = 3
-    lengths = torch.randint(0, width * BLOCK, (n,))
-    parts = torch.tensor([n, width]), torch.tensor([7, SAMPLED, 9]), lengths, torch.tensor([2, 0, 1])
-    alone = torch.tensor([1, 0, 1])
-    packed = torch.cat([*parts, alone, torch.randint(0, 1000, (n * width,))]).int().to(GPU)
-    newest = torch.randint(0, 1000, (5,), device=GPU)
-    made = []
-    for _ in range(2):
-        a, b, c, d, e, lone_lens = (torch.full((size,), -5, device=GPU) for _ in range(6))
-        tables = torch.full((size, 310), -5, device=GPU)
-        made.append(DecodeInputs(a, b, c, d, e, tables, Pieces(a[:0], a[:0], lone_lens)))
-    for kernels, inputs in zip((kernels_for(GPU), REFERENCE), made, strict=True):
-        kernels.unpack_decodes(packed, newest, inputs, BLOCK, 12345)
-    for name in ("token_ids", "positions", "slot_mapping", "context_lens", "seq_slots"):
-        assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name
-    assert torch.equal(made[0].pieces.lone_lens, made[1].pieces.lone_lens)
-    assert torch.equal(made[0].block_tables[:n], made[1].block_tables[:n])
+    n, slots = 3, 5
+    positions = torch.randint(0, width * BLOCK, (n,))
+    ids, of_token, flags = torch.tensor([7, SAMPLED, 9]), torch.tensor([2, 0, 2]), torch.tensor([1, 3, 2])
+    packed = torch.cat([torch.tensor([n]), ids, positions, of_token, flags]).int().to(GPU)
+    newest = torch.randint(0, 1000, (slots + 1,), device=GPU)
+    tables = torch.randint(0, 1000, (slots + 1, width), device=GPU, dtype=torch.int32)
+    made = Tokens.empty(size, GPU), Tokens.empty(size, GPU)
+    for kernels, tokens in zip((kernels_for(GPU), REFERENCE), made, strict=True):
+        kernels.unpack_tokens(packed, newest, tables, BLOCK, tokens)
+    for field in fields(Tokens):
+        assert torch.equal(*(getattr(tokens, field.name) for tokens in made)), field.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

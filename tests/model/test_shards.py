@@ -13,7 +13,9 @@ from model.group import DecoderGroup
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.shards import shards
+from model.slots import Slots
 from model.weights.dummy import DummyCheckpoint
+from tests.conftest import ints, with_tables
 
 CPU = torch.device("cpu")
 TOKENS = [(5 * i + 3) % 250 for i in range(40)]
@@ -44,14 +46,16 @@ def logits(config: ModelConfig, devices: int, stages: int = 1, fp8: frozenset[st
         tensors = checkpoint.tensors(part.tensor_names(config))
         groups.append(DecoderGroup(Decoder.sharded(config, part, tensors, torch.float32, [CPU] * devices, 64, fp8=fp8)))
     caches = [[KVCache(d.config, len(d.layers), 4, 16, d.dtype, CPU) for d in group.decoders] for group in groups]
+    slots = Slots(1, 4, 16, 4, CPU)
     found = []
     with torch.inference_mode():
         for start, stop in ((0, 25), (25, 39), (39, 40)):
             ids = np.array(TOKENS[start:stop], np.int32)
-            one, rows = np.array([stop - start], np.int32), np.arange(4, dtype=np.int32)
-            batch = Batch(0, 0, ids, one, one * 0 + start, rows[:3], rows[:1], -1, rows[:0], [])
-            metadata = prepare(batch, 16, CPU)
-            x = groups[0].leader.embed(torch.tensor(TOKENS[start:stop]))
+            batch = Batch(0, 0, ids, ints(stop - start), ints(start), ints(0), ints(), ints(), -1, ints(), [])
+            batch = with_tables(batch, [[0, 1, 2]], 16)
+            slots.extend(batch)
+            metadata = prepare(batch, slots, groups[0].leader.kernels)
+            x = groups[0].leader.embed(metadata.tokens.ids)
             for group, kv in zip(groups, caches, strict=True):
                 out = group.forward(x, kv, [metadata] * devices)
                 assert all(torch.equal(other, out[0]) for other in out)

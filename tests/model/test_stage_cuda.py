@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow
+from model.batch import SAMPLED, Batch, Int32Array, Penalties, PromptRow, SampleRow
 from model.config import ModelConfig, float8_products, split_layers
 from model.graphs import StepGraphs
 from model.kv_cache import FLOAT8
@@ -14,6 +14,7 @@ from model.sampling import Sampled
 from model.stage import Stage
 from model.transfer import to_device
 from model.weights.dummy import DummyCheckpoint
+from tests.conftest import with_tables
 from tests.model.test_graphs import Uncaptured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -43,23 +44,26 @@ def make(
     stage = Stage(decoder, 64, BLOCK, SLOTS, kv_dtype)
     if graphs is not None:
         with torch.inference_mode():
-            stage._graphs = graphs(stage.decoder, stage.kv, stage._newest, 512)
+            stage._graphs = graphs(stage.decoder, stage.kv, stage.slots, 512)
     return stage
 
 
 def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[int]]:
     """Prefill all prompts at once; then decode one step ahead of what the host knows."""
     n = len(prompts)
-    tables = np.arange(n * 8, dtype=np.int32)
-    slots = np.arange(n, dtype=np.int32)
-    rows = np.arange(n, dtype=np.int32)
+    rows, none = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+    tables = np.arange(n * 8).reshape(n, 8).tolist()
+
+    def step_of(step_id: int, ids: Int32Array, query_lens: Int32Array, computed: Int32Array) -> Batch:
+        batch = Batch(0, step_id, ids, query_lens, computed, rows, none, none[:0], step_id - 1, rows, [])
+        return with_tables(batch, tables, BLOCK)
+
     lens = np.array([len(p) for p in prompts], np.int32)
     ids = np.concatenate([np.array(p, np.int32) for p in prompts])
-    out = [stage.run(Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, slots, -1, rows, []), None)]
+    out = [stage.run(step_of(0, ids, lens, none), None)]
     for step in range(steps):
         one = np.ones(n, np.int32)
-        batch = Batch(0, step + 1, one * SAMPLED, one, lens + step, tables, slots, step, rows, [])
-        out.append(stage.run(batch, None))
+        out.append(stage.run(step_of(step + 1, one * SAMPLED, one, lens + step), None))
     return torch.stack([x.token_ids for x in out], 1).tolist()  # type: ignore[union-attr]
 
 
@@ -96,12 +100,12 @@ def test_nothing_waits_for_the_device() -> None:
         SampleRow(1, 0.5, 1.0, 5, 0.9, 0.1, mask=b"\x55" * 125),
     ]
     n, rows = 3, np.arange(3, dtype=np.int32)
-    lens, tables = np.full(n, 7, np.int32), np.arange(n * 8, dtype=np.int32)
+    lens, none = np.full(n, 7, np.int32), np.zeros(n, np.int32)
     prompts = [PromptRow(2, 5, 1)]
     ids = np.arange(n * 7, dtype=np.int32)
-    prefill = Batch(0, 0, ids, lens, np.zeros(n, np.int32), tables, rows, -1, rows, draws, prompts)
+    prefill = Batch(0, 0, ids, lens, none, rows, none + 1, rows, -1, rows, draws, prompts)
     one = np.ones(n, np.int32)
-    decode = Batch(0, 1, one * SAMPLED, one, lens, tables, rows, 0, rows, draws)
+    decode = Batch(0, 1, one * SAMPLED, one, lens, rows, none, none[:0], 0, rows, draws)
     for mode in ("default", "error"):  # the first time kernels are compiled
         torch.cuda.set_sync_debug_mode(mode)
         try:

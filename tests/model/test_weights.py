@@ -21,6 +21,7 @@ from model.config import ModelConfig, split_layers
 from model.errors import CheckpointError
 from model.kv_cache import KVCache
 from model.llama import Decoder
+from model.slots import Slots
 from model.weights import interleave_rotary, open_checkpoint, read_config, resolve_path
 from model.weights.gguf import field
 
@@ -94,9 +95,9 @@ def our_logits(path: Path, token_ids: list[int]) -> torch.Tensor:
         config.max_position_embeddings,
     )
     cache = KVCache(config, config.n_layers, 1, n, torch.float32, torch.device("cpu"))
-    ids, one, zero = (np.array(x, dtype=np.int32) for x in (token_ids, [n], [0]))
+    slots = Slots(1, 1, n, 1, torch.device("cpu"))
     with torch.inference_mode():
-        metadata = prepare(Batch(0, 0, ids, one, zero, zero, zero, -1, zero[:0], []), n, torch.device("cpu"))
+        metadata = prepare(Batch.of_one(np.array(token_ids, np.int32), n), slots, decoder.kernels)
         return decoder.logits(decoder.forward(decoder.embed(torch.tensor(token_ids)), cache, metadata))
 
 

@@ -63,12 +63,13 @@ def attention_figures(
     for layer in range(copies):
         _fill(kv, layer, config, device)
     q = torch.randn(sequences, config.n_heads, config.head_dim, dtype=torch.bfloat16, device=device)
-    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks)
+    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks).int()
+    slots = torch.arange(sequences, device=device)
     lens = torch.full((sequences,), context, device=device)
     kernels = kernels_for(device)
 
     def attend(i: int) -> None:
-        kernels.decode_attention(q, kv.k[i % copies], kv.v[i % copies], tables, lens)
+        kernels.decode_attention(q, kv.k[i % copies], kv.v[i % copies], tables, slots, lens)
 
     seconds = graph_seconds(attend, max(8, copies))
     return {
@@ -84,10 +85,10 @@ def attention_figures(
 
 def _fill(kv: KVCache, layer: int, config: ModelConfig, device: torch.device) -> None:
     """Random keys and values, by way of the kernel that writes them."""
-    slots = torch.arange(kv.num_blocks * BLOCK, device=device)
+    cells = torch.arange(kv.num_blocks * BLOCK, device=device)
     rotary = torch.randn(1, config.head_dim // 2, 2, device=device)
     width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    for part in torch.split(slots, 16_384):
+    for part in torch.split(cells, 16_384):
         qkv = torch.randn(len(part), width, dtype=torch.bfloat16, device=device)
         kernels_for(device).rotate_and_write(
             qkv, config.n_heads, rotary, torch.zeros_like(part), kv.k[layer], kv.v[layer], part
@@ -102,8 +103,7 @@ def prefill_figures(config: ModelConfig, chunk: int, device: torch.device) -> Js
     blocks = -(-chunk // BLOCK)
     stage = Stage(decoder, blocks, BLOCK, 1)
     ids = np.random.default_rng(0).integers(3, config.vocab_size, chunk).astype(np.int32)
-    one, none = np.ones(1, np.int32), np.zeros(1, np.int32)
-    batch = Batch(0, 0, ids, one * chunk, none, np.arange(blocks, dtype=np.int32), none, -1, none, [])
+    batch = Batch.of_one(ids, BLOCK)
     linear = 2.0 * chunk * config.n_layers * config.layer_parameters
     attention = 4.0 * config.n_layers * config.n_heads * config.head_dim * chunk * (chunk + 1) / 2
     a, b = (torch.randn(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device) for _ in range(2))

@@ -1,0 +1,34 @@
+"""What a step sends: no more than what is new."""
+
+from cluster.block_manager import BlockManager
+from cluster.scheduler import Scheduler
+from cluster.transport import StepOrder, encode
+from model.batch import Batch, StepOutput
+from tests.conftest import request
+
+DEPTH = 4
+
+
+def test_a_long_context_among_many_is_not_sent_again() -> None:
+    """One of 99,000 tokens among 255 that decode: a step has less than 64 kB while it comes, and 8 afterwards."""
+    scheduler = Scheduler(
+        BlockManager(20_000, 16), depth=DEPTH, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=100_000
+    )
+    scheduler.add(request("long", [1] * 99_000, max_tokens=200))
+    for i in range(255):
+        scheduler.add(request(str(i), [i] * 64, max_tokens=200))
+    in_flight: list[Batch] = []
+
+    def step() -> Batch:
+        while len(in_flight) <= DEPTH and (batch := scheduler.schedule()) is not None:
+            in_flight.append(batch)
+        batch = in_flight.pop(0)
+        scheduler.update(batch, StepOutput(batch.epoch, batch.step_id, [5] * len(batch.sample_rows), {}))
+        return batch
+
+    def size(batch: Batch) -> int:
+        return len(encode(StepOrder(batch, 1.0)))
+
+    while (batch := step()).num_seqs < 64 or batch.num_tokens > batch.num_seqs:
+        assert size(batch) < 64_000
+    assert max(size(step()) for _ in range(20)) < 8_000
