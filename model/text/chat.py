@@ -7,15 +7,15 @@ when the text between real control tokens is encoded.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from model.text.prompt_formats import PROMPT_FORMATS
 from model.text.template import PromptFormatError as PromptFormatError
 from model.text.template import Template
-from model.text.tokenizer import Tokenizer
-from model.text.tokenizer.companions import token_text
+from model.text.tokenizer import Tokenizer, added_tokens, clean, encode_marked
+from model.text.tokenizer.companions import read_companions
 from model.weights import find_gguf_vocabulary
 from model.weights.hf import read_json
 
@@ -74,11 +74,18 @@ class ChatTemplate:
         self._tools_template = Template(tools_source) if tools_source is not None else self._template
         self.takes_tools = "tools" in self._tools_template.variables
         self.tool_format = _tool_format(self._tools_template) if self.takes_tools else None
-        # A name of one character could not be told apart from text, so it stays text.
-        names = sorted((n for n in tokenizer.control_tokens if len(n) > 1), key=len, reverse=True)
+        added = added_tokens(tokenizer)
+        # Tokens that are not special stand for control tokens where the template itself writes them (as transformers'
+        # sanitize_control_tokens has it). A name of one character could not be told apart from text, so it stays text.
+        written = self._template.literals + "\0" + self._tools_template.literals
+        names = sorted(
+            (t.text for t in added.tokens.values() if t.special or (t.text in written and not t.text.isspace())),
+            key=len,
+            reverse=True,
+        )
+        names = [name for name in names if len(name) > 1]
         any_name = "|".join(map(re.escape, names)) or r"(?!)"
-        self._control = re.compile(any_name)
-        self._start_of_control = re.compile(f"(?=(?:{any_name}))(.)", re.DOTALL)
+        self._start_of_name = re.compile(f"(?=(?:{any_name}))(.)", re.DOTALL)
         # What a message may end or begin with that could be a name together with the template's text beside it.
         self._heads = tuple({name[:k] for name in names for k in range(1, len(name))})
         self._tails = tuple({name[k:] for name in names for k in range(1, len(name))})
@@ -95,6 +102,8 @@ class ChatTemplate:
         }
         self._in_parts = frozenset[str]()
         self._in_parts = self._roles_in_parts()
+        if not stop_tokens:
+            self.stop_ids |= self._turn_ends()
 
     def render(
         self,
@@ -130,21 +139,11 @@ class ChatTemplate:
         given = (messages, tools, variables)
         mark = _mark(given)
         text = self._render(mark, *given, add_generation_prompt, continue_final_message)
-        ids: list[int] = []
-        end = 0
-        for match in self._control.finditer(text):
-            ids += self._encode_text(text[end : match.start()], mark)
-            ids.append(self._tokenizer.control_tokens[match.group()])
-            end = match.end()
-        return ids + self._encode_text(text[end:], mark)
-
-    def _encode_text(self, text: str, mark: str) -> list[int]:
-        text = text.replace(mark, "")
-        return self._tokenizer.encode(text, add_bos=False) if text else []
+        return encode_marked(self._tokenizer, clean(text), mark)
 
     def _disarm(self, text: str, mark: str) -> str:
         """A mark inside every name, overlapping ones too, and where one may come about at the ends of the text."""
-        text = self._start_of_control.sub(rf"\1{mark}", text)
+        text = self._start_of_name.sub(rf"\1{mark}", text)
         core = text.strip()  # as templates like to do
         before, _, after = text.partition(core) if core else (text, "", "")
         start = mark if core.startswith(self._tails) else ""
@@ -178,9 +177,11 @@ class ChatTemplate:
         }
         most = 2 * sum(map(len, _texts(given))) + MAX_GROWTH * (1 + len(messages))
         template = self._tools_template if tools else self._template
-        if not keep_open:
-            return template.render(given, most)
-        return _cut_after_last(given["messages"], lambda: template.render(given, most), mark)
+
+        def render() -> str:
+            return template.render(given, most).replace(_escaped(mark), mark)
+
+        return _cut_after_last(given["messages"], render, mark) if keep_open else render()
 
     def _normalised(self, message: Message) -> dict[str, Any]:
         """As this template wants it: content as text or in parts, no keys without a value, arguments as objects."""
@@ -194,6 +195,18 @@ class ChatTemplate:
         if found.get("tool_calls"):
             found["tool_calls"] = [_with_arguments(call) for call in found["tool_calls"]]
         return found
+
+    def _turn_ends(self) -> frozenset[int]:
+        """The control token that the template puts right behind what an assistant says: it ends an answer, whether or
+        not any file calls it an end (the first files of Llama 3 did not)."""
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self.render([*messages, messages[0]])
+        except PromptFormatError:
+            return frozenset()
+        _, found, after = text.rpartition(PROBE)
+        first = next(iter(added_tokens(self._tokenizer).split(after.lstrip(), special=True)), None) if found else None
+        return frozenset({first}) if isinstance(first, int) else frozenset()
 
     def _roles_in_parts(self) -> frozenset[str]:
         """Roles whose content this template walks over part by part: given a string, it would leave it out."""
@@ -233,11 +246,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _mark(given: Any) -> str:
+    """A character that stands in none of these texts, nor does what JSON makes of it."""
     texts = list(_texts(given))
     for mark in MARKS:
-        if not any(mark in text for text in texts):
+        if not any(mark in text or _escaped(mark) in text.lower() for text in texts):
             return mark
     raise PromptFormatError("the messages hold every Unicode noncharacter there is: remove them")
+
+
+def _escaped(mark: str) -> str:
+    return f"\\u{ord(mark):04x}"
 
 
 def _text_of_part(part: Any) -> str:
@@ -260,7 +278,7 @@ def _with_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
-def _cut_after_last(messages: list[dict[str, Any]], render: Any, mark: str) -> str:
+def _cut_after_last(messages: list[dict[str, Any]], render: Callable[[], str], mark: str) -> str:
     """The rendered text up to the end of the last message's own text. Two marks in a row stand there meanwhile."""
     last, stop = messages[-1] if messages else {}, mark * 2 + "."
     content = last.get("content")
@@ -273,7 +291,7 @@ def _cut_after_last(messages: list[dict[str, Any]], render: Any, mark: str) -> s
     text, found, _ = render().rpartition(stop)
     if not found:
         raise PromptFormatError("continue_final_message: this model's chat template leaves the last message's end out")
-    return str(text)
+    return text
 
 
 def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "auto") -> ChatTemplate | None:
@@ -290,7 +308,9 @@ def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "a
     if prompt_format != "auto":
         return named_template(prompt_format, tokenizer)
     gguf_file = find_gguf_vocabulary(path)
-    sources, names = _from_gguf(gguf_file, tokenizer) if gguf_file else _from_files(path)
+    sources, names = (
+        _from_gguf(gguf_file, tokenizer) if gguf_file else (_sources(path), dict(read_companions(path).special_tokens))
+    )
     source = sources.get("default")
     if source is not None:
         bos, eos = names.pop("bos_token", None), names.pop("eos_token", None)
@@ -338,8 +358,8 @@ def _from_gguf(path: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], dict[s
     )
 
 
-def _from_files(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Templates and special tokens by name of a Hugging Face checkpoint; templates in files of their own go first."""
+def _sources(path: Path) -> dict[str, str]:
+    """Templates by name of a Hugging Face checkpoint; those in files of their own go first."""
     config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     given = config.get("chat_template")
     if isinstance(given, list):  # several by name
@@ -347,8 +367,4 @@ def _from_files(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     sources = given if isinstance(given, dict) else {"default": given}
     files = {"default": path / "chat_template.jinja", "tool_use": path / "additional_chat_templates/tool_use.jinja"}
     sources |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
-    names = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
-    return (
-        {str(name): source for name, source in sources.items() if isinstance(source, str)},
-        {name: text for name, text in names.items() if text is not None},
-    )
+    return {str(name): source for name, source in sources.items() if isinstance(source, str)}

@@ -4,12 +4,12 @@ Control tokens (begin, end, role marks) are ids and never text: no text that a u
 """
 
 import codecs
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from model.errors import CheckpointError
+from model.text.tokenizer.added import AddedToken, AddedTokens
 from model.weights import SHAPE, find_gguf_vocabulary, shape_config
 
 
@@ -32,6 +32,17 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The whole text; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+
+@runtime_checkable
+class MarkedTokenizer(Tokenizer, Protocol):
+    """A vocabulary that has more than plain text and control tokens."""
+
+    added_tokens: AddedTokens
+
+    def encode_chunk(self, text: str, at_start: bool) -> list[int]:
+        """Ids of what stands between added tokens, none of which is looked for in it. `at_start`: of the prompt."""
         ...
 
 
@@ -71,14 +82,44 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     Begin-of-text is put before it unless it is there. Only for prompts that no user's text could have slipped into
     unseen by the writer; elsewhere a name in a text is text.
     """
-    names = sorted((name for name in tokenizer.control_tokens if len(name) > 1), key=len, reverse=True)
-    ids: list[int] = []
-    for part in re.split(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)", text):
-        if part in tokenizer.control_tokens:
-            ids.append(tokenizer.control_tokens[part])
-        elif part:
-            ids += tokenizer.encode(part, add_bos=False)
+    ids = encode_marked(tokenizer, clean(text))
     return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def encode_marked(tokenizer: Tokenizer, text: str, mark: str = "") -> list[int]:
+    """Ids of a text in which names of added tokens are those tokens, but where `mark` stands inside a name; it is taken
+    out again."""
+    parts: Iterable[str | int] = added_tokens(tokenizer).split(text, special=True)
+    if mark:
+        parts = (part.replace(mark, "") if isinstance(part, str) else part for part in parts)
+    if isinstance(tokenizer, MarkedTokenizer):
+        return encode_parts(tokenizer.encode_chunk, parts)
+    return encode_parts(lambda text, at_start: tokenizer.encode(text, add_bos=False), parts)
+
+
+class EncodeChunk(Protocol):
+    """`MarkedTokenizer.encode_chunk`."""
+
+    def __call__(self, text: str, at_start: bool) -> list[int]: ...
+
+
+def encode_parts(encode_chunk: EncodeChunk, parts: Iterable[str | int]) -> list[int]:
+    """Ids of texts, and ids that stand between them."""
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, int):
+            ids.append(part)
+        elif part:
+            ids += encode_chunk(part, at_start=i == 0)
+    return ids
+
+
+def added_tokens(tokenizer: Tokenizer) -> AddedTokens:
+    """All that is found in a prompt as a whole. A name of one character could not be told apart from text."""
+    if isinstance(tokenizer, MarkedTokenizer):
+        return tokenizer.added_tokens
+    named = {i: AddedToken(name, special=True) for name, i in tokenizer.control_tokens.items() if len(name) > 1}
+    return AddedTokens(named)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -117,8 +158,12 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    """Raise `CheckpointError` if the tokenizer makes ids that the model at `path` has no embedding for."""
-    if tokenizer.vocab_size > vocab_size:
+    """Raise `CheckpointError` if text may become ids that the model at `path` has no embedding for.
+
+    Control tokens beyond it do no harm: <pad>, say, which some checkpoints bring and no prompt holds.
+    """
+    beyond = set(range(vocab_size, tokenizer.vocab_size)) - set(tokenizer.control_tokens.values())
+    if beyond:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {vocab_size}: they belong "
             "to different models; put the right tokenizer files beside the weights"

@@ -4,57 +4,81 @@ Control tokens are taken out of what the library gets, so that no merge and no t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, models, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers
 
 from model.errors import CheckpointError
-from model.text.tokenizer import check_id, clean
-from model.text.tokenizer.companions import read_companions
+from model.text.tokenizer import check_id, clean, encode_parts
+from model.text.tokenizer.added import AddedToken, AddedTokens, with_added
+from model.text.tokenizer.companions import (
+    LLAMA_CLASSES,
+    Companions,
+    SpaceRule,
+    added_token,
+    check_ids,
+    read_companions,
+)
+from model.text.tokenizer.gguf import gguf_added, gguf_ends
 from model.weights.hf import read_json
 
-# How text is cut before merging, by the name that GGUF files carry.
-PRE_TOKENIZERS = {
-    "smollm": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # text to bytes, and no cut
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _cut(numbers: str) -> pre_tokenizers.PreTokenizer:
+    """Llama 3's expression, and those that differ from it in how many digits are one word."""
+    expression = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), BYTES])
+
+
+# How text is cut before merging, by the names that GGUF files carry: those that llama.cpp treats alike share a line
+# (src/llama-vocab.cpp).
+SAME_CUT: tuple[tuple[tuple[str, ...], pre_tokenizers.PreTokenizer], ...] = (
+    (
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        pre_tokenizers.Sequence([DIGITS, GPT2]),
     ),
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
-                "isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-CONTROL, USER_DEFINED = 3, 4  # token types in GGUF files
+    (("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "mellum", "gigachat"), GPT2),
+    (("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _cut(r"\p{N}{1,3}")),
+    (("smaug-bpe", "dbrx"), _cut(r"\p{N}{1,3}")),
+    (("qwen2", "stablelm2", "hunyuan", "megrez", "deepseek-r1-qwen", "solar-open"), _cut(r"\p{N}")),
+)
+PRE_TOKENIZERS = {name: cut for names, cut in SAME_CUT for name in names}
+WHOLE_WORDS = frozenset(
+    SAME_CUT[2][0]
+)  # a word that is a token is one, whatever merges say; and a text begins with bos
 
 
 class BPETokenizer:
-    """What both have in common: the library's tokenizer, and the bytes of each token."""
+    """What both have in common: the library's tokenizer, and the bytes of each token. See `MarkedTokenizer`."""
 
     vocab_size: int
     bos_id: int | None
     eos_ids: frozenset[int]
     control_tokens: Mapping[str, int]
+    added_tokens: AddedTokens
     adds_space = False
     _bpe: tokenizers.Tokenizer
+    _later: tokenizers.Tokenizer  # of text that follows a token
     _bytes: list[bytes]
 
     def encode(self, text: str, *, add_bos: bool) -> list[int]:
-        ids: list[int] = self._bpe.encode(clean(text), add_special_tokens=False).ids
+        ids = encode_parts(self.encode_chunk, self.added_tokens.split(clean(text), special=False))
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def encode_chunk(self, text: str, at_start: bool) -> list[int]:
+        ids: list[int] = (self._bpe if at_start else self._later).encode(text, add_special_tokens=False).ids
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self.vocab_size)
@@ -74,79 +98,122 @@ class GGUFTokenizer(BPETokenizer):
         pre = field(path, "tokenizer.ggml.pre")
         if pre not in PRE_TOKENIZERS:
             raise CheckpointError(
-                f"{path}: tokenizer.ggml.pre = {pre} is not supported, only {', '.join(PRE_TOKENIZERS)}"
+                f"{path}: tokenizer.ggml.pre = {pre} is not supported, only {', '.join(PRE_TOKENIZERS)}: convert the "
+                "model again, for the file does not say how its text is to be cut"
             )
         tokens: list[str] = required_field(path, "tokenizer.ggml.tokens")
         types: list[int] = required_field(path, "tokenizer.ggml.token_type")
         merges: list[str] = required_field(path, "tokenizer.ggml.merges")
         if len(types) != len(tokens):
             raise CheckpointError(f"{path}: {len(tokens)} tokens have {len(types)} types: the file is damaged")
+        bos, _, self.eos_ids = gguf_ends(path, tokens, types)
+        self.bos_id: int | None = bos if field(path, "tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS) else None
+        added = gguf_added(tokens, types, self.eos_ids)
         self.vocab_size = len(tokens)
-        self.control_tokens: Mapping[str, int] = {t: i for i, t in enumerate(tokens) if types[i] == CONTROL}
-        bos, eos = field(path, "tokenizer.ggml.bos_token_id"), field(path, "tokenizer.ggml.eos_token_id")
-        self.bos_id: int | None = bos if field(path, "tokenizer.ggml.add_bos_token", False) else None
-        ends = [field(path, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-        self.eos_ids = frozenset(i for i in (eos, *ends) if i is not None)
+        self.added_tokens = AddedTokens(added)
+        self.control_tokens = self.added_tokens.control
         # Without the control tokens in its vocabulary, no merge and no text can produce one.
-        vocab = {t: i for i, t in enumerate(tokens) if types[i] != CONTROL}
-        try:
-            bpe = models.BPE(vocab=vocab, merges=[_pair(m) for m in merges], ignore_merges=pre == "llama-bpe")
-        except Exception as error:  # the library raises nothing more special
-            raise CheckpointError(f"{path}: the vocabulary is damaged: {error}") from error
-        self._bpe = tokenizers.Tokenizer(bpe)
+        vocab = {t: i for i, t in enumerate(tokens) if t not in self.control_tokens}
+        pairs = without(self.control_tokens.keys(), map(_pair, merges))
+        with library_errors(f"{path}: the vocabulary is damaged"):
+            bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in WHOLE_WORDS)
+        self._bpe = self._later = tokenizers.Tokenizer(bpe)
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
-        user_defined = [t for i, t in enumerate(tokens) if types[i] == USER_DEFINED]  # found in text before any merge
-        self._bpe.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
         alphabet = _byte_alphabet()
-        self._bytes = [b"" if types[i] == CONTROL else _bytes_of(t, types[i], alphabet) for i, t in enumerate(tokens)]
+        self._bytes = [_bytes_of(t, alphabet) for t in tokens]
+        for i, token in added.items():
+            self._bytes[i] = b"" if token.special else token.text.encode("utf-8")
 
 
 class JSONTokenizer(BPETokenizer):
-    """tokenizer.json: byte-level BPE, or sentencepiece's BPE with bytes for what it does not know."""
+    """tokenizer.json: byte-level BPE, or sentencepiece's BPE with bytes for what it does not know.
+
+    As transformers reads it: a class that is a Llama's takes vocabulary and merges from the file, and how spaces are
+    put from `legacy` and `add_prefix_space`; every other one takes the file as it is.
+    """
 
     def __init__(self, path: Path) -> None:
         raw, companions = read_json(path), read_companions(path.parent)
-        start = _template_start(raw.get("post_processor"))
-        try:
-            self._build(raw, path)
-        except CheckpointError:
-            raise
-        except Exception as error:  # the library raises nothing more special
-            raise CheckpointError(f"{path} is damaged, or not a tokenizer: {error}") from error
+        with library_errors(f"{path} is damaged, or not a tokenizer"):
+            start = _template_start(raw.get("post_processor"))
+            self._build(raw, path, companions)
         by_name = self.control_tokens
-        adds_bos = companions.add_bos if companions.add_bos is not None else start is not None
-        self.bos_id = by_name.get(companions.bos_token or start or "") if adds_bos else None
-        eos = by_name.get(companions.eos_token or "")
-        named = {eos} if eos is not None else set()
-        self.eos_ids = frozenset(named | {i for i in companions.eos_ids if i < self.vocab_size})
+        begin = start or (companions.special_tokens.get("bos_token") if companions.add_bos else None)
+        self.bos_id = by_name.get(begin or "")
+        ends = {by_name[name] for name in companions.end_names if name in by_name}
+        self.eos_ids = frozenset(ends | {i for i in companions.end_ids if i < self.vocab_size})
 
-    def _build(self, raw: dict[str, Any], path: Path) -> None:
+    def _build(self, raw: dict[str, Any], path: Path, companions: Companions) -> None:
         model = raw["model"]
         if model.get("type", "BPE") != "BPE":
             raise CheckpointError(f"{path}: a tokenizer of type {model['type']} is not supported, only BPE is")
         byte_level = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+        if companions.tokenizer_class in LLAMA_CLASSES and not byte_level:
+            raw |= {"normalizer": None, "pre_tokenizer": _metaspace(companions.space)}
+            model |= {"fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "dropout": None}
         self.adds_space = '"Prepend"' in json.dumps(raw.get("normalizer")) or _metaspace_prepends(raw)
-        added = {token["id"]: token for token in raw.get("added_tokens") or []}
-        texts = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
-        control = {token["content"]: i for i, token in added.items() if token.get("special")}
-        self.control_tokens = control
+        entries = {entry["id"]: entry for entry in raw.get("added_tokens") or []}
+        own = check_ids(path, {i: added_token(entry) for i, entry in entries.items()})
+        named = [token.text for token in companions.named]
+        ids = model["vocab"]
+        tokens = with_added(own, ids, companions.added, named, companions.embeddings)
+        texts = {i: text for text, i in ids.items()} | {i: token.text for i, token in tokens.items()}
+        check_ids(path, {i: AddedToken(text, special=False) for i, text in texts.items()})
         self.vocab_size = max(texts) + 1
-        alphabet = _byte_alphabet()
         self._bytes = [b""] * self.vocab_size
+        spell = (
+            partial(_bytes_of, alphabet=_byte_alphabet())
+            if byte_level
+            else partial(_spm_bytes, byte_fallback=bool(model.get("byte_fallback")))
+        )
         for i, text in texts.items():
-            if i in added:
-                self._bytes[i] = b"" if text in control else text.encode("utf-8")
-            elif byte_level:
-                self._bytes[i] = _bytes_of(text, 0, alphabet)
-            else:
-                self._bytes[i] = _spm_bytes(text, bool(model.get("byte_fallback")))
-        hidden = control.keys() - {model.get("unk_token")}  # the library wants to know its unknown token
+            self._bytes[i] = spell(text)
+        for i, token in tokens.items():
+            self._bytes[i] = b"" if token.special else token.text.encode("utf-8")
+        # The library finds those itself that it looks for in what its normaliser makes of the text.
+        by_library = {i for i, t in tokens.items() if not t.special and _looked_for_later(raw, entries.get(i))}
+        self.added_tokens = AddedTokens({i: token for i, token in tokens.items() if i not in by_library})
+        self.control_tokens = self.added_tokens.control
+        hidden = self.control_tokens.keys() - {model.get("unk_token")}  # the library wants to know its unknown token
         model["vocab"] = {text: i for i, text in texts.items() if text not in hidden}
-        merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-        model["merges"] = [m for m in merges if not {m[0], m[1], m[0] + m[1]} & control.keys()]
+        model["merges"] = without(
+            hidden, (tuple(m.split(" ", 1)) if isinstance(m, str) else m for m in model["merges"])
+        )
         raw |= {"post_processor": None, "decoder": None, "truncation": None, "padding": None}
-        raw["added_tokens"] = [token for token in added.values() if not token.get("special")]
-        self._bpe = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        raw["added_tokens"] = [entries[i] for i in by_library]
+        text = json.dumps(raw)
+        self._bpe = self._later = tokenizers.Tokenizer.from_str(text)
+        later = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        if later != text:
+            self._later = tokenizers.Tokenizer.from_str(later)
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Whatever the library raises becomes a `CheckpointError`: exceptions of no special kind, and panics of its Rust
+    code, which are no `Exception`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{what}: {error}") from error
+        raise
+
+
+def without(names: Set[str], merges: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """The merges that neither need nor make one of these tokens."""
+    return [(left, right) for left, right in merges if not {left, right, left + right} & names]
+
+
+def _metaspace(space: SpaceRule) -> dict[str, Any]:
+    scheme = "always" if space == "each" else space
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+
+
+def _looked_for_later(raw: Mapping[str, Any], entry: Mapping[str, Any] | None) -> bool:
+    return raw.get("normalizer") is not None and entry is not None and bool(entry.get("normalized", True))
 
 
 def _template_start(processor: Any) -> str | None:
@@ -183,7 +250,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _bytes_of(token: str, kind: int, alphabet: dict[str, int]) -> bytes:
-    if kind == USER_DEFINED or any(c not in alphabet for c in token):
+def _bytes_of(token: str, alphabet: dict[str, int]) -> bytes:
+    if any(c not in alphabet for c in token):
         return token.encode("utf-8")
     return bytes(alphabet[c] for c in token)
