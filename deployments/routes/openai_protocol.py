@@ -7,10 +7,20 @@ is refused by name, never dropped silently.
 import math
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from deployments.errors import ApiError, bad_request
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -84,15 +94,25 @@ STOP_SCHEMA = {
 }
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
 class Body(BaseModel):
     """A request's JSON object. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags(cls, value: Any, info: ValidationInfo) -> Any:
+        """A boolean is true or false, never a word or a number for it."""
+        assert info.field_name is not None
+        kind = cls.model_fields[info.field_name].annotation
+        if bool in (kind, *get_args(kind)) and value is not None and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Body):

@@ -20,7 +20,6 @@ from deployments.gateway.pieces import Piece, TokenLogprob
 from deployments.gateway.prompts import Prompt
 from deployments.routes.hosted.vendor import (
     Count,
-    Flag,
     Seed,
     Share,
     StrictBody,
@@ -61,13 +60,13 @@ class Parameters(StrictBody):
     adapter_id: Annotated[Any, only()] = None
     best_of: Annotated[Any, only(1)] = None
     decoder_input_details: Annotated[Any, only(False)] = None
-    details: Flag | None = None
-    do_sample: Flag | None = None
+    details: bool | None = None
+    do_sample: bool | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     grammar: Grammar | None = None
     max_new_tokens: Count | None = DEFAULT_NEW_TOKENS  # null: as many as there is room for
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    return_full_text: Flag | None = None
+    return_full_text: bool | None = None
     seed: Seed | None = None
     stop: Annotated[list[str] | None, stop_strings(MAX_STOPS)] = None
     temperature: Annotated[Number, Field(gt=0, le=100)] | None = None
@@ -104,7 +103,7 @@ class Parameters(StrictBody):
 class GenerateRequest(StrictBody):
     inputs: str
     parameters: Parameters | None = None
-    stream: Flag | None = None
+    stream: bool | None = None
 
 
 class TGI(Vendor):

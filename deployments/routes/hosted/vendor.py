@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.exchange import read_json, request_id, tenant
@@ -45,12 +45,6 @@ def only(*harmless: Any) -> Any:
     return AfterValidator(check)
 
 
-def _flag(value: Any) -> Any:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
 def stop_strings(most: int) -> Any:
     """For a list of at most `most` stop strings."""
 
@@ -63,7 +57,6 @@ def stop_strings(most: int) -> Any:
     return AfterValidator(check)
 
 
-Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[Whole, Field(ge=1, lt=2**31)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**64)]
 Share = Annotated[Number, Field(gt=0, le=1)]  # of probability

@@ -24,7 +24,6 @@ from deployments.gateway.pieces import Piece, TokenLogprob, token_name
 from deployments.gateway.prompts import Prompt
 from deployments.routes.hosted.vendor import (
     Count,
-    Flag,
     Seed,
     Share,
     StrictBody,
@@ -48,10 +47,10 @@ CODES |= {429: "rate_limit_reached", 500: "internal_server_error", 503: "service
 
 
 class ReturnOptions(StrictBody):
-    input_text: Flag | None = None
-    generated_tokens: Flag | None = None
-    input_tokens: Flag | None = None
-    token_logprobs: Flag | None = None
+    input_text: bool | None = None
+    generated_tokens: bool | None = None
+    input_tokens: bool | None = None
+    token_logprobs: bool | None = None
     token_ranks: Annotated[Any, only(False)] = None
     top_n_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOP_TOKENS)] | None = None
 
@@ -67,7 +66,7 @@ class Parameters(StrictBody):
     random_seed: Seed | None = None
     repetition_penalty: Annotated[Number, Field(ge=1, le=2)] | None = None
     return_options: ReturnOptions | None = None
-    include_stop_sequence: Flag | None = None
+    include_stop_sequence: bool | None = None
     stop_sequences: Annotated[list[str] | None, stop_strings(MAX_STOPS)] = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     time_limit: Count | None = None  # milliseconds
@@ -109,7 +108,7 @@ class GenerationBody(StrictBody):
 class TokenizationParameters(Parameters):
     """The client sends those of generation too."""
 
-    return_tokens: Flag | None = None
+    return_tokens: bool | None = None
 
 
 class TokenizationBody(StrictBody):
