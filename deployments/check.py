@@ -14,7 +14,10 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import FLOAT8_NEEDS_CUDA, read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
 from deployments.gateway.tenants import KeyRing
-from model.config import split_layers
+from model.config import ModelConfig, split_layers
+from model.text.chat import PromptFormatError, load_chat_template
+from model.text.tokenizer import check_fits, load_tokenizer
+from model.weights import open_checkpoint, resolve_path
 
 IMPORT_PATH = "deployments.app:build"
 DEPLOYMENTS = ("Gateway", "Engine")
@@ -83,12 +86,33 @@ def _check_model(config: AppConfig) -> Iterable[str]:
         model = read_model(config.model)
         split = config.pipeline.split
         split_layers(model, config.pipeline.stages, None if split == "auto" else split)
-        limit = model.max_position_embeddings
+        limit = model.longest_context
         if (config.model.max_model_len or 0) > limit:
             yield f"model.max_model_len: {config.model.max_model_len} is more than the model's {limit}"
+        yield from _check_files(config, model)
     except ValueError as error:
         text = str(error)
         yield text if text.startswith(("model.", "pipeline.")) else f"model.path: {text}"
+
+
+def _check_files(config: AppConfig, model: ModelConfig) -> Iterable[str]:
+    """The checkpoint's files as gateways and stages will read them: all weights are there, and prompts can be made."""
+    path = resolve_path(config.model.path)
+    if config.model.load_format == "auto":
+        open_checkpoint(path).nbytes(split_layers(model, 1)[0].tensor_names(model))
+    tokenizer = load_tokenizer(path)
+    check_fits(tokenizer, model.vocab_size, path)
+    try:
+        template = load_chat_template(path, tokenizer, config.model.prompt_format)
+        ends = tokenizer.eos_ids
+        if template is not None:
+            template.encode([{"role": "user", "content": "Hello!"}])
+            ends |= template.stop_ids
+    except PromptFormatError as error:
+        yield f"model.prompt_format: {error}"
+        return
+    if not ends:
+        yield f"model.path: no file of {path} names a token that ends an answer: each would go on to max_tokens"
 
 
 def unknown_keys(value: Any, schema: Any, path: str) -> Iterable[str]:

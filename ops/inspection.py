@@ -1,8 +1,10 @@
 """What `caravan inspect` shows of a checkpoint: what it is, how it talks, and how it would be cut into stages."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,7 +13,7 @@ from rich.text import Text
 from model.config import PRODUCTS, Int4Layout, ModelConfig, float8_products, split_layers
 from model.errors import CheckpointError
 from model.families import family_of
-from model.text.chat import ChatTemplate, load_chat_template
+from model.text.chat import CHECKPOINTS_OWN, ChatTemplate, load_chat_template
 from model.text.infill import can_infill
 from model.text.tokenizer import Tokenizer, check_fits, load_tokenizer
 from model.weights import detect_format, open_checkpoint, read_config
@@ -35,7 +37,7 @@ def inspect(
     template = load_chat_template(path, tokenizer, prompt_format) if tokenizer is not None else None
     return Group(
         _facts(path, config, tokenizer),
-        *_prompt(tokenizer, template),
+        *_prompt(path, tokenizer, template),
         split_table(config, stages, dtype, products),
     )
 
@@ -107,18 +109,41 @@ def _int4(path: Path, kind: str, layout: Int4Layout) -> str:
     return f"4 bits{by}, {groups}" + (", by their own order (desc_act)" if layout.act_order else "")
 
 
-def _prompt(tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[RenderableType]:
+def _prompt(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[RenderableType]:
     if tokenizer is None:
         return []
     if template is None:
         return [
             Text("\nprompt format: none; a base model, which answers /v1/completions only (see model.prompt_format)")
         ]
-    return [
+    ids = template.encode(EXAMPLE)
+    shown = [
         Text(f"\nprompt format: {template.name}; a user who says {EXAMPLE[0]['content']!r} becomes"),
         Text(template.render(EXAMPLE), style="green"),
-        Text(f"ids: {template.encode(EXAMPLE)}\n"),
+        Text(f"ids: {ids}\n"),
     ]
+    theirs = _ids_of_transformers(path) if template.name == CHECKPOINTS_OWN else None
+    if theirs is not None:
+        shown.append(Text("transformers: the same" if theirs == ids else f"transformers: {theirs}"))
+    ends = sorted(tokenizer.eos_ids | template.stop_ids)
+    return [*shown, Text(f"an answer ends with: {', '.join(map(str, ends)) or 'nothing but max_tokens'}\n")]
+
+
+def _ids_of_transformers(path: Path) -> list[int] | str | None:
+    """What transformers makes of the example, or why nothing; None if it is not installed or not the judge: the rules
+    for GGUF files are llama.cpp's."""
+    if detect_format(path) != "huggingface" or importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        ids: list[int] = theirs.apply_chat_template(EXAMPLE, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # whatever it runs into says something about the checkpoint
+        return f"fails ({type(error).__name__}: {str(error)[:200]})"
+    return ids
 
 
 def split_table(config: ModelConfig, stages: int, dtype: str, fp8: frozenset[str] = frozenset()) -> Table:

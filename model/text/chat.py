@@ -25,6 +25,7 @@ ToolFormat = Literal["llama3_json", "hermes", "mistral"]
 
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: valid text never holds them
 CHATML_MARKS = {"<|im_start|>", "<|im_end|>"}
+CHECKPOINTS_OWN = "the checkpoint's own"  # name of a template that came with the weights
 MAX_GROWTH = 20_000  # characters that a template may add for each message
 ROLES = ("user", "system", "assistant", "tool")
 PROBE = "Qx7probeQx7"  # a text to look for in what a template makes
@@ -49,7 +50,7 @@ class ChatTemplate:
         source: str,
         tokenizer: Tokenizer,
         *,
-        name: str = "the checkpoint's own",
+        name: str = CHECKPOINTS_OWN,
         bos_token: str | None = None,
         eos_token: str | None = None,
         special_tokens: Mapping[str, str] | None = None,

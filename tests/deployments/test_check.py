@@ -1,17 +1,22 @@
 """`caravan check`: the whole file, ours and Serve's part; a mistyped key anywhere is named by its path."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from deployments.check import check_file
 from deployments.config import ConfigError, parse_app_config
 from ops.cli import app
 from tests import golden
+from tests.model.test_formats import PLAIN
+from tests.model.text.checkpoints import SIZE
+from tests.model.text.test_checkpoint_files import directory
 
 ROOT = Path(__file__).parents[2]
 Change = Callable[[dict[str, Any]], None]
@@ -105,6 +110,77 @@ def test_a_file_of_keys_is_checked_where_it_can_be_seen(tmp_path: Path) -> None:
     assert "wieght: unknown key" in problem
     (problem,) = check_file(changed(tmp_path, put("auth", {"required": True})))
     assert "set auth.keys_file or auth.keys_env" in problem
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Small, whole, with a tokenizer of its own."""
+    path = directory(tmp_path / "model", add_bos_token=True)
+    llama = LlamaForCausalLM(LlamaConfig(**{**PLAIN, "vocab_size": SIZE}))
+    llama.save_pretrained(path)
+    return path
+
+
+def problems_with(tmp_path: Path, checkpoint: Path, **model: Any) -> str:
+    given = {"path": str(checkpoint), "name": "x", "dtype": "float32", **model}
+
+    def change(config: dict[str, Any]) -> None:
+        put("model", given)(config)
+        put("pipeline.split", "auto")(config)
+
+    return "\n".join(check_file(changed(tmp_path, change)))
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def test_what_a_deployment_would_find_wrong_with_a_checkpoint_is_found_before(tmp_path: Path, checkpoint: Path) -> None:
+    assert problems_with(tmp_path, checkpoint) == ""
+    rewrite(checkpoint / "tokenizer_config.json", chat_template="{% for %}")
+    assert "args.model.prompt_format: the model's chat template is not valid Jinja" in problems_with(
+        tmp_path, checkpoint
+    )
+    rewrite(checkpoint / "tokenizer_config.json", chat_template="{{ messages[0].content + 1 }}")
+    assert "args.model.prompt_format: the model's chat template cannot render" in problems_with(tmp_path, checkpoint)
+    assert problems_with(tmp_path, checkpoint, prompt_format="none") == ""
+    assert "needs the token <step>" in problems_with(tmp_path, checkpoint, prompt_format="codellama-70b")
+    rewrite(
+        checkpoint / "tokenizer_config.json",
+        chat_template="{% generation %}{{ messages[0].content }}{% endgeneration %}",
+    )
+    rewrite(checkpoint / "added_tokens.json", **{"<pad>": SIZE})
+    assert problems_with(tmp_path, checkpoint) == "", "sound, both of them"
+    rewrite(checkpoint / "tokenizer_config.json", added_tokens_decoder={SIZE: {"content": "<step>", "special": False}})
+    assert "belong to different models" in problems_with(tmp_path, checkpoint)
+    (checkpoint / "tokenizer.model").unlink()
+    assert "args.model.path: " in (said := problems_with(tmp_path, checkpoint))
+    assert "has no tokenizer" in said
+    (checkpoint / "model.safetensors").unlink()
+    assert "holds no weights" in problems_with(tmp_path, checkpoint)
+    assert "has no tokenizer" in problems_with(tmp_path, checkpoint, load_format="dummy"), "weights are not needed"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [({"type": "linear", "factor": 4.0}, 16384), ({"type": "dynamic", "factor": 2.0}, 8192), (None, 4096)],
+)
+def test_a_context_may_be_as_long_as_rope_scaling_makes_it(
+    scaling: dict[str, Any] | None, longest: int, tmp_path: Path, checkpoint: Path
+) -> None:
+    rewrite(checkpoint / "config.json", rope_scaling=scaling, rope_parameters=None)
+    assert problems_with(tmp_path, checkpoint, max_model_len=longest) == ""
+    assert f"{longest + 1} is more than the model's {longest}" in problems_with(
+        tmp_path, checkpoint, max_model_len=longest + 1
+    )
+
+
+def test_code_llama_may_be_served_up_to_100k_on_request(tmp_path: Path) -> None:
+    shape = Path("shape:code-llama-7b")
+    for wanted, said in ((32_768, ""), (100_000, ""), (100_001, "100001 is more than the model's 100000")):
+        assert said in problems_with(tmp_path, shape, load_format="dummy", max_model_len=wanted)
+        assert said or problems_with(tmp_path, shape, load_format="dummy", max_model_len=wanted) == ""
 
 
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.config import split_layers
 from model.text.tokenizer import load_tokenizer
 from model.weights import open_checkpoint, resolve_path
-from tests.model.test_formats import make_llama, write_meta
+from tests.model.test_formats import PLAIN, make_llama, write_meta
+from tests.model.text.checkpoints import CHATML, SIZE
+from tests.model.text.test_checkpoint_files import ADDED, directory
 from tests.model.text.test_tokenizer import LLAMA2, MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +61,15 @@ def test_inspect_a_shape_and_a_base_model(tmp_path: Path) -> None:
     shown = caravan("inspect", str(tmp_path))
     assert "format      meta" in shown.stdout
     assert "none: put tokenizer.model or tokenizer.json beside the weights" in shown.stdout
+
+
+def test_inspect_shows_a_prompt_beside_that_of_transformers(tmp_path: Path) -> None:
+    path = directory(tmp_path, chat_template=CHATML + "{{ eos_token }}", added_tokens_decoder=ADDED, legacy=False)
+    LlamaForCausalLM(LlamaConfig(**{**PLAIN, "vocab_size": SIZE + 2})).save_pretrained(path)
+    shown = caravan("inspect", str(path))
+    assert shown.returncode == 0, shown.stderr
+    assert "transformers: the same" in shown.stdout
+    assert f"an answer ends with: 2, {SIZE}" in shown.stdout
 
 
 @pytest.mark.skipif(not LLAMA2.is_file(), reason="Llama 2's tokenizer.model may not be distributed")
