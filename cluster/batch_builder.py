@@ -6,7 +6,7 @@ import numpy as np
 
 from cluster.awaited_masks import Unmasked
 from cluster.sequence import Sequence
-from model.batch import SAMPLED, Batch, Penalties, PromptRow, SampleRow, uniform
+from model.batch import SAMPLED, Batch, PromptRow, Rules
 
 
 def in_order(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], list[int]]:
@@ -32,7 +32,9 @@ def build_batch(
     num_new_blocks: list[int] = []
     new_blocks: list[int] = []
     sample_rows: list[int] = []
-    draws: list[SampleRow] = []
+    draws: list[int] = []
+    rules: list[Rules] = []
+    masks: dict[int, bytes] = {}
     prompt_rows: list[PromptRow] = []
     unmasked: list[Unmasked] = []
     tokens_from = -1
@@ -51,9 +53,16 @@ def build_batch(
             token_ids += seq.token_ids[start : start + count]
         if count == seq.num_uncomputed_tokens:
             if not seq.is_greedy:
-                draws.append(_sample_row(len(sample_rows), seq))
-                if draws[-1].awaits_mask:
-                    unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
+                draws.append(len(sample_rows))
+                if not seq.has_rules:
+                    seq.has_rules = True
+                    rules.append(_rules(seq))
+                if seq.matcher is not None:
+                    mask = seq.mask  # read once: another thread makes it
+                    if mask is None:
+                        unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
+                    else:
+                        masks[len(sample_rows)] = mask
             sample_rows.append(row)
         if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
             prompt_rows.append(_prompt_row(row, seq, start + count))
@@ -68,7 +77,10 @@ def build_batch(
         new_blocks=np.array(new_blocks, np.int32),
         tokens_from=tokens_from,
         sample_rows=np.array(sample_rows, np.int32),
-        draws=draws,
+        draws=np.array(draws, np.int32),
+        rules=rules,
+        masks=masks,
+        awaited=[one.row for one in unmasked],
         prompt_rows=prompt_rows,
     )
     return batch, unmasked
@@ -81,24 +93,26 @@ def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:
     return PromptRow(row, seq.token_ids[stop] if stop < seq.num_prompt_tokens else SAMPLED, wanted)
 
 
-def _sample_row(row: int, seq: Sequence) -> SampleRow:
-    p, mask = seq.request.sampling, seq.mask  # read once: another thread makes it
-    penalties = (
-        Penalties(p.repetition_penalty, p.presence_penalty, p.frequency_penalty, seq.output_counts)
-        if p.needs_counts
-        else None
-    )
-    return SampleRow(
-        row=row,
-        uniform=uniform(p.seed, seq.num_tokens + seq.num_pending_tokens) if p.temperature > 0 else 0.0,
+def _rules(seq: Sequence) -> Rules:
+    """Of a sequence whose tokens are all known, as they are when its first one in this slot is drawn."""
+    p = seq.request.sampling
+    prompt = seq.token_ids[: seq.num_prompt_tokens] if p.repetition_penalty != 1.0 else []
+    output = seq.token_ids[seq.num_prompt_tokens :] if p.needs_counts else []
+    return Rules(
+        slot=seq.slot,
+        seed=p.seed,
         temperature=p.temperature,
         top_k=p.top_k,
         top_p=p.top_p,
         min_p=p.min_p,
         logprobs=-1 if p.logprobs is None else p.logprobs,
-        logit_bias=p.logit_bias or None,
-        penalties=penalties,
-        banned=p.stop_token_ids if seq.num_output_tokens + seq.num_pending_tokens < p.min_tokens else (),
-        mask=mask or b"",
-        awaits_mask=mask is None,
+        logit_bias=p.logit_bias,
+        banned=p.stop_token_ids if p.min_tokens else (),
+        banned_until=seq.num_prompt_tokens + p.min_tokens,
+        counts=p.needs_counts,
+        repetition=p.repetition_penalty,
+        presence=p.presence_penalty,
+        frequency=p.frequency_penalty,
+        prompt_ids=np.array(list(set(prompt)), np.int32),
+        output_ids=np.array(output, np.int32),
     )

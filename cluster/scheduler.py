@@ -21,7 +21,7 @@ from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.fairness import Fairness, Policy
 from cluster.running import Running
-from cluster.sequence import NO_TOKEN, Matcher, Request, Sequence, TokenEvent
+from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.waiting_queue import WaitingQueue
 from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
 
@@ -314,7 +314,7 @@ class Scheduler:
         for seq in decoding:
             if len(chosen) == share:
                 break
-            if seq.num_pending_tokens >= seq.max_pending_tokens or seq.num_computed_tokens >= seq.max_computed_tokens:
+            if seq.num_pending_tokens >= MAX_PENDING_TOKENS or seq.num_computed_tokens >= seq.max_computed_tokens:
                 continue  # as many as may be ahead of what is known are, or the last one is
             if seq.slot < 0:  # it was preempted just now
                 continue

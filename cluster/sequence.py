@@ -11,6 +11,7 @@ from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
+MAX_PENDING_TOKENS = 2  # of a sequence: at most one token ahead of what is known
 NO_TOKEN = -1  # as the token of an event: a request that failed ends without one
 
 
@@ -50,7 +51,7 @@ class Matcher(Protocol):
     """Where a sequence is in its constraint; see model/text/grammar.py."""
 
     ready: bool  # whether `mask` is that of the next token
-    mask: bytes  # see SampleRow
+    mask: bytes  # see Batch.masks
     failure: str | None  # why there is no mask any more
     seconds: float  # that making a mask takes, of one thread
 
@@ -87,12 +88,11 @@ class Sequence:
         "block_table",
         "failure",
         "found",
+        "has_rules",
         "is_greedy",
         "last_step",
         "matcher",
         "max_computed_tokens",
-        "max_pending_tokens",
-        "needs_counts",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_deaths",
@@ -102,7 +102,6 @@ class Sequence:
         "num_pending_tokens",
         "num_prompt_tokens",
         "num_uncomputed_tokens",
-        "output_counts",
         "prompt_logprobs",
         "request",
         "request_id",
@@ -118,7 +117,7 @@ class Sequence:
         self.request = request
         self.request_id = request.request_id
         sampling = request.sampling  # what every step asks of it is looked up once
-        self.is_greedy, self.needs_counts = sampling.is_greedy, sampling.needs_counts
+        self.is_greedy = sampling.is_greedy
         self.stop_token_ids = sampling.stop_token_ids
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
         self.arrival = arrival  # order of arrival: the youngest is preempted first
@@ -129,10 +128,9 @@ class Sequence:
         self.num_uncomputed_tokens = len(self.token_ids)  # that no batch has been given yet, pending ones included
         self.num_in_flight = 0
         self.num_pending_tokens = 0
-        # At most one token ahead of what is known; what a penalty counts must be known.
-        self.max_pending_tokens = 1 if self.needs_counts else 2
         self.last_step = -1  # the newest that computes it, and samples its newest token while one is pending
         self.slot = -1  # see Batch.slots; given and taken back with the blocks
+        self.has_rules = False  # whether the last stage was told how its tokens are drawn, in this slot
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission, until the first token says so
         # What the tenant paid for before; of a resumed request an earlier engine was paid for all it brings.
         self.num_paid_tokens = len(self.token_ids) if request.output_ids else 0
@@ -145,11 +143,6 @@ class Sequence:
         # Stage deaths at which it was in flight: it is suspect until this many tokens of it are computed once more.
         self.num_deaths = self.suspect_until = 0
         self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
-        self.output_counts: dict[int, int] = {}  # token -> occurrences; kept only where penalties need it
-        if self.needs_counts:
-            self.output_counts = dict.fromkeys(request.token_ids, 0)
-            for token_id in request.output_ids:
-                self._count(token_id)
 
     def again(self) -> "Sequence":
         """Its successor after a preemption: all tokens known, nothing computed.
@@ -158,7 +151,7 @@ class Sequence:
         """
         successor = Sequence(self.request, self.arrival, self.matcher)
         successor.account = self.account
-        successor.token_ids, successor.output_counts = self.token_ids, self.output_counts
+        successor.token_ids = self.token_ids
         successor.num_uncomputed_tokens = len(self.token_ids)
         paid = self.num_computed_tokens if self.last_step >= 0 else 0  # not what only the prefix cache gave it
         successor.num_paid_tokens = max(self.num_paid_tokens, paid)
@@ -180,7 +173,7 @@ class Sequence:
 
     @property
     def mask(self) -> bytes | None:
-        """For its next token, see SampleRow; None if it is not known yet."""
+        """For its next token, see Batch.masks; None if it is not known yet."""
         if self.matcher is None:
             return b""
         return self.matcher.mask if self.matcher.ready and not self.num_pending_tokens else None
@@ -188,8 +181,6 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; says whether it was the last one."""
         self.token_ids.append(token_id)
-        if self.needs_counts:
-            self._count(token_id)
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) > self.max_computed_tokens else None
@@ -206,6 +197,3 @@ class Sequence:
         """Assert that what is counted adds up."""
         known = self.num_computed_tokens + self.num_uncomputed_tokens - self.num_pending_tokens
         assert known == len(self.token_ids), f"{self.request_id} lost count of its tokens"
-
-    def _count(self, token_id: int) -> None:
-        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1

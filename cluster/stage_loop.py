@@ -129,7 +129,7 @@ class StageLoop:
             time.sleep(POLL_S)
 
     def _may_sample(self, batch: Batch) -> bool:
-        return not batch.awaits_masks or batch.step_id in self._masks
+        return not batch.awaited or batch.step_id in self._masks
 
     def _may_launch(self) -> bool:
         if self._computed is not None:
@@ -193,7 +193,7 @@ class StageLoop:
         span = self._stopwatch.stop()
         if self._feeds and self._tokens is not None and len(order.batch.sample_rows):
             self._tokens.send(sampled.token_ids, order.timeout_s + LINK_MARGIN_S)
-        self._outbox.append(Launched(order.batch, sampled.to_host(), span, 0.0, time.monotonic()))
+        self._outbox.append(Launched(order.batch, sampled.on_host(), span, 0.0, time.monotonic()))
 
     def _receive(self, batch: Batch, timeout_s: float) -> torch.Tensor | None:
         if self._upstream is None:

@@ -92,9 +92,8 @@ class Control(ABC):
         Raises `zmq.ZMQError` if one is not connected.
         """
         whole = brief = encode(order)
-        if self._last and (order.batch.draws or order.batch.prompt_rows):
-            batch = msgspec.structs.replace(order.batch, draws=[], prompt_rows=[])
-            brief = encode(msgspec.structs.replace(order, batch=batch))
+        if self._last and (len(order.batch.draws) or order.batch.prompt_rows):
+            brief = encode(msgspec.structs.replace(order, batch=order.batch.brief()))
         for stage in range(self._last):
             self._put(stage, brief)
         self._put(self._last, whole)

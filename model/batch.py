@@ -9,8 +9,6 @@ many prefills, and both may share a batch, those that decode first.
 A batch may be scheduled before the tokens it continues are known: the first stage fills them in when they come.
 """
 
-import hashlib
-import struct
 from typing import Any
 
 import msgspec
@@ -22,30 +20,33 @@ SAMPLED = -1  # as a token id: the token sampled last for this sequence, which t
 ALONE, SAMPLED_AFTER = 1, 2  # of a token: its sequence computes no other; a token is sampled after it
 
 
-class Penalties(msgspec.Struct, frozen=True, array_like=True):
-    """Penalties of one sequence. `counts` maps each token seen so far to its occurrences in the output."""
-
-    repetition: float
-    presence: float
-    frequency: float
-    counts: dict[int, int]
+def _nothing() -> Int32Array:
+    return np.empty(0, np.int32)
 
 
-class SampleRow(msgspec.Struct, frozen=True, array_like=True):
-    """How to draw one token of a batch, where it is not simply the likeliest."""
+class Rules(msgspec.Struct, frozen=True, array_like=True):
+    """How the tokens of one sequence are drawn, where they are not simply the likeliest.
 
-    row: int  # index into Batch.sample_rows
-    uniform: float  # the draw, in [0, 1): a function of (seed, position), so that any stage and batch draws the same
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    The last stage is told with the first token that it draws for a sequence in this slot, and then keeps it. Each draw
+    is a function of (seed, position), so that any stage and batch draws the same.
+    """
+
+    slot: int
+    seed: int
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
     logprobs: int = -1  # -1: none; k: the chosen token's and the k best
-    logit_bias: dict[int, float] | None = None
-    penalties: Penalties | None = None
-    banned: tuple[int, ...] = ()  # token ids that may not be drawn now
-    mask: bytes = b""  # bit i, lowest first: token i may be drawn; b"": all may, otherwise none beyond its end
-    awaits_mask: bool = False  # it is not known yet, and comes in a `LateMasks`
+    logit_bias: dict[int, float] = {}
+    banned: tuple[int, ...] = ()  # token ids that may not be drawn
+    banned_until: int = 0  # for positions before this one
+    counts: bool = False  # whether these look at what came before:
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    prompt_ids: np.ndarray[Any, np.dtype[np.int32]] = msgspec.field(default_factory=_nothing)  # each once
+    output_ids: np.ndarray[Any, np.dtype[np.int32]] = msgspec.field(default_factory=_nothing)  # sampled already
 
 
 class PromptRow(msgspec.Struct, frozen=True, array_like=True):
@@ -69,7 +70,11 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     new_blocks: np.ndarray[Any, np.dtype[np.int32]]  # those, one sequence's after another's: each table's end
     tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
     sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the sequences whose next token is sampled
-    draws: list[SampleRow]  # how, for those that do not simply take the likeliest
+    # What follows is for the last stage. A row is an index into `sample_rows`, and so of the logits that are computed.
+    draws: np.ndarray[Any, np.dtype[np.int32]] = msgspec.field(default_factory=_nothing)  # rows that follow rules
+    rules: list[Rules] = []  # of sequences that follow rules for the first time
+    masks: dict[int, bytes] = {}  # by row: bit i, lowest first: token i may be drawn, and none beyond the end
+    awaited: list[int] = []  # rows whose mask is not known yet: it comes in a `LateMasks`
     prompt_rows: list[PromptRow] = []
 
     @property
@@ -86,9 +91,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
         last: Int32Array = np.cumsum(self.query_lens, dtype=np.int32)[self.sample_rows] - 1
         return last
 
-    @property
-    def awaits_masks(self) -> bool:
-        return any(draw.awaits_mask for draw in self.draws)
+    def brief(self) -> "Batch":
+        """For stages that do not sample."""
+        return msgspec.structs.replace(self, draws=_nothing(), rules=[], masks={}, awaited=[], prompt_rows=[])
 
     @property
     def positions(self) -> Int32Array:
@@ -107,7 +112,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
         """A whole sequence alone, in slot 0 and the first blocks, whose next token is sampled."""
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
         blocks = np.arange(-(-len(token_ids) // block_size), dtype=np.int32)
-        return cls(0, 0, token_ids, one * len(token_ids), zero, zero, one * len(blocks), blocks, -1, zero, [])
+        return cls(0, 0, token_ids, one * len(token_ids), zero, zero, one * len(blocks), blocks, -1, zero)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -140,14 +145,7 @@ class LateMasks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
 
     epoch: int
     step_id: int
-    masks: dict[int, bytes]  # by SampleRow.row, for each that awaits one
-
-    def fill(self, draws: list[SampleRow]) -> list[SampleRow]:
-        """The draws of this batch with their masks."""
-        return [
-            msgspec.structs.replace(draw, mask=self.masks[draw.row], awaits_mask=False) if draw.awaits_mask else draw
-            for draw in draws
-        ]
+    masks: dict[int, bytes]  # by row, for each that awaits one; b"": all may be drawn
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):
@@ -160,12 +158,6 @@ class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):
     finished: float  # computing ended
     wait: float  # idle since the previous step: no work, or the stage before was not done
     transfer: float  # blocked in sending or receiving the hidden state
-
-
-def uniform(seed: int, position: int) -> float:
-    """A draw in [0, 1) that depends on (seed, position) alone."""
-    digest = hashlib.blake2b(struct.pack("<Qq", seed % 2**64, position), digest_size=8).digest()
-    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def encode_array(value: Any) -> bytes:

@@ -27,11 +27,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # One block more than anybody owns: rows that pad a captured batch write there.
+        # One block more than anybody owns: tokens that pad a captured batch write there.
         shape = (n_layers, num_blocks + 1, block_size, config.n_kv_heads, config.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.token_bytes = KVCache.bytes_per_block(config, 1, 1, dtype)  # of one layer
+        self.num_bytes = (num_blocks + 1) * KVCache.bytes_per_block(config, n_layers, block_size, dtype)
         self.k = _layers(shape, dtype, device)
         self.v = _layers(shape, dtype, device)
 

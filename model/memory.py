@@ -2,11 +2,13 @@
 
 import logging
 
+import msgspec
 import numpy as np
 import torch
 
-from model.batch import Batch, SampleRow
+from model.batch import Batch, Rules
 from model.llama import Decoder
+from model.sampling_params import MAX_LOGPROBS
 from model.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -56,38 +58,54 @@ def used_bytes(free: int, total: int, own: int, share: float) -> int:
 def _activation_bytes(
     decoder: Decoder, max_num_seqs: int, max_num_batched_tokens: int, block_size: int, kv_dtype: torch.dtype | None
 ) -> int:
-    """What the largest step needs beside weights and KV."""
-    stage = Stage(decoder, -(-max_num_batched_tokens // block_size) + 1, block_size, max_num_seqs, kv_dtype)
-    batch = _largest_batch(max_num_seqs, max_num_batched_tokens, block_size, len(decoder.rotary))
+    """What the largest step needs beside weights and KV, and what is kept of every slot."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    num_blocks = -(-max_num_batched_tokens // block_size) + 1
+    stage = Stage(decoder, num_blocks, block_size, max_num_seqs, kv_dtype)
+    before += stage.kv.num_bytes
+    batch = _largest_batch(
+        max_num_seqs, max_num_batched_tokens, block_size, len(decoder.rotary), num_blocks,
+        decoder.config.vocab_size,
+    )  # fmt: skip
     hidden = None
     if not decoder.stage.is_first:
         hidden = torch.zeros(stage.hidden_shape(batch), dtype=decoder.dtype, device=decoder.device)
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     stage.run(batch, hidden)
     torch.cuda.synchronize()
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def _largest_batch(max_num_seqs: int, max_num_batched_tokens: int, block_size: int, longest: int) -> Batch:
-    """As many samples as there can be, and as many tokens; what is computed does not matter."""
+def _largest_batch(
+    max_num_seqs: int, max_num_batched_tokens: int, block_size: int, longest: int, num_blocks: int, vocab_size: int
+) -> Batch:
+    """As many samples as there can be, and as many tokens, those of prompts at the end of the longest contexts.
+
+    What is computed does not matter, so contexts may share blocks, of which there are `num_blocks`.
+    """
     decodes = max(0, min(max_num_seqs - 1, max_num_batched_tokens - 2))  # the rest is a prompt: it needs more
     rest = max_num_batched_tokens - decodes
     prompts = [min(longest, rest - start) for start in range(0, rest, longest)]
-    lens = [1] * decodes + prompts
+    lens = np.array([1] * decodes + prompts, np.int32)
+    contexts = np.array([1] * decodes + [longest] * len(prompts), np.int32)
     seqs = np.arange(len(lens), dtype=np.int32)
-    num_blocks = -(-np.array(lens, np.int32) // block_size)
+    tables = -(-contexts // block_size)
+    how = {"temperature": 1.0, "top_p": 0.9, "logprobs": MAX_LOGPROBS, "counts": True, "frequency": 0.5}
+    rules = [Rules(slot, 0, **how) for slot in range(max_num_seqs)]  # type: ignore[arg-type]
+    words = np.arange(min(vocab_size, longest), dtype=np.int32)
+    rules[0] = msgspec.structs.replace(rules[0], output_ids=words)  # what one has seen is looked up for all
     return Batch(
         epoch=0,
         step_id=0,
-        token_ids=np.zeros(sum(lens), np.int32),
-        query_lens=np.array(lens, np.int32),
-        num_computed_tokens=np.zeros(len(lens), np.int32),
+        token_ids=np.zeros(lens.sum(), np.int32),
+        query_lens=lens,
+        num_computed_tokens=contexts - lens,
         slots=seqs % max_num_seqs,
-        num_new_blocks=num_blocks,
-        new_blocks=np.concatenate([np.arange(n, dtype=np.int32) for n in num_blocks]),
+        num_new_blocks=tables,
+        new_blocks=np.arange(tables.sum(), dtype=np.int32) % num_blocks,
         tokens_from=-1,
         sample_rows=seqs,
-        draws=[SampleRow(i, 0.5, 1.0, 0, 0.9, 0.0) for i in range(len(lens))],
+        draws=seqs,
+        rules=rules,
     )

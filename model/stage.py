@@ -13,7 +13,8 @@ from model.config import StageLayers
 from model.graphs import StepGraphs
 from model.kv_cache import KVCache
 from model.llama import Decoder
-from model.sampling import Logprobs, Sampled, prompt_logprobs, sample
+from model.sampler import Sampler
+from model.sampling import Logprobs, Sampled, prompt_logprobs
 from model.slots import Slots
 from model.transfer import to_device
 
@@ -44,8 +45,11 @@ class Stage:
         self.decoder = decoder
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
-        max_blocks = min(num_blocks, -(-len(decoder.rotary) // block_size))
+        max_blocks = -(-len(decoder.rotary) // block_size)
         self.slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
+        self._sampler: Sampler | None = None
+        if self.layers.is_last:
+            self._sampler = Sampler(num_slots + 1, decoder.config.vocab_size, len(decoder.rotary), decoder.device)
         self._graphs: StepGraphs | None = None
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
@@ -66,7 +70,7 @@ class Stage:
         """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic."""
         slots, none = np.full(2, self.slots.padding_slot, np.int32), np.zeros(2, np.int32)
         lens, both = np.array([1, 2], np.int32), np.arange(2, dtype=np.int32)
-        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, slots, none, none[:0], -1, both, [])
+        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, slots, none, none[:0], -1, both)
         hidden = torch.zeros(self.hidden_shape(batch), dtype=self.decoder.dtype, device=self.decoder.device)
         self.run(batch, None if self.layers.is_first else hidden)
 
@@ -98,10 +102,10 @@ class Stage:
         done = graphs.run(batch, hidden)
         if done.likeliest is None:
             return done.out.clone()
-        if not batch.draws and len(batch.sample_rows) == batch.num_tokens:
-            return Sampled(done.likeliest.clone(), {}, [])
+        if not len(batch.draws) and len(batch.sample_rows) == batch.num_tokens:
+            return Sampled(done.likeliest.clone())
         rows = _on(self.decoder.device, batch.sample_tokens)
-        return Unsampled(batch, done.out[rows], []) if batch.draws else Sampled(done.likeliest[rows], {}, [])
+        return Unsampled(batch, done.out[rows], []) if len(batch.draws) else Sampled(done.likeliest[rows])
 
     def _eager(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """Hidden state [T, C]."""
@@ -115,9 +119,10 @@ class Stage:
         """Draw the tokens of a step; `masks` are those that its batch was sent without."""
         batch, prompts = computed.batch, computed.prompt_logprobs
         if not len(batch.sample_rows):
-            return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), {}, prompts)
-        draws = batch.draws if masks is None else masks.fill(batch.draws)
-        sampled = replace(sample(computed.logits, draws), prompt_logprobs=prompts)
+            return Sampled(torch.empty(0, dtype=torch.int64, device=self.decoder.device), [], prompts)
+        assert self._sampler is not None, "only the last stage samples"
+        known = batch.masks if masks is None else batch.masks | masks.masks
+        sampled = replace(self._sampler.sample(batch, computed.logits, known), prompt_logprobs=prompts)
         if self.layers.is_first:
             self.feed(batch, sampled.token_ids)
         return sampled
@@ -151,8 +156,8 @@ def to_output(batch: Batch, sampled: Sampled) -> StepOutput:
         batch.epoch,
         batch.step_id,
         sampled.token_ids.tolist(),
-        sampled.host_logprobs(),
-        [None if values is None else values.to_host() for values in sampled.prompt_logprobs],
+        sampled.row_logprobs(),
+        [None if values is None else values.tokens() for values in sampled.prompt_logprobs],
         sampled.errors,
     )
 

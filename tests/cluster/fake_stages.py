@@ -11,9 +11,11 @@ import numpy as np
 
 from cluster.errors import StageDied
 from cluster.sequence import Request
-from model.batch import SAMPLED, Batch, LateMasks, SampleRow, StepOutput, uniform
+from model.batch import SAMPLED, Batch, LateMasks, Rules, StepOutput
+from model.sampling import uniform
 
 VOCABULARY = 61
+GREEDY = Rules(0, 0)
 NOWHERE = 10**8  # a block that nobody has
 Cells = np.ndarray[tuple[int], np.dtype[np.uint64]]
 Table = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -33,11 +35,12 @@ def context_of(kv: Cells) -> int:
     return int((kv * (2 * np.arange(len(kv), dtype=np.uint64) + 1)).sum())
 
 
-def draw(context: int, row: SampleRow, counts: dict[int, int] | None) -> int:
-    """A token that depends on all that may influence it."""
-    seen = sorted(counts.items()) if counts is not None else None
-    chosen = mixed(context, row.uniform, row.temperature, row.top_k, seen)
-    allowed = [t for t in range(VOCABULARY) if t not in row.banned and (not row.mask or _bit(row.mask, t))]
+def draw(context: int, position: int, rules: Rules, counts: dict[int, int], mask: bytes) -> int:
+    """A token that depends on all that may influence it; `counts`: of what came, how often in the output."""
+    drawn = uniform(rules.seed, position) if rules.temperature > 0 else 0.0
+    chosen = mixed(context, drawn, rules.temperature, rules.top_k, sorted(counts.items()) if rules.counts else None)
+    banned = rules.banned if position < rules.banned_until else ()
+    allowed = [t for t in range(VOCABULARY) if t not in banned and (not mask or _bit(mask, t))]
     return allowed[chosen % len(allowed)]
 
 
@@ -46,7 +49,7 @@ def _bit(mask: bytes, token_id: int) -> bool:
 
 
 class FakeStages:
-    """One KV cache, and of each slot the newest token and the block table."""
+    """One KV cache, and of each slot the newest token, the block table, and how its tokens are drawn."""
 
     def __init__(self, num_blocks: int, block_size: int, num_slots: int, kills: set[int]) -> None:
         """`kills`: keys and values whose computation is the stage's death."""
@@ -61,10 +64,14 @@ class FakeStages:
         self._kv[:] = np.arange(len(self._kv), dtype=np.uint64) + np.uint64(10**9)
         self._newest[:] = -7
         self._tables[:] = NOWHERE
+        self._rules: dict[int, tuple[Rules, dict[int, int]]] = {}  # by slot, with what has come
 
     def run(self, batch: Batch, late: LateMasks | None) -> StepOutput:
-        draws = {row.row: row for row in (late.fill(batch.draws) if late is not None else batch.draws)}
-        assert not any(row.awaits_mask for row in draws.values()), "a step is sampled without its mask"
+        masks = batch.masks | (late.masks if late is not None else {})
+        assert set(batch.awaited) <= set(masks), "a step is sampled without its mask"
+        for rules in batch.rules:
+            output = rules.output_ids.tolist()
+            self._rules[rules.slot] = rules, {t: output.count(t) for t in [*rules.prompt_ids.tolist(), *output]}
         new_blocks = np.split(batch.new_blocks, np.cumsum(batch.num_new_blocks)[:-1])
         for slot, stop, blocks in zip(batch.slots, batch.num_blocks(self._block_size), new_blocks, strict=True):
             self._tables[slot, stop - len(blocks) : stop] = blocks
@@ -74,10 +81,13 @@ class FakeStages:
             contexts.append(self._compute(self._tables[slot], int(start), token_ids))
             at += count
         tokens = []
+        ends = (batch.num_computed_tokens + batch.query_lens).tolist()
         for row, index in enumerate(batch.sample_rows.tolist()):
-            how = draws.get(row) or SampleRow(row, 0.0, 0.0, 0, 1.0, 0.0)
-            tokens.append(draw(contexts[index], how, how.penalties.counts if how.penalties else None))
-            self._newest[batch.slots[index]] = tokens[-1]
+            slot = int(batch.slots[index])
+            rules, counts = self._rules[slot] if row in batch.draws else (GREEDY, {})
+            tokens.append(draw(contexts[index], ends[index], rules, counts, masks.get(row, b"")))
+            counts[tokens[-1]] = counts.get(tokens[-1], 0) + 1
+            self._newest[slot] = tokens[-1]
         return StepOutput(batch.epoch, batch.step_id, tokens, {})
 
     def _compute(self, table: Table, start: int, token_ids: list[int]) -> int:
@@ -124,14 +134,14 @@ def said(request: Request, constrained: bool) -> tuple[list[int], list[int]]:
         cache[position] = with_token(context_of(cache[:position]), token_id, position)
     answer: list[int] = []
     while len(answer) < p.max_tokens and not (answer and answer[-1] in p.stop_token_ids):
-        counts = {t: answer.count(t) for t in tokens} if p.needs_counts else None
-        how = SampleRow(
-            0, uniform(p.seed, len(tokens)) if p.temperature > 0 else 0.0, p.temperature, p.top_k, p.top_p, p.min_p,
-            banned=p.stop_token_ids if len(answer) < p.min_tokens else (),
-            mask=mask_of(answer) if constrained else b"",
+        seen = tokens if p.repetition_penalty != 1.0 else answer
+        rules = Rules(
+            0, p.seed, p.temperature, p.top_k, banned=p.stop_token_ids, counts=p.needs_counts,
+            banned_until=len(request.token_ids) + p.min_tokens,
         )  # fmt: skip
+        counts = {t: answer.count(t) for t in seen}
         context = context_of(cache[:end])
-        answer.append(draw(context, how, counts))
+        answer.append(draw(context, len(tokens), rules, counts, mask_of(answer) if constrained else b""))
         cache[end] = with_token(context, answer[-1], end)
         tokens.append(answer[-1])
         end += 1
@@ -143,11 +153,5 @@ def emptied(batch: Batch) -> Batch:
     return msgspec.structs.replace(
         batch,
         **{name: value.copy() for name in batch.__struct_fields__ if hasattr(value := getattr(batch, name), "dtype")},
-        draws=[
-            msgspec.structs.replace(
-                row,
-                penalties=row.penalties and msgspec.structs.replace(row.penalties, counts=dict(row.penalties.counts)),
-            )
-            for row in batch.draws
-        ],
+        masks=dict(batch.masks),
     )

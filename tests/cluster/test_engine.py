@@ -14,8 +14,8 @@ from cluster.errors import EngineStopped, RequestRejected, StageDied
 from cluster.local_pipeline import LocalPipeline
 from cluster.patience import Patience
 from cluster.scheduler import Scheduler
-from model.batch import Batch, SampleRow, uniform
-from tests.conftest import TINY, Collector, MakeEngine, make_stages, request
+from model.batch import Batch, Rules
+from tests.conftest import TINY, Collector, MakeEngine, ints, make_stages, request
 
 PROMPTS = [
     [random.Random(i).randrange(3, TINY.vocab_size) for _ in range(n)] for i, n in enumerate([1, 2, 5, 16, 17, 63, 100])
@@ -27,10 +27,8 @@ def naive(prompt: list[int], count: int, temperature: float = 0.0, seed: int = 0
     (stage,) = make_stages(num_blocks=64)
     tokens = list(prompt)
     for _ in range(count):
-        n = len(tokens)
-        row = SampleRow(0, uniform(seed, n), temperature, 0, 1.0, 0.0)
         batch = Batch.of_one(np.array(tokens, np.int32), stage.kv.block_size)
-        batch = msgspec.structs.replace(batch, draws=[row])
+        batch = msgspec.structs.replace(batch, draws=ints(0), rules=[Rules(0, seed, temperature)])
         tokens += stage.run(batch, None).token_ids.tolist()  # type: ignore[union-attr]
     return tokens[len(prompt) :]
 

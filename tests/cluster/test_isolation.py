@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from model import sampling, stage
+from model.batch import Rules
+from model.sampler import Sampler
 from tests.cluster.test_engine import PROMPTS
 from tests.conftest import MakeEngine, request
+from tests.model.test_sampling import V, step
 
 FAULTY = 1.25  # the parameter by which a fault finds its victim
 
@@ -25,14 +28,13 @@ def fault(name: str, is_victim: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], Any]] = {
-    "_penalise": ({"presence_penalty": FAULTY}, lambda logits, p: p.presence == FAULTY),
-    "_adjust": ({"logit_bias": {7: FAULTY}}, lambda logits, draw: draw.logit_bias == {7: FAULTY}),
-    "_draw_plain": ({"temperature": FAULTY}, lambda logits, rows: any(r.temperature == FAULTY for r in rows)),
-    "_draw_filtered": (
-        {"temperature": FAULTY, "top_k": 5},
-        lambda logits, rows: any(r.temperature == FAULTY for r in rows),
+    "penalised": (
+        {"presence_penalty": FAULTY, "repetition_penalty": 1.1},
+        lambda x, seen, repetition, presence, _: (presence == FAULTY).any(),
     ),
-    "_logprobs": ({"logprobs": 19}, lambda values, tokens, count: count == 19),
+    "draw_plain": ({"temperature": FAULTY}, lambda logits, draws: (draws.temperature == FAULTY).any()),
+    "draw_filtered": ({"temperature": FAULTY, "top_k": 5}, lambda logits, draws: (draws.temperature == FAULTY).any()),
+    "logprobs_of": ({"logprobs": 19}, lambda values, tokens, count: count == 19),
 }
 COMPANY: list[dict[str, Any]] = [
     {},
@@ -82,7 +84,7 @@ def test_a_device_that_has_failed_is_not_one_sequences_affair(monkeypatch: pytes
     def broken(*_: Any) -> None:
         raise torch.AcceleratorError("the device is lost")
 
-    monkeypatch.setattr(sampling, "_adjust", broken)
-    row = sampling.SampleRow(0, 0.5, 0.0, 0, 1.0, 0.0)
+    monkeypatch.setattr(sampling, "draw_plain", broken)
+    rules = [Rules(0, 0, 1.0)]
     with pytest.raises(torch.AcceleratorError):
-        sampling.sample(torch.zeros(1, 5), [row])
+        Sampler(1, V, 9, torch.device("cpu")).sample(step([*rules], rules), torch.zeros(1, V), {})

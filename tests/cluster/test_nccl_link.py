@@ -210,9 +210,7 @@ class Orders:
 
     def __init__(self, tokens_from: int) -> None:  # of the second
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-        batches = [
-            Batch(0, n, one, one, zero, zero, zero, zero[:0], t, zero, []) for n, t in enumerate((-1, tokens_from))
-        ]
+        batches = [Batch(0, n, one, one, zero, zero, zero, zero[:0], t, zero) for n, t in enumerate((-1, tokens_from))]
         self.orders = [StepOrder(batch, 5.0) for batch in batches]
         self.answered: list[Any] = []
 

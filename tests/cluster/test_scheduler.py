@@ -157,7 +157,7 @@ class Run:
         made = self._make_masks()
         if not self._in_flight:
             assert self._to_come or made or not self.scheduler.has_work, "nothing is computed any more"
-        elif not self._in_flight[0][0].awaits_masks or self._in_flight[0][0].step_id in self._late:
+        elif not self._in_flight[0][0].awaited or self._in_flight[0][0].step_id in self._late:
             self._finish()
         elif self.rng.random() < 0.05:
             self.scheduler.give_up_masks(self._in_flight[0][0].step_id)

@@ -11,9 +11,10 @@ import torch
 from cluster import stage_loop
 from cluster.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested
-from model.batch import Batch, LateMasks, SampleRow, StageTiming, StepOutput
+from model.batch import Batch, LateMasks, StageTiming, StepOutput
 from model.sampling import Sampled
 from model.stage import Unsampled
+from tests.conftest import ints
 
 
 class SlowSpan:
@@ -60,9 +61,9 @@ class Masking(Engine):
         return order
 
 
-def make_batch(step_id: int, draws: list[SampleRow] | None = None) -> Batch:
+def make_batch(step_id: int, **of_sampler: Any) -> Batch:
     one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    return Batch(0, step_id, one, one, zero, zero, zero, zero[:0], step_id - 1, zero, draws or [])
+    return Batch(0, step_id, one, one, zero, zero, zero, zero[:0], step_id - 1, zero, **of_sampler)
 
 
 def last_stage(**methods: Any) -> Any:
@@ -86,7 +87,7 @@ def test_the_last_stage_reports_a_step_before_it_waits_for_the_next(monkeypatch:
         received.append(len(received))
         return into
 
-    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3]), {}))
+    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3])))
     upstream: Any = SimpleNamespace(receive=receive, on_device=False, check=lambda: None)
     control: Any = engine
     StageLoop(1, stage, control, 0, upstream, None).run()
@@ -100,12 +101,12 @@ def test_masks_that_come_late_are_waited_for_with_the_step_computed(
     """And with the steps before it reported, for their tokens are what the masks follow from."""
     watch = SimpleNamespace(start=lambda: None, stop=SlowSpan)
     monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: watch)
-    engine = Masking([make_batch(n, [SampleRow(0, 0.5, 1.0, 0, 1.0, 0.0, awaits_mask=True)]) for n in range(4)])
+    engine = Masking([make_batch(n, draws=ints(0), awaited=[0]) for n in range(4)])
     drawn: list[tuple[int, bytes]] = []
 
     def sample(computed: Unsampled, masks: LateMasks) -> Sampled:
         drawn.append((computed.batch.step_id, masks.masks[0]))
-        return Sampled(torch.tensor([3]), {})
+        return Sampled(torch.tensor([3]))
 
     stage = last_stage(compute=lambda batch, hidden: Unsampled(batch, torch.zeros(1, 5), []), sample=sample)
     upstream: Any = SimpleNamespace(receive=lambda into, s: into, on_device=on_device, check=lambda: None)
@@ -186,7 +187,7 @@ def test_a_device_that_hangs_in_its_own_step_is_told_from_one_that_waits(
 
     engine.receive = receive
     upstream: Any = SimpleNamespace(receive=lambda into, s: into, on_device=True, check=lambda: None)
-    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3]), {}))
+    stage = last_stage(compute=lambda batch, hidden: Sampled(torch.tensor([3])))
     loop = StageLoop(1, stage, engine, 0, upstream, None)
     loop.run()
     assert seen == [activity]
@@ -214,7 +215,7 @@ def test_the_last_stage_sends_tokens_before_it_launches_anything_else(monkeypatc
     def compute(batch: Batch, hidden: torch.Tensor) -> Sampled:
         happened.append(f"compute {batch.step_id}")
         assert engine.answered == [], "all steps are launched before the first is reported"
-        return Sampled(torch.tensor([batch.step_id]), {})
+        return Sampled(torch.tensor([batch.step_id]))
 
     engine: Any = Engine([make_batch(n) for n in range(3)])
     tokens, upstream = Wire(happened), Wire([])

@@ -25,29 +25,32 @@ from cluster.transport import (
     StepOrder,
     StopRequested,
     Wakeup,
+    encode,
     interface_address,
 )
 from model.batch import (
     SAMPLED,
     Batch,
     LateMasks,
-    Penalties,
     PromptRow,
+    Rules,
     SampledTokens,
-    SampleRow,
     StageTiming,
     StepOutput,
     TokenLogprobs,
 )
+from tests.conftest import ints
 
 HOST = "127.0.0.1"
 
 
 def batch(step_id: int = 0) -> Batch:
-    penalties = Penalties(1.1, 0.2, 0.3, {5: 2, 7: 0})
-    row = SampleRow(0, 0.25, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, penalties, (2,), b"\x05\xff")
+    rules = Rules(
+        9, 2**64 - 1, 0.7, 5, 0.9, 0.1, 3, {9: -1.5}, (2,), 40, True, 1.1, 0.2, 0.3, ints(5, 7), ints(5, 5)
+    )  # fmt: skip
     arrays = (np.array(x, np.int32) for x in ([1, 2, 3, SAMPLED], [3, 1], [0, 17], [5, 9], [1, 2], [4, 6, 7]))
-    return Batch(2, step_id, *arrays, step_id - 1, np.array([1], np.int32), [row], [PromptRow(0, 7, 3)])
+    row = ints(1), ints(0), [rules], {0: b"\x05\xff"}, [0], [PromptRow(0, 7, 3)]
+    return Batch(2, step_id, *arrays, step_id - 1, *row)
 
 
 @pytest.fixture
@@ -74,10 +77,13 @@ def test_messages_arrive_as_they_were_sent(server: ControlServer) -> None:
             assert order.timeout_s == 2.5
             received = order.batch
             for field in Batch.__struct_fields__:
-                expected = getattr(batch(), field)
-                if client is clients[0] and field in ("draws", "prompt_rows"):
-                    expected = []  # only the last stage samples
-                assert np.array_equal(getattr(received, field), expected)
+                found, expected = getattr(received, field), getattr(batch(), field)
+                if client is clients[0] and field in ("draws", "rules", "masks", "awaited", "prompt_rows"):
+                    assert len(found) == 0  # only the last stage samples
+                elif field == "rules":
+                    assert encode(found) == encode(expected)
+                else:
+                    assert np.array_equal(found, expected)
         for message in (
             StepOutput(2, 5, [1, 2], {1: TokenLogprobs(-0.5, [(3, -1.0)])}),
             StageTiming(2, 5, 1, 1.0, 2.0, 0.5, 0.25),

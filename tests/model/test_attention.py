@@ -60,7 +60,7 @@ def test_paged_attention_equals_dense(
         expected.append(dense(queries[-1], k, v))
     batch = Batch(
         0, 0, np.zeros(sum(n for _, n in sequences), np.int32), ints(*(n for _, n in sequences)),
-        ints(*(b for b, _ in sequences)), ints(*range(len(sequences))), ints(), ints(), -1, ints(0), [],
+        ints(*(b for b, _ in sequences)), ints(*range(len(sequences))), ints(), ints(), -1, ints(0),
     )  # fmt: skip
     slots = Slots(len(sequences), 8, BLOCK, 64, torch.device("cpu"))
     slots.extend(with_tables(batch, tables.tolist(), BLOCK))

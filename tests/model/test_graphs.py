@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.attention import packed_tokens
-from model.batch import SAMPLED, Batch, PromptRow, SampleRow
+from model.batch import SAMPLED, Batch, PromptRow, Rules
 from model.graphs import (
     MIXED_PROMPTS,
     MIXED_TOKENS,
@@ -32,32 +32,32 @@ from tests.conftest import ints, make_stages
 NO_SLOT = 64
 
 
-def steps(draws: list[SampleRow]) -> list[Batch]:
+def steps(rules: list[Rules]) -> list[Batch]:
     """Two prompts; then one goes on, one is in the middle, and another comes whole; then all three decode.
 
     In blocks of 4: the first sequence has 0 to 7, the second 8 to 15, the third 16 to 23.
     """
     prompt = np.arange(30, dtype=np.int32) * 7 % 300
-    slots, all_ = ints(3, 9, 4), ints(0, 1, 2)
+    slots, all_, new, drawn = ints(3, 9, 4), ints(0, 1, 2), ints(0, 1, 2), ints(1) if rules else ints()
     first, mixed = ints(0, 1, 8, 9, 10), np.concatenate(([SAMPLED], prompt[:13])).astype(np.int32)
     return [
-        Batch(0, 0, prompt[:15], ints(5, 10), ints(0, 0), slots[:2], ints(2, 3), first, -1, ints(0), []),
-        Batch(0, 1, mixed, ints(1, 6, 7), ints(5, 10, 0), slots, ints(0, 1, 2), ints(11, 16, 17), 0, all_, draws),
-        Batch(0, 2, ints(*[SAMPLED] * 3), ints(1, 1, 1), ints(6, 16, 7), slots, ints(0, 1, 0), ints(12), 1, all_, []),
+        Batch(0, 0, prompt[:15], ints(5, 10), ints(0, 0), slots[:2], ints(2, 3), first, -1, ints(0)),
+        Batch(0, 1, mixed, ints(1, 6, 7), ints(5, 10, 0), slots, new, ints(11, 16, 17), 0, all_, drawn, rules),
+        Batch(0, 2, ints(*[SAMPLED] * 3), ints(1, 1, 1), ints(6, 16, 7), slots, ints(0, 1, 0), ints(12), 1, all_),
     ]  # fmt: skip
 
 
-def run(stages: list[Stage], draws: list[SampleRow]) -> list[tuple[list[int], dict[int, float]]]:
+def run(stages: list[Stage], rules: list[Rules]) -> list[tuple[list[int], dict[int, float]]]:
     """Token ids and logprobs of each step."""
     found = []
-    for batch in steps(draws):
+    for batch in steps(rules):
         result = None
         for stage in stages:
             result = stage.run(batch, result)
         assert isinstance(result, Sampled)
         if len(stages) > 1:
             stages[0].feed(batch, result.token_ids)
-        found.append((result.token_ids.tolist(), {i: lp.chosen for i, lp in result.host_logprobs().items()}))
+        found.append((result.token_ids.tolist(), {i: lp.chosen for i, lp in result.row_logprobs().items()}))
     return found
 
 
@@ -69,7 +69,7 @@ def assert_equal(
         assert a == pytest.approx(b, abs=1e-4)
 
 
-DRAWS = [[], [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, logprobs=3)]]
+RULES = [[], [Rules(9, 7, 1.0, logprobs=3)]]
 
 
 class Recorder:
@@ -93,16 +93,16 @@ class Uncaptured(StepGraphs):
         return recorder, recorder.done
 
 
-@pytest.mark.parametrize("draws", DRAWS)
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("count", [1, 2])
-def test_captured_steps_give_the_tokens_of_eager_ones(count: int, draws: list[SampleRow]) -> None:
+def test_captured_steps_give_the_tokens_of_eager_ones(count: int, rules: list[Rules]) -> None:
     """Padding, pieces, slots and all; only the capturing itself is left out."""
     stages = make_stages(stages=count)
     for stage in stages:
         with torch.inference_mode():
             stage._graphs = Uncaptured(stage.decoder, stage.kv, stage.slots, 64)
-        assert all(stage._graphs.take(batch) for batch in steps(draws))
-    assert_equal(run(stages, draws), run(make_stages(stages=count), draws))
+        assert all(stage._graphs.take(batch) for batch in steps(rules))
+    assert_equal(run(stages, rules), run(make_stages(stages=count), rules))
 
 
 def test_steps_that_are_too_much_for_a_captured_one_are_left_out() -> None:
@@ -120,7 +120,7 @@ def test_steps_that_are_too_much_for_a_captured_one_are_left_out() -> None:
         roomy = Uncaptured(stage.decoder, stage.kv, stage.slots, 256)
     for count in (MIXED_PROMPTS, MIXED_PROMPTS + 1):
         twos, none = np.full(count, 2, np.int32), np.zeros(count, np.int32)
-        prompts = Batch(0, 0, np.zeros(2 * count, np.int32), twos, none, none, none, none[:0], -1, none, [])
+        prompts = Batch(0, 0, np.zeros(2 * count, np.int32), twos, none, none, none, none[:0], -1, none)
         assert roomy.take(prompts) == (count == MIXED_PROMPTS)
 
 
@@ -212,10 +212,11 @@ def test_capturing_begins_with_a_step_that_is_not_captured(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("max_num_seqs", "max_num_batched_tokens"), [(512, 512), (8, 2), (1, 1), (64, 512), (512, 64)])
 def test_memory_is_left_for_a_step_with_decodes_and_a_prompt(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    batch = _largest_batch(max_num_seqs, max_num_batched_tokens, 16, 2048)
+    batch = _largest_batch(max_num_seqs, max_num_batched_tokens, 16, 2048, 40, 300)
     assert batch.num_tokens == max_num_batched_tokens
     assert (batch.query_lens > 1).any() or max_num_batched_tokens == 1
     assert batch.num_seqs >= min(max_num_seqs, max_num_batched_tokens - 1)
+    assert (batch.num_computed_tokens + batch.query_lens).max() == 2048, "contexts are read, too"
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 20, 64, 256, 300, 512, 768])

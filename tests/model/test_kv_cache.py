@@ -84,7 +84,7 @@ def test_a_model_with_8_bit_keys_and_values_computes_nearly_the_same() -> None:
     logits = []
     for stage in (exact, rounded):
         stage.run(Batch.of_one(ids[:39], 4), None)
-        last = Batch(0, 1, ids[39:], one, 39 * one, none, none, none[:0], -1, none, [])
+        last = Batch(0, 1, ids[39:], one, 39 * one, none, none, none[:0], -1, none)
         logits.append(stage._eager(last, None))
     error = float((logits[1] - logits[0]).norm() / logits[0].norm())
     assert 0 < error < 0.15  # of random weights, which forgive nothing

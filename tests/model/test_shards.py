@@ -51,7 +51,7 @@ def logits(config: ModelConfig, devices: int, stages: int = 1, fp8: frozenset[st
     with torch.inference_mode():
         for start, stop in ((0, 25), (25, 39), (39, 40)):
             ids = np.array(TOKENS[start:stop], np.int32)
-            batch = Batch(0, 0, ids, ints(stop - start), ints(start), ints(0), ints(), ints(), -1, ints(), [])
+            batch = Batch(0, 0, ids, ints(stop - start), ints(start), ints(0), ints(), ints(), -1, ints())
             batch = with_tables(batch, [[0, 1, 2]], 16)
             slots.extend(batch)
             metadata = prepare(batch, slots, groups[0].leader.kernels)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import SAMPLED, Batch, Int32Array, Penalties, PromptRow, SampleRow
+from model.batch import SAMPLED, Batch, Int32Array, PromptRow, Rules
 from model.config import ModelConfig, float8_products, split_layers
 from model.graphs import StepGraphs
 from model.kv_cache import FLOAT8
@@ -14,7 +14,7 @@ from model.sampling import Sampled
 from model.stage import Stage
 from model.transfer import to_device
 from model.weights.dummy import DummyCheckpoint
-from tests.conftest import with_tables
+from tests.conftest import ints, with_tables
 from tests.model.test_graphs import Uncaptured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -55,7 +55,7 @@ def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[in
     tables = np.arange(n * 8).reshape(n, 8).tolist()
 
     def step_of(step_id: int, ids: Int32Array, query_lens: Int32Array, computed: Int32Array) -> Batch:
-        batch = Batch(0, step_id, ids, query_lens, computed, rows, none, none[:0], step_id - 1, rows, [])
+        batch = Batch(0, step_id, ids, query_lens, computed, rows, none, none[:0], step_id - 1, rows)
         return with_tables(batch, tables, BLOCK)
 
     lens = np.array([len(p) for p in prompts], np.int32)
@@ -94,18 +94,21 @@ def test_graphs_give_the_tokens_of_the_same_steps_uncaptured(
 def test_nothing_waits_for_the_device() -> None:
     """Neither eager steps nor captured ones, however their tokens are drawn: torch says so itself."""
     stage = make(shape(8, 8, 64), "cuda", torch.bfloat16, StepGraphs)
-    everything = {"logit_bias": {7: 1.0}, "penalties": Penalties(1.2, 0.1, 0.1, {3: 1, 5: 2}), "banned": (4,)}
-    draws = [
-        SampleRow(0, 0.5, 1.0, 0, 1.0, 0.0, logprobs=2, **everything),  # type: ignore[arg-type]
-        SampleRow(1, 0.5, 1.0, 5, 0.9, 0.1, mask=b"\x55" * 125),
-    ]
+    rules = [
+        Rules(
+            0, 5, 1.0, logprobs=2, logit_bias={7: 1.0}, banned=(4,), banned_until=99, counts=True, repetition=1.2,
+            presence=0.1, frequency=0.1, prompt_ids=ints(3, 5), output_ids=ints(3, 3, 7),
+        ),
+        Rules(1, 5, 1.0, 5, 0.9, 0.1),
+    ]  # fmt: skip
+    drawn, masks = ints(0, 1), {1: b"\x55" * 125}
     n, rows = 3, np.arange(3, dtype=np.int32)
     lens, none = np.full(n, 7, np.int32), np.zeros(n, np.int32)
     prompts = [PromptRow(2, 5, 1)]
     ids = np.arange(n * 7, dtype=np.int32)
-    prefill = Batch(0, 0, ids, lens, none, rows, none + 1, rows, -1, rows, draws, prompts)
+    prefill = Batch(0, 0, ids, lens, none, rows, none + 1, rows, -1, rows, drawn, rules, masks, [], prompts)
     one = np.ones(n, np.int32)
-    decode = Batch(0, 1, one * SAMPLED, one, lens, rows, none, none[:0], 0, rows, draws)
+    decode = Batch(0, 1, one * SAMPLED, one, lens, rows, none, none[:0], 0, rows, drawn, [], masks)
     for mode in ("default", "error"):  # the first time kernels are compiled
         torch.cuda.set_sync_debug_mode(mode)
         try:

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from jsonschema import FormatChecker
 
-from model.batch import SampleRow
-from model.sampling import sample
+from model.batch import Rules
+from model.sampler import Sampler
 from model.text import grammar_worker, json_schema
 from model.text.constraint import Constraint
 from model.text.grammar import Grammars, Masks, Matcher
@@ -27,6 +27,7 @@ from model.text.string_formats import STRING_FORMATS
 from model.text.tokenizer import Tokenizer, load_tokenizer
 from model.weights import resolve_path
 from tests import golden
+from tests.model.test_sampling import step
 
 
 @cache
@@ -70,9 +71,9 @@ def test_the_sampler_draws_what_the_mask_allows() -> None:
         mask = sum(1 << i for i in allowed).to_bytes(5, "little")
         logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(1))
         expected = [max(allowed, key=lambda i, row=row: float(logits[row, i])) for row in range(4)]  # type: ignore[misc]
-        draws = [SampleRow(i, 0.7, 0.0, 0, 1.0, 0.0, mask=mask) for i in (0, 2)]
-        draws += [SampleRow(1, 0.7, 1.0, 0, 1.0, 0.0, mask=mask), SampleRow(3, 0.7, 1.0, 2, 0.9, 0.0, mask=mask)]
-        tokens = sample(logits.clone(), draws).token_ids.tolist()
+        rules = [Rules(0, 1), Rules(1, 1, 1.0), Rules(2, 1), Rules(3, 1, 1.0, 2, 0.9)]
+        sampler = Sampler(4, vocab, 9, torch.device("cpu"))
+        tokens = sampler.sample(step([*rules], rules), logits, dict.fromkeys(range(4), mask)).token_ids.tolist()
         assert [tokens[0], tokens[2]] == [expected[0], expected[2]]
         assert {tokens[1], tokens[3]} <= allowed
 
