@@ -1,1 +1,1 @@
-"""How the service is watched, loaded and proven. Imports none of the other folders."""
+"""The service from outside: how it is watched, measured, broken and installed. Nothing here runs in a replica."""

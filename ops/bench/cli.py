@@ -22,7 +22,7 @@ bench = typer.Typer(
 )
 
 Output = Annotated[Path | None, typer.Option(help="write the result as JSON here")]
-Plot = Annotated[Path | None, typer.Option(help="draw it as a PNG here (needs matplotlib: caravan[bench])")]
+Plot = Annotated[Path | None, typer.Option(help="draw it as a PNG here (needs matplotlib)")]
 Requests = Annotated[int, typer.Option(help="how many requests of the fixed list")]
 Longest = Annotated[int, typer.Option(help="cut prompts and outputs of the list to this length; 0: leave them")]
 Processes = Annotated[int, typer.Option(help="client processes; one drives about 2,000 tokens a second")]

@@ -1,4 +1,4 @@
-"""Plots of results as PNG files. matplotlib is imported only when one is drawn: it comes with caravan[bench]."""
+"""Plots of results as PNG files. matplotlib is imported only when one is drawn: `pip install '.[bench]'` brings it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise PlotError("plots need matplotlib: pip install 'caravan[bench]', or pip install matplotlib") from error
+        raise PlotError("plots need matplotlib: pip install '.[bench]', or pip install matplotlib") from error
     matplotlib.use("Agg")  # no window, no display
     from matplotlib import pyplot
 

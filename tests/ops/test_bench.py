@@ -235,7 +235,7 @@ def test_what_is_asked_wrongly_is_one_clear_sentence(arguments: list[str], says:
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PlotError, match=r"pip install 'caravan\[bench\]'"):
+    with pytest.raises(PlotError, match=r"pip install '\.\[bench\]'"):
         check_matplotlib()
     done = caravan("sweep", "--concurrency", "1", "--plot", "x.png")
     assert done.exit_code == 1
