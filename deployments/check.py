@@ -21,7 +21,7 @@ from model.weights import open_checkpoint, resolve_path
 
 IMPORT_PATH = "deployments.app:build"
 DEPLOYMENTS = ("Gateway", "Engine")
-OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env", "ray_actor_options")
+OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env")
 
 
 def check_file(path: Path) -> list[str]:

@@ -14,7 +14,6 @@ app = typer.Typer(
     name="caravan",
     help="Serve Llama models as pipelines of Ray actors: check a configuration, talk to a service, watch it.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
@@ -107,6 +106,30 @@ def alerts(
     from ops.watch.alerts import rules_json
 
     write(rules_json(), output)
+
+
+@app.command(epilog="Example: caravan schema --output schema.json; editors check YAML files that name it")
+def schema(
+    output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+) -> None:
+    """Print the JSON schema of a whole configuration file, ours and Serve's part."""
+    from deployments.schema import schema_json
+
+    write(schema_json(), output)
+
+
+@app.command(epilog="Example: caravan configs ray_config.yaml --output my_config.yaml")
+def configs(
+    name: Annotated[str, typer.Argument(help="one of them; default: list their names")] = "",
+    output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+) -> None:
+    """The configuration files that come with Caravan: to begin with, and to measure a machine with."""
+    import deployments
+
+    files = {file.name: file for file in (Path(deployments.__file__).parent / "configs").glob("*.yaml")}
+    if name and name not in files:
+        fail(f"{name}: there is no such configuration; there are {', '.join(sorted(files))}")
+    write(files[name].read_text("utf-8") if name else "".join(f"{found}\n" for found in sorted(files)), output)
 
 
 def write(text: str, output: Path | None) -> None:

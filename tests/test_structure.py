@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deployments.config import markdown_table
+from deployments.schema import schema_json
 
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
@@ -176,6 +177,15 @@ def test_results_that_documents_name_are_there() -> None:
 def test_results_are_json() -> None:
     for file in (ROOT / "ops/results").glob("*.json"):
         json.loads(file.read_text())
+
+
+def test_the_schema_is_true() -> None:
+    shipped = ROOT / "deployments/configs/schema.json"
+    assert shipped.read_text() == schema_json(), "caravan schema --output deployments/configs/schema.json"
+    for file in (ROOT / "ray_config.yaml", *shipped.parent.glob("*.yaml")):
+        found = re.match(r"# yaml-language-server: \$schema=(\S+)\n", file.read_text("utf-8"))
+        assert found is not None, file
+        assert (file.resolve().parent / found[1]).resolve() == shipped
 
 
 def test_the_configuration_table_is_true() -> None:
