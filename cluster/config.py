@@ -66,6 +66,10 @@ class PipelineArgs(Strict):
         description="layers per stage, e.g. [41, 39]; auto balances by weight; `bench offline --steady` proposes one "
         "by measured steps",
     )
+    tensor_parallel: PositiveInt = Field(
+        default=1,
+        description="GPUs of each stage, on one node; each holds a share of every layer",
+    )
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="where stages compute")
     threads: PositiveInt = Field(default=1, description="CPU threads per stage")
     step_timeout_s: Annotated[float, Field(gt=0)] = Field(

@@ -12,6 +12,7 @@ from cluster.pipeline import Pipeline
 from cluster.ray_pipeline import Progress, RayPipeline
 from cluster.scheduler import Scheduler
 from model.config import ModelConfig, StageLayers, split_layers
+from model.shards import shards
 
 log = logging.getLogger(__name__)
 
@@ -77,4 +78,5 @@ def model_len(config: EngineConfig, model: ModelConfig) -> int:
 def stage_layers(config: EngineConfig, model: ModelConfig) -> list[StageLayers]:
     """Which layers each stage gets."""
     split = config.pipeline.split
+    shards(model, config.pipeline.tensor_parallel)  # or say why not
     return split_layers(model, config.pipeline.stages, None if split == "auto" else split)

@@ -14,18 +14,19 @@ import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, in_8_bits, read_model
+from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, PipelineArgs, in_8_bits, read_model
 from cluster.gpu_guard import check_free
 from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
 from cluster.pipeline import Doing, max_in_flight
 from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
-from cluster.stage_loop import StageLoop
+from cluster.stage_loop import LINK_MARGIN_S, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.config import ModelConfig, StageLayers, product_of
+from model.group import DecoderGroup
 from model.heap import freed_blocks_returned, freeze_heap
 from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
-from model.memory import kv_budget
+from model.memory import kv_budgets
 from model.stage import Stage
 from model.weights import Checkpoint, open_checkpoint, resolve_path
 from model.weights.dummy import DummyCheckpoint
@@ -61,7 +62,8 @@ class StageActor:
         pipeline = spec.config.pipeline
         torch.set_num_threads(pipeline.threads)
         self._spec = spec
-        self._device = torch.device(pipeline.device)
+        self._devices = devices_of(pipeline)
+        self._device = self._devices[0]
         self._link_device = self._device if pipeline.link == "auto" else torch.device("cpu")  # where links end
         self._host = (
             interface_address(pipeline.network_interface)
@@ -98,7 +100,8 @@ class StageActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = predecessor.visible_devices
         spec, config = self._spec, self._spec.config
         if self._device.type == "cuda" and self._gpu_share() >= 1:
-            check_free(self._device)
+            for device in self._devices:
+                check_free(device)
         path = resolve_path(config.model.path)
         dummy = config.model.load_format == "dummy"
         checkpoint: Checkpoint = (
@@ -111,20 +114,25 @@ class StageActor:
             raise ValueError(FLOAT8_NEEDS_CUDA)
         self._log_weights(checkpoint.config, names, fp8)
         with freed_blocks_returned():
-            self._decoder = Decoder(
+            decoders = Decoder.sharded(
                 checkpoint.config,
                 spec.layers,
                 checkpoint.tensors(names),
                 dtype,
-                self._device,
+                self._devices,
                 spec.max_model_len,
                 self._counter(checkpoint, names),
                 fp8,
             )
+        self._group = DecoderGroup(decoders)
+        if len(decoders) > 1 and self._device.type == "cuda":
+            most = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
+            self._group.connect(most, config.pipeline.step_timeout_s + LINK_MARGIN_S)
         self._loaded = 1.0
         num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return LoadReport(self._host, os.getpid(), self._decoder.num_parameters, num_blocks, visible)
+        parameters = sum(decoder.num_parameters for decoder in decoders)
+        return LoadReport(self._host, os.getpid(), parameters, num_blocks, visible)
 
     def _log_weights(self, config: ModelConfig, names: list[str], fp8: frozenset[str]) -> None:
         dtype = self._spec.config.model.dtype
@@ -155,27 +163,30 @@ class StageActor:
         return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 
     def _kv_dtype(self) -> torch.dtype:
-        return FLOAT8 if self._spec.config.cache.dtype == "fp8" else self._decoder.dtype
+        return FLOAT8 if self._spec.config.cache.dtype == "fp8" else self._group.leader.dtype
 
     def _num_blocks(self) -> int:
         """KV blocks that fit into the memory set aside for them."""
-        decoder, cache = self._decoder, self._spec.config.cache
-        per_block = KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, self._kv_dtype())
+        cache = self._spec.config.cache
+        per_block = [
+            KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, self._kv_dtype())
+            for decoder in self._group.decoders
+        ]
         if cache.memory_gb is not None:
-            return int(cache.memory_gb * 1e9) // per_block
+            return int(cache.memory_gb * 1e9) // sum(per_block)
         if self._device.type == "cpu":
             raise ValueError("cache.memory_gb must be set on cpu: how much memory each stage may use for its KV cache")
         scheduler = self._spec.config.scheduler
-        budget = kv_budget(
-            decoder, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache.block_size,
-            self._kv_dtype(), min(1.0, self._gpu_share() or 1.0),
+        budgets = kv_budgets(
+            self._group, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
+            cache.block_size, self._kv_dtype(), min(1.0, self._gpu_share() or 1.0),
         )  # fmt: skip
-        return budget // per_block - 1  # one block is for padding
+        return min(budget // size for budget, size in zip(budgets, per_block, strict=True)) - 1  # one is for padding
 
     def allocate(self, num_blocks: int) -> None:
         """The KV cache, and on a GPU the captured steps that work on it: the end of the start, once for all epochs."""
         cache, scheduler = self._spec.config.cache, self._spec.config.scheduler
-        self._stage = Stage(self._decoder, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
+        self._stage = Stage(self._group, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
         if self._device.type == "cuda":
             self._stage.capture(
                 scheduler.max_num_batched_tokens,
@@ -240,3 +251,10 @@ class StageActor:
         """Close the connections, so that the neighbours do not wait for a stage that has left its loop."""
         close_all((self._upstream, self._downstream, self._tokens))
         self._upstream = self._downstream = self._tokens = self._rendezvous = None
+
+
+def devices_of(pipeline: PipelineArgs) -> list[torch.device]:
+    """Of a stage in its own process: as many GPUs as it is to have, or its CPU several times."""
+    if pipeline.device == "cpu":
+        return [torch.device("cpu")] * pipeline.tensor_parallel
+    return [torch.device("cuda", i) for i in range(pipeline.tensor_parallel)]

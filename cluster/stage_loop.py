@@ -217,6 +217,7 @@ class StageLoop:
     def _report(self, step: Launched) -> None:
         batch, span = step.batch, step.span
         self._reported = time.monotonic()
+        self._stage.group.check()
         if step.sampled is not None:
             self._channel.send(to_output(batch, step.sampled))
         # Waiting for the stage before counts as waiting, not as transfer: that is what a pipeline bubble is.

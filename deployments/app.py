@@ -87,7 +87,7 @@ def bundles(config: AppConfig) -> list[dict[str, float]]:
     """One replica's placement group: the engine's own process, then one bundle per stage."""
     stage: dict[str, float] = {"CPU": config.resources.stage_cpus}
     if config.pipeline.device == "cuda":
-        stage["GPU"] = config.resources.stage_gpus
+        stage["GPU"] = config.resources.stage_gpus * config.pipeline.tensor_parallel
     return [{"CPU": config.resources.engine_cpus}, *(dict(stage) for _ in range(config.pipeline.stages))]
 
 

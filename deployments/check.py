@@ -15,6 +15,7 @@ from cluster.config import FLOAT8_NEEDS_CUDA, read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
 from deployments.gateway.tenants import KeyRing
 from model.config import ModelConfig, split_layers
+from model.shards import shards
 from model.text.chat import PromptFormatError, load_chat_template
 from model.text.tokenizer import check_fits, load_tokenizer
 from model.weights import open_checkpoint, resolve_path
@@ -86,6 +87,7 @@ def _check_model(config: AppConfig) -> Iterable[str]:
         model = read_model(config.model)
         split = config.pipeline.split
         split_layers(model, config.pipeline.stages, None if split == "auto" else split)
+        shards(model, config.pipeline.tensor_parallel)
         limit = model.longest_context
         if (config.model.max_model_len or 0) > limit:
             yield f"model.max_model_len: {config.model.max_model_len} is more than the model's {limit}"

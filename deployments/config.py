@@ -145,6 +145,8 @@ def parse_app_config(args: dict[str, Any]) -> AppConfig:
         raise ConfigError("auth.required: there are no keys: set auth.keys_file or auth.keys_env")
     if config.auth.keys_file and config.auth.keys_env:
         raise ConfigError("auth.keys_env: set either this or auth.keys_file")
+    if config.pipeline.tensor_parallel > 1 and config.resources.stage_gpus != 1 and config.pipeline.device == "cuda":
+        raise ConfigError("resources.stage_gpus: must be 1 where pipeline.tensor_parallel says how many a stage has")
     if config.pipeline.device == "cpu" and config.cache.memory_gb is None:
         raise ConfigError("cache.memory_gb: required on cpu: how much memory each stage may use for its KV cache")
     return config

@@ -74,6 +74,8 @@ class StepGraphs:
         self._sizes = sizes
         self._graphs: dict[tuple[int, bool], tuple[Any, Decoded]] = {}
         pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
+        # torch captures on the first GPU unless told otherwise
+        self._capturing = _stream(decoder.device)
         todo = sorted(((size, mixed) for mixed in sizes for size in sizes[mixed]), reverse=True)
         for done, (size, mixed) in enumerate(todo):  # the largest first: the others share its memory
             self._graphs[size, mixed] = self._capture(size, mixed, pool)
@@ -114,7 +116,7 @@ class StepGraphs:
         self._step(size, mixed)  # compiles kernels and fills library caches outside the graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self._capturing):
             done = self._step(size, mixed)
         return graph, done
 
@@ -124,7 +126,7 @@ class StepGraphs:
         starts, counts = self._pieces[:, : self._most_pieces(size)].unbind()
         pieces = Pieces(starts, counts, tokens.lone_lens) if mixed else None
         metadata = AttentionMetadata(tokens, slots.tables, size, None, pieces)
-        x = decoder.embed(tokens.ids) if decoder.stage.is_first else self._hidden[:size].clone()
+        x = decoder.embed(tokens.ids) if decoder.embeds else self._hidden[:size].clone()
         x = decoder.forward(x, self._kv, metadata)
         if not decoder.stage.is_last:
             return Decoded(x, None)
@@ -133,6 +135,11 @@ class StepGraphs:
         if decoder.stage.is_first:
             slots.newest[tokens.sampled_slots] = likeliest
         return Decoded(logits, likeliest)
+
+
+def _stream(device: torch.device) -> Any:
+    """Where to capture; None: where torch does by itself."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def pieces_of(query_lens: Int32Array, most: int, room: int) -> torch.Tensor:

@@ -3,8 +3,10 @@
 All devices take the same steps. Only the first one knows what goes in: the others' share of it is nothing.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,18 +14,67 @@ from model.attention import AttentionMetadata
 from model.kv_cache import KVCache
 from model.llama import Decoder
 
+if TYPE_CHECKING:
+    from model.kernels.peers import Peers
+
+log = logging.getLogger(__name__)
+
 
 class DecoderGroup:
-    """One decoder, or several that hold a share each (see `Shard`), on devices of their own or on a CPU."""
+    """One decoder, or several that hold a share each (see `Shard`): on GPUs of their own, or all on one device."""
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
         self.decoders = tuple(decoders)
         self.leader = self.decoders[0]
+        self._peers: list[Peers] = []
 
-    def forward(
-        self, x: torch.Tensor, kv: Sequence[KVCache], metadata: Sequence[AttentionMetadata]
-    ) -> list[torch.Tensor]:
-        """x [T, C] on the first device through this stage's layers -> the same on every device.
+    @property
+    def devices(self) -> list[torch.device]:
+        return [decoder.device for decoder in self.decoders]
+
+    def connect(self, max_tokens: int, patience_s: float) -> None:
+        """Let kernels add up over the GPUs, of steps of up to `max_tokens`, waiting up to `patience_s` for each other.
+
+        Raises `ValueError` if they cannot. Until `ready` they wait for nothing, and their results are of no use.
+        """
+        from model.kernels.peers import POLLS_PER_S, PeerKernels, connected
+
+        words = [decoder.shard.words for decoder in self.decoders]
+        self._peers = connected(self.devices, max_tokens, self.leader.config.dim, words, self.leader.dtype)
+        self._patience = int(patience_s * POLLS_PER_S)
+        for decoder, peers in zip(self.decoders, self._peers, strict=True):
+            decoder.sums = PeerKernels(peers)
+
+    @contextmanager
+    def each_for_itself(self) -> Iterator[None]:
+        """Meanwhile kernels are loaded and steps captured, on one device after another: nothing waits for the others.
+
+        A device that waited would keep the others from loading what it waits for.
+        """
+        self._be_patient(0)
+        try:
+            yield
+        finally:
+            for device in self.devices if self._peers else []:
+                torch.cuda.synchronize(device)
+            for peers in self._peers:
+                peers.reset()
+            for device in self.devices if self._peers else []:
+                torch.cuda.synchronize(device)
+            self._be_patient(self._patience if self._peers else 0)
+
+    def _be_patient(self, polls: int) -> None:
+        for peers in self._peers:
+            peers.be_patient(polls)
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if a device has waited in vain for another one: what was computed since is wrong."""
+        for peers in self._peers:
+            if int(peers.alarm):
+                raise RuntimeError(f"GPU {peers.rank} of this stage has waited in vain for what another one computes")
+
+    def forward(self, x: torch.Tensor, kv: Sequence[KVCache], metadata: Sequence[AttentionMetadata]) -> torch.Tensor:
+        """x [T, C] on the first device through this stage's layers -> [T, C] there.
 
         Devices are given a part of their work in turns, between two sums: none waits long for what others lack.
         """
@@ -41,24 +92,23 @@ class DecoderGroup:
                         shares.append(step.send(share))
                     except StopIteration as end:
                         results.append(end.value)
-        return results
+        return results[0]
 
-    def logits(self, x: Sequence[torch.Tensor]) -> torch.Tensor:
-        """x [rows, C] on every device -> [rows, V] float32 on the first."""
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, C] -> [rows, V] float32, both on the first device."""
+        if len(self.decoders) == 1:
+            return self.leader.logits(x)
         parts = []
-        for decoder, inputs in zip(self.decoders, x, strict=True):
+        for decoder in self.decoders:
             with on(decoder.device):
-                parts.append(decoder.head(inputs))
-        return parts[0] if len(parts) == 1 else torch.cat([part.to(self.leader.device) for part in parts], dim=-1)
+                parts.append(decoder.head(x.to(decoder.device)))
+        return torch.cat([part.to(x.device) for part in parts], dim=-1)
 
     def _sums(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the kernels of each device take for the sum."""
-        if len(shares) == 1 or self.leader.sums is not self.leader.kernels:
+        if len(shares) == 1 or self._peers:
             return shares
-        total = shares[0]
-        for share in shares[1:]:
-            total = total + share.to(total.device)
-        return [total.to(share.device) for share in shares]
+        return [torch.stack(shares).sum(0)] * len(shares)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

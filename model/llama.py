@@ -217,6 +217,11 @@ class Decoder:
             count += self.norm.numel() + (0 if shared else self.output.num_parameters)
         return count
 
+    @property
+    def embeds(self) -> bool:
+        """Whether token ids are what it begins with."""
+        return self.stage.is_first and self.shard.leads
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, C]; first device of the first stage only."""
         return embedding(token_ids, self.tok_embeddings)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from model.batch import Batch, Rules
-from model.llama import Decoder
+from model.group import DecoderGroup
 from model.sampling_params import MAX_LOGPROBS
 from model.stage import Stage
 
@@ -17,19 +17,26 @@ CONTEXT_BYTES = 600_000_000  # of a process on a GPU, beside what torch allocate
 GRAPH_BYTES = 1_000_000_000  # set aside for captured graphs: they share one pool of the largest captured step's size
 
 
-def kv_budget(
-    decoder: Decoder,
+def kv_budgets(
+    group: DecoderGroup,
     memory_fraction: float,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     block_size: int,
     kv_dtype: torch.dtype | None = None,
     share: float = 1.0,
-) -> int:
-    """Bytes for keys and values on this GPU, of which this stage has `share`. Raises `ValueError` if none are left."""
-    device = decoder.device
-    activations = _activation_bytes(decoder, max_num_seqs, max_num_batched_tokens, block_size, kv_dtype)
+) -> list[int]:
+    """Bytes for keys and values on each GPU of a stage, which has `share` of it.
+
+    Raises `ValueError` if none are left.
+    """
+    activations = _activation_bytes(group, max_num_seqs, max_num_batched_tokens, block_size, kv_dtype)
     torch.cuda.empty_cache()
+    devices = zip(group.devices, activations, strict=True)
+    return [_budget(device, needed, memory_fraction, share) for device, needed in devices]
+
+
+def _budget(device: torch.device, activations: int, memory_fraction: float, share: float) -> int:
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
     used = used_bytes(free, total, own, share)
@@ -56,14 +63,14 @@ def used_bytes(free: int, total: int, own: int, share: float) -> int:
 
 
 def _activation_bytes(
-    decoder: Decoder, max_num_seqs: int, max_num_batched_tokens: int, block_size: int, kv_dtype: torch.dtype | None
-) -> int:
-    """What the largest step needs beside weights and KV, and what is kept of every slot."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    group: DecoderGroup, max_num_seqs: int, max_num_batched_tokens: int, block_size: int, kv_dtype: torch.dtype | None
+) -> list[int]:
+    """What the largest step needs on each GPU beside weights and KV, and what is kept of every slot."""
+    _synchronize(group)
+    before = [torch.cuda.memory_allocated(device) for device in group.devices]
     num_blocks = -(-max_num_batched_tokens // block_size) + 1
-    stage = Stage(decoder, num_blocks, block_size, max_num_seqs, kv_dtype)
-    before += stage.kv.num_bytes
+    stage = Stage(group, num_blocks, block_size, max_num_seqs, kv_dtype)
+    decoder = group.leader
     batch = _largest_batch(
         max_num_seqs, max_num_batched_tokens, block_size, len(decoder.rotary), num_blocks,
         decoder.config.vocab_size,
@@ -71,10 +78,18 @@ def _activation_bytes(
     hidden = None
     if not decoder.stage.is_first:
         hidden = torch.zeros(stage.hidden_shape(batch), dtype=decoder.dtype, device=decoder.device)
-    torch.cuda.reset_peak_memory_stats()
-    stage.run(batch, hidden)
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated() - before)
+    for device in group.devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    with group.each_for_itself():
+        stage.run(batch, hidden)
+        _synchronize(group)
+    held = [bytes_ + cache.num_bytes for bytes_, cache in zip(before, stage.caches, strict=True)]
+    return [int(torch.cuda.max_memory_allocated(d)) - h for d, h in zip(group.devices, held, strict=True)]
+
+
+def _synchronize(group: DecoderGroup) -> None:
+    for device in group.devices:
+        torch.cuda.synchronize(device)
 
 
 def _largest_batch(

@@ -10,7 +10,9 @@ import torch
 from model.attention import prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, StepOutput
 from model.config import StageLayers
+from model.follower import Follower
 from model.graphs import StepGraphs
+from model.group import DecoderGroup
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampler import Sampler
@@ -35,14 +37,16 @@ class Stage:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | DecoderGroup,
         num_blocks: int,
         block_size: int,
         num_slots: int,
         kv_dtype: torch.dtype | None = None,  # of keys and values; default: the decoder's
     ) -> None:
+        self.group = decoder if isinstance(decoder, DecoderGroup) else DecoderGroup([decoder])
+        self.decoder = decoder = self.group.leader
         kv_dtype = kv_dtype or decoder.dtype
-        self.decoder = decoder
+        self._followers = [Follower(d, num_blocks, block_size, num_slots, kv_dtype) for d in self.group.decoders[1:]]
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
         max_blocks = -(-len(decoder.rotary) // block_size)
@@ -51,6 +55,11 @@ class Stage:
         if self.layers.is_last:
             self._sampler = Sampler(num_slots + 1, decoder.config.vocab_size, len(decoder.rotary), decoder.device)
         self._graphs: StepGraphs | None = None
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """Of each device."""
+        return [self.kv, *(follower.kv for follower in self._followers)]
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """Shape of the hidden state between stages, residual added: (T, C)."""
@@ -63,8 +72,11 @@ class Stage:
     @torch.inference_mode()
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
         """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
-        self._run_eagerly_once()
-        self._graphs = StepGraphs(self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture)
+        with self.group.each_for_itself():
+            self._run_eagerly_once()
+            self._graphs = StepGraphs(self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture)
+            for follower in self._followers:
+                follower.capture(max_num_batched_tokens, on_capture)
 
     def _run_eagerly_once(self) -> None:
         """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic."""
@@ -87,13 +99,17 @@ class Stage:
     def compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
         """The same, except that on the last stage `sample` is still to come, unless all tokens are the likeliest."""
         self.slots.extend(batch)
+        for follower in self._followers:
+            follower.extend(batch)
         if self._graphs is not None and self._graphs.take(batch):
+            for follower in self._followers:
+                follower.run(batch)
             return self._run_graph(self._graphs, batch, hidden)
         x = self._eager(batch, hidden)
         if not self.layers.is_last:
             return x
         prompts = self._prompt_logprobs(batch, x)
-        return Unsampled(batch, self.decoder.logits(x[_on(self.decoder.device, batch.sample_tokens)]), prompts)
+        return Unsampled(batch, self.group.logits(x[_on(self.decoder.device, batch.sample_tokens)]), prompts)
 
     def _run_graph(
         self, graphs: StepGraphs, batch: Batch, hidden: torch.Tensor | None
@@ -112,7 +128,7 @@ class Stage:
         metadata = prepare(batch, self.slots, self.decoder.kernels)
         x = self.decoder.embed(metadata.tokens.ids) if self.layers.is_first else hidden
         assert x is not None, "only the first stage makes its own input"
-        return self.decoder.forward(x, self.kv, metadata)
+        return self.group.forward(x, self.caches, [metadata, *(follower.prepare(batch) for follower in self._followers)])
 
     @torch.inference_mode()
     def sample(self, computed: Unsampled, masks: LateMasks | None = None) -> Sampled:
@@ -142,7 +158,7 @@ class Stage:
     def _of_chunk(self, x: torch.Tensor, following: Int32Array, count: int) -> Logprobs | None:
         """None if it fails: that is this sequence's affair alone, unless the device has failed."""
         try:
-            return prompt_logprobs(self.decoder.logits, x, _on(self.decoder.device, following), count)
+            return prompt_logprobs(self.group.logits, x, _on(self.decoder.device, following), count)
         except torch.AcceleratorError:
             raise
         except Exception:

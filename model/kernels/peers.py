@@ -36,7 +36,7 @@ class Peers:
             return torch.zeros(shape, dtype=as_type, device=device)
 
         self.rank, self.of, self.rows, self.words = rank, of, rows, words
-        self.patience = 0  # looks; 0: wait for nothing
+        self.patience = zeros(1)  # looks; 0: wait for nothing
         self.turns = zeros(rows)  # that each row has had
         self.flags = zeros(of, rows)  # the newest turn of each row that has come from each GPU
         self.inbox = zeros(2, of, rows, width, as_type=dtype)
@@ -58,6 +58,10 @@ class Peers:
             for name in ("inbox", "word_inbox", "flags")
         )
         self.leader = all_[0]
+
+    def be_patient(self, looks: int) -> None:
+        """From now on, captured steps too."""
+        self.patience.fill_(looks)
 
     def reset(self) -> None:
         """As at the start. Nothing may be under way on any of the GPUs."""
@@ -169,7 +173,7 @@ def _give_up(broken, alarm):
     tl.store(alarm.to(tl.pointer_type(tl.int32)), 1)
 
 
-@triton.jit(do_not_specialize=["patience"])
+@triton.jit
 def _sum_words(
     x, total, weight, out, scales, eps, width, turns, inbox, inboxes, broken, alarm, patience,
     most_rows: tl.constexpr, per_word: tl.constexpr, has_residual: tl.constexpr, quantize: tl.constexpr,
@@ -187,7 +191,7 @@ def _sum_words(
     for k in tl.static_range(1, of):
         to = tl.load(inboxes + (rank + k) % of).to(tl.pointer_type(tl.int64))
         tl.store(to + ((place + rank) * most_rows + row) * words + i, sent, mask=inside)
-    looks = tl.where(tl.load(broken) == 0, patience, 0)
+    looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
     acc = tl.zeros([block], tl.float32)
     for source in tl.static_range(of):
         if source == rank:
@@ -209,7 +213,7 @@ def _sum_words(
     _finish(acc, total, weight, out, scales, eps, width, row, e, total.dtype.element_ty, has_residual, quantize)
 
 
-@triton.jit(do_not_specialize=["patience"])
+@triton.jit
 def _sum_rows(
     x, total, weight, out, scales, eps, width, turns, inbox, inboxes, flags, all_flags, broken, alarm, patience,
     most_rows: tl.constexpr, has_residual: tl.constexpr, quantize: tl.constexpr,
@@ -229,7 +233,7 @@ def _sum_rows(
     for k in tl.static_range(1, of):
         flag = tl.load(all_flags + (rank + k) % of).to(tl.pointer_type(tl.int32)) + rank * most_rows + row
         tl.atomic_xchg(flag, turn, sem="release", scope="sys")
-    looks = tl.where(tl.load(broken) == 0, patience, 0)
+    looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
     acc = tl.zeros([block], tl.float32)
     for source in tl.static_range(of):
         if source == rank:
@@ -250,7 +254,7 @@ def _sum_rows(
     _finish(acc, total, weight, out, scales, eps, width, row, i, total.dtype.element_ty, has_residual, quantize)
 
 
-@triton.jit(do_not_specialize=["patience"])
+@triton.jit
 def _gather_columns(
     share, logits, flags, turns, width, all_width, start, broken, alarm, patience,
     most_rows, chunks, rank: tl.constexpr, chunk: tl.constexpr, early: tl.constexpr,
@@ -273,7 +277,7 @@ def _gather_columns(
             tl.debug_barrier()
             tl.atomic_xchg(flag, turn, sem="release", scope="sys")
     else:
-        looks = tl.where(tl.load(broken) == 0, patience, 0)
+        looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
         missing = turn - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         tries = 0
         while (missing > 0) & (tries < looks):

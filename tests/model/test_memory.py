@@ -15,9 +15,9 @@ def budget(monkeypatch: pytest.MonkeyPatch, free: int, share: float) -> int:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, TOTAL))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: WEIGHTS)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(memory, "_activation_bytes", lambda *_: ACTIVATIONS)
-    decoder: Any = SimpleNamespace(device="cuda")
-    return memory.kv_budget(decoder, 0.9, 256, 2048, 16, share=share)
+    monkeypatch.setattr(memory, "_activation_bytes", lambda *_: [ACTIVATIONS])
+    group: Any = SimpleNamespace(devices=["cuda"])
+    return memory.kv_budgets(group, 0.9, 256, 2048, 16, share=share)[0]
 
 
 @pytest.mark.parametrize("neighbour", [0, WEIGHTS, 36_000_000_000])

@@ -28,7 +28,7 @@ def connected(dtype: torch.dtype, count: int = 2) -> list:
     synchronize()
     for peers in made:
         peers.reset()
-        peers.patience = PATIENCE
+        peers.be_patient(PATIENCE)
     return warm_up
 
 
@@ -115,7 +115,7 @@ def test_captured_sums_give_the_same_again_and_again() -> None:
 @pytest.mark.parametrize("rows", [2, 100])
 def test_who_waits_in_vain_gives_up_and_says_so(rows: int) -> None:
     first, _ = connected(torch.bfloat16)
-    first._peers.patience = 1000
+    first._peers.be_patient(1000)
     for _ in range(50):  # what follows does not wait again
         run(first, torch.zeros(rows, WIDTH, dtype=torch.bfloat16), None)
     torch.cuda.synchronize(0)

@@ -1,0 +1,47 @@
+"""A device of a stage that does not lead: it computes its share of every step, and knows nothing else of it."""
+
+from collections.abc import Callable
+
+import torch
+
+from model.attention import AttentionMetadata, prepare
+from model.batch import Batch
+from model.graphs import StepGraphs
+from model.group import on
+from model.kv_cache import KVCache
+from model.llama import Decoder
+from model.slots import Slots
+
+
+class Follower:
+    """Its share of the decoder and of the KV cache."""
+
+    def __init__(
+        self, decoder: Decoder, num_blocks: int, block_size: int, num_slots: int, kv_dtype: torch.dtype
+    ) -> None:
+        self.decoder = decoder
+        self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
+        max_blocks = min(num_blocks, -(-len(decoder.rotary) // block_size))
+        self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)  # newest tokens are not looked at
+        self._graphs: StepGraphs | None = None
+
+    def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
+        """As `Stage.capture`."""
+        with on(self.decoder.device):
+            self._graphs = StepGraphs(self.decoder, self.kv, self._slots, max_num_batched_tokens, on_capture)
+
+    def extend(self, batch: Batch) -> None:
+        """As `Slots.extend`."""
+        with on(self.decoder.device):
+            self._slots.extend(batch)
+
+    def prepare(self, batch: Batch) -> AttentionMetadata:
+        """For a step that is launched part by part."""
+        with on(self.decoder.device):
+            return prepare(batch, self._slots, self.decoder.kernels)
+
+    def run(self, batch: Batch) -> None:
+        """A captured step."""
+        assert self._graphs is not None
+        with on(self.decoder.device):
+            self._graphs.run(batch, None)
