@@ -99,11 +99,12 @@ class Floor:
         self.layers = [part.stop - part.start for part in parts]  # of each stage
         self._work = [StageWork.of(model, part, dtype, fp8, kv_dtype) for part in parts]
         self._rates = rates
+        self._devices = config.pipeline.tensor_parallel  # of each stage, which share its work
 
     def step_s(self, tokens: float, samples: float, context_tokens: float = 0.0) -> list[float]:
         """Seconds of one step, for each stage."""
         return [
-            work.floor_s(rates, tokens, samples, context_tokens)
+            work.floor_s(rates, tokens, samples, context_tokens) / self._devices
             for work, rates in zip(self._work, self._rates, strict=True)
         ]
 
