@@ -24,7 +24,7 @@ from model.kernels.fused import FusedKernels, _outputs, _store_row
 
 WORD_ROWS = 32  # up to so many rows travel as words
 POLLS_PER_S = 1_000_000  # about so often a kernel looks whether something has come
-CHUNK = 2048  # columns of logits that travel together
+CHUNK = 4096  # columns of logits that travel together
 
 
 class Peers:
@@ -44,9 +44,9 @@ class Peers:
         self.broken = zeros(1)
         self.alarm = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # the same, where the host sees it at once
         # Logits of the first GPU, which others send theirs to:
-        chunks = max(-(-len(part) // CHUNK) for part in words)
+        self.chunks = max(-(-len(part) // CHUNK) for part in words)  # that each sends of a row
         self.logits = zeros(rows if rank == 0 else 0, words[-1].stop, as_type=torch.float32)
-        self.logit_turns, self.logit_flags = zeros(of, rows, chunks), zeros(of, rows, chunks)
+        self.logit_turns, self.logit_flags = zeros(rows), zeros(of, rows)
 
     def connect(self, all_: "Sequence[Peers]") -> None:
         """Learn where everybody receives."""
@@ -113,16 +113,20 @@ class PeerKernels(FusedKernels):
 
     def gather(self, share: torch.Tensor) -> torch.Tensor:
         """On the first GPU [rows, V], valid until the next sum; others return their share."""
-        p, (rows, width) = self._peers, share.shape
-        leader = p.leader
+        p, leader, (rows, width) = self._peers, self._peers.leader, share.shape
         assert rows <= p.rows
-        chunks = p.logit_turns.shape[2]
-        _gather_columns[(rows, chunks, p.of if p.rank == 0 else 1)](
-            share, leader.logits.data_ptr(), leader.logit_flags.data_ptr(), p.logit_turns, width, p.words[-1].stop,
-            p.words[p.rank].start, p.broken, p.alarm.data_ptr(), p.patience, p.rows, chunks, p.rank, CHUNK,
-            num_warps=4, **early(),
+        options = {"num_warps": 4, **early()}
+        if p.rank == 0:
+            _collect_columns[(rows, p.chunks)](
+                share, p.logits, p.logit_flags, p.logit_turns, width, p.logits.shape[1], p.broken, p.alarm.data_ptr(),
+                p.patience, p.rows, p.chunks, p.of, CHUNK, **options,
+            )  # fmt: skip
+            return p.logits[:rows]
+        _send_columns[(rows, p.chunks)](
+            share, leader.logits.data_ptr(), leader.logit_flags.data_ptr(), width, leader.logits.shape[1],
+            p.words[p.rank].start, p.rank, p.rows, CHUNK, **options,
         )  # fmt: skip
-        return leader.logits[:rows] if p.rank == 0 else share
+        return share
 
 
 def connected(devices: Sequence[torch.device], rows: int, width: int, words: Sequence[range], dtype: torch.dtype
@@ -171,6 +175,21 @@ def _finish(
 def _give_up(broken, alarm):
     tl.store(broken, 1)
     tl.store(alarm.to(tl.pointer_type(tl.int32)), 1)
+
+
+@triton.jit
+def _await(flag, value, broken, alarm, patience):
+    """Until `flag` is `value` or more; what was written before it was set may be read then."""
+    looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
+    tries = 0
+    missing = value - tl.load(flag, volatile=True)  # threads may see it at different times: no barrier until all have
+    while (missing > 0) & (tries < looks):
+        missing = value - tl.load(flag, volatile=True)
+        tries += 1
+    if missing > 0:
+        _give_up(broken, alarm)
+    tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -233,21 +252,12 @@ def _sum_rows(
     for k in tl.static_range(1, of):
         flag = tl.load(all_flags + (rank + k) % of).to(tl.pointer_type(tl.int32)) + rank * most_rows + row
         tl.atomic_xchg(flag, turn, sem="release", scope="sys")
-    looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
     acc = tl.zeros([block], tl.float32)
     for source in tl.static_range(of):
         if source == rank:
             acc += mine.to(tl.float32)
         else:
-            flag = flags + source * most_rows + row
-            missing = turn - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            tries = 0
-            while (missing > 0) & (tries < looks):
-                missing = turn - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-                tries += 1
-            if missing > 0:
-                _give_up(broken, alarm)
-            tl.debug_barrier()
+            _await(flags + source * most_rows + row, turn, broken, alarm, patience)
             at = inbox + ((place + source) * most_rows + row) * width + i
             acc += tl.load(at, mask=inside, other=0.0, volatile=True).to(tl.float32)
     tl.store(turns + row, turn)
@@ -255,33 +265,33 @@ def _sum_rows(
 
 
 @triton.jit
-def _gather_columns(
-    share, logits, flags, turns, width, all_width, start, broken, alarm, patience,
-    most_rows, chunks, rank: tl.constexpr, chunk: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """Program (row, chunk, source): the first GPU's copy their own columns or wait for others', others' send theirs."""
+def _send_columns(
+    share, logits, flags, width, all_width, start, rank, most_rows, chunk: tl.constexpr, early: tl.constexpr
+):
+    """Program (row, chunk) of a GPU that is not the first: its columns to the first one."""
     begin(early)
-    row, part, source = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    if rank != 0:
-        source = rank
-    about = (source * most_rows + row) * chunks + part
-    turn = tl.load(turns + about) + 1
-    tl.store(turns + about, turn)
-    flag = flags.to(tl.pointer_type(tl.int32)) + about
-    if source == rank:
-        i = part * chunk + tl.arange(0, chunk)
-        values = tl.load(share + row * width + i, mask=i < width, other=0.0).to(tl.float32)
-        to = logits.to(tl.pointer_type(tl.float32)) + row * all_width + start + i
-        tl.store(to, values, mask=i < width)
-        if rank != 0:
-            tl.debug_barrier()
-            tl.atomic_xchg(flag, turn, sem="release", scope="sys")
-    else:
-        looks = tl.where(tl.load(broken) == 0, tl.load(patience), 0)
-        missing = turn - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        tries = 0
-        while (missing > 0) & (tries < looks):
-            missing = turn - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            tries += 1
-        if missing > 0:
-            _give_up(broken, alarm)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * chunk + tl.arange(0, chunk)
+    values = tl.load(share + row * width + i, mask=i < width, other=0.0).to(tl.float32)
+    to = logits.to(tl.pointer_type(tl.float32)) + row * all_width + start + i
+    tl.store(to, values, mask=i < width)
+    tl.debug_barrier()
+    tl.atomic_add(flags.to(tl.pointer_type(tl.int32)) + rank * most_rows + row, 1, sem="release", scope="sys")
+
+
+@triton.jit
+def _collect_columns(
+    share, logits, flags, turns, width, all_width, broken, alarm, patience,
+    most_rows: tl.constexpr, chunks: tl.constexpr, of: tl.constexpr, chunk: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Program (row, chunk) of the first GPU: its own columns; the first of a row also waits for what others send."""
+    begin(early)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = part * chunk + tl.arange(0, chunk)
+    values = tl.load(share + row * width + i, mask=i < width, other=0.0)
+    tl.store(logits + row * all_width + i, values, mask=i < width)
+    if part == 0:
+        turn = tl.load(turns + row) + 1
+        for source in tl.static_range(1, of):
+            _await(flags + source * most_rows + row, turn * chunks, broken, alarm, patience)
+        tl.store(turns + row, turn)
