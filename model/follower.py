@@ -14,7 +14,7 @@ from model.slots import Slots
 
 
 class Follower:
-    """Its share of the decoder and of the KV cache."""
+    """Its share of the decoder and of the KV cache, and the tables; newest tokens are the first device's affair."""
 
     def __init__(
         self, decoder: Decoder, num_blocks: int, block_size: int, num_slots: int, kv_dtype: torch.dtype
@@ -22,7 +22,7 @@ class Follower:
         self.decoder = decoder
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
         max_blocks = min(num_blocks, -(-len(decoder.rotary) // block_size))
-        self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)  # newest tokens are not looked at
+        self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
         self._graphs: StepGraphs | None = None
 
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:

@@ -67,7 +67,7 @@ def generate(stage: Stage, prompts: list[list[int]], steps: int) -> list[list[in
     return torch.stack([x.token_ids for x in out], 1).tolist()  # type: ignore[union-attr]
 
 
-HEADS = [(9, 3, 64), (8, 8, 128), (16, 2, 128), (8, 8, 64), (64, 8, 128), (32, 32, 128)]
+HEADS = [(9, 3, 64), (4, 4, 128), (8, 8, 128), (16, 2, 128), (8, 8, 64), (64, 8, 128), (32, 32, 128)]
 PROMPTS = [[(7 * i + j * j) % 1000 for j in range(n)] for i, n in enumerate([2, 5, 16, 33, 100])]
 
 
