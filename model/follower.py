@@ -21,7 +21,7 @@ class Follower:
     ) -> None:
         self.decoder = decoder
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
-        max_blocks = min(num_blocks, -(-len(decoder.rotary) // block_size))
+        max_blocks = -(-len(decoder.rotary) // block_size)
         self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
         self._graphs: StepGraphs | None = None
 

@@ -128,7 +128,8 @@ class Stage:
         metadata = prepare(batch, self.slots, self.decoder.kernels)
         x = self.decoder.embed(metadata.tokens.ids) if self.layers.is_first else hidden
         assert x is not None, "only the first stage makes its own input"
-        return self.group.forward(x, self.caches, [metadata, *(follower.prepare(batch) for follower in self._followers)])
+        others = [follower.prepare(batch) for follower in self._followers]
+        return self.group.forward(x, self.caches, [metadata, *others])
 
     @torch.inference_mode()
     def sample(self, computed: Unsampled, masks: LateMasks | None = None) -> Sampled:
