@@ -328,6 +328,31 @@ def fairness(
     report(fairness_http_table(result), {"config": str(deploy), **result}, output)
 
 
+@bench.command(epilog="Example: caravan bench abuse ray_config.yaml --attacks long-texts,expressions,all --keys")
+def abuse(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration to deploy here and to attack")],
+    attacks: Annotated[str, typer.Option(help="which, in this order; default: each, then all together")] = "",
+    seconds: Annotated[float, typer.Option(help="for each attack, and for each quiet spell between them")] = 15.0,
+    keys: Annotated[bool, typer.Option("--keys", help="the attacker and the others have a key each")] = False,
+    haproxy: Annotated[bool, typer.Option("--haproxy", help="HAProxy is Serve's ingress")] = False,
+    output: Output = None,
+) -> None:
+    """What plain clients notice while one other client sends 8 MB texts, bad expressions, half requests, and so on."""
+    from ops.bench.service.abuse import KINDS, abuse_table, bench_abuse
+    from ops.local import LocalError
+
+    wanted = attacks.split(",") if attacks else list(KINDS)
+    if unknown := set(wanted) - set(KINDS):
+        fail(f"--attacks: there is no {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    try:
+        result = bench_abuse(config, wanted, seconds, keys, haproxy)
+    except LocalError as error:
+        fail(str(error))
+    report(abuse_table(result), {"config": str(config), **result}, output, width=200)
+    if not all(row["holds"] for row in result["attacks"]):
+        fail("not everything that must hold has held")
+
+
 @bench.command(epilog="Example: caravan bench recovery deployments/configs/llama2-70b-dummy.yaml --stage 1")
 def recovery(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to break")],
