@@ -4,6 +4,7 @@ Control tokens are taken out of what the library gets, so that no merge and no t
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,9 @@ from model.text.tokenizer.companions import (
 )
 from model.text.tokenizer.gguf import gguf_added, gguf_ends
 from model.weights.hf import read_json
+
+# One text at a time needs no threads of the library's own: handing it over to them costs more than a short one takes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # text to bytes, and no cut
@@ -77,7 +81,9 @@ class BPETokenizer:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_chunk(self, text: str, at_start: bool) -> list[int]:
-        ids: list[int] = (self._bpe if at_start else self._later).encode(text, add_special_tokens=False).ids
+        # The library's `encode` holds the interpreter all the while: seconds, for a long text, in which no stream moves.
+        bpe = self._bpe if at_start else self._later
+        ids: list[int] = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
