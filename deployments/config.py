@@ -24,6 +24,10 @@ class GatewayArgs(Strict):
     )
     max_body_bytes: PositiveInt = Field(default=8_000_000, description="longer request bodies get 413")
     max_header_bytes: PositiveInt = Field(default=65_536, description="longer request headers get 431")
+    allowed_origins: list[str] = Field(
+        default=[],
+        description='web pages that may ask where there are no keys, e.g. https://chat.example.com; "*": all of them',
+    )
     max_messages: Annotated[int, Field(ge=1, le=4096)] = Field(default=2048, description="messages of one chat")
     max_buffered_bytes: PositiveInt = Field(
         default=256_000_000, description="bodies of all open requests together; beyond it, 503"

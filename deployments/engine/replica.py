@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -83,9 +83,10 @@ class EngineReplica:
 
     # -- what the gateway and Serve call ------------------------------------------------------------------------------
 
-    async def generate(self, request_id: str, payload: bytes, reply_to: tuple[str, str]) -> None:
-        """Run one encoded `Request`; returns when its last token is on its way to `reply_to`.
+    async def generate(self, request_id: str, payload: bytes, reply_to: tuple[str, str]) -> AsyncGenerator[None, None]:
+        """Run one encoded `Request`; says something once, when its last token is on its way to `reply_to`.
 
+        A stream of answers, so that Serve's router hears at once that the request is taken, not when it has ended.
         Cancelling it frees the sequence. Raises `RequestRejected` or `EngineStopped`.
         """
         assert self._engine is not None
@@ -99,6 +100,7 @@ class EngineReplica:
                 self._engine.add(request, matcher)
                 await done
                 finished = True
+                yield
             finally:
                 if not finished:
                     self._engine.abort(request_id)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol
 
+import grpc  # type: ignore[import-untyped]
 import msgspec
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -23,6 +24,12 @@ WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
 BOARD_S = 1.0  # how long a look at the board may take
 LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
 
+# How a call ends whose replica is gone, goes, or was told to stop.
+_GONE = (
+    RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError, grpc.RpcError,
+    asyncio.CancelledError,
+)  # fmt: skip
+
 _encode_request = msgspec.msgpack.Encoder().encode
 
 
@@ -39,10 +46,15 @@ class EngineClient(Protocol):
 
 
 class ServeEngineClient:
-    """Through a Serve handle, which picks the replica (see router.py); tokens come back by the token link."""
+    """Through a Serve handle, which picks the replica (see router.py); tokens come back by the token link.
+
+    Its calls go over gRPC, not as calls of an actor: at the end of such a call an actor waits, with its only event
+    loop, until the caller has taken note. One gateway that hung would keep an engine from answering everybody else, its
+    health check among them, and Serve would replace it.
+    """
 
     def __init__(self, handle: DeploymentHandle[Any], app: str) -> None:
-        self._generate: Any = handle.options(method_name="generate")
+        self._generate: Any = handle.options(method_name="generate", stream=True, _by_reference=False)
         self._app = app
         self._receiver: TokenReceiver | None = None
         self._board: list[ReplicaStatus] = []
@@ -90,18 +102,15 @@ class ServeEngineClient:
     async def _end(response: Any, inbox: Inbox) -> None:
         """Wait for the end of the request's call, and make its stream end too if it has not yet."""
         try:
-            await response
+            async for _ in response:
+                pass
             await asyncio.sleep(LAST_TOKENS_S)
             inbox.fail(EngineStopped("the engine ended the stream early"))
-        except RayTaskError as error:
-            cause = error.cause
-            failed = (
-                cause
-                if isinstance(cause, CaravanError)
-                else EngineStopped(f"the engine failed: {type(cause).__name__}")
-            )
-            inbox.fail(failed)
-        except (RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError) as error:
+        except (RayTaskError, CaravanError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error  # the former shows where it was raised
+            known = isinstance(cause, CaravanError)
+            inbox.fail(cause if known else EngineStopped(f"the engine failed: {type(cause).__name__}"))
+        except _GONE as error:
             inbox.fail(EngineStopped(f"the engine went away: {type(error).__name__}"))
 
     async def replicas(self) -> list[ReplicaStatus]:

@@ -51,8 +51,8 @@ class Gateway:
         check_fits(self.tokenizer, model.vocab_size, path)
         g = config.gateway
         template = load_chat_template(path, self.tokenizer, config.model.prompt_format)
-        self.prompts = Prompts(self.tokenizer, template, g.max_messages)
         longest = config.model.max_model_len or model.context_length
+        self.prompts = Prompts(self.tokenizer, template, g.max_messages, longest)
         self.bounds = RequestBounds(config, self.tokenizer.vocab_size, longest)
         self.constraints = ConstraintChecker(config.model.path, g.constraint_timeout_s)
         self.keys = KeyRing(config.auth)
@@ -64,6 +64,7 @@ class Gateway:
     def close(self) -> None:
         """End what was started beside this process."""
         self.constraints.close()
+        self.prompts.close()
 
     def generate(self, *requests: GenerationRequest) -> Generation:
         """Start a request of one or several answers; `Piece.index` is an answer's place among `requests`.

@@ -1,10 +1,11 @@
-"""What every request passes before any route sees it: its key, its limits, whether it can be taken at all.
+"""What every request passes before any route sees it: where it comes from, its key, its limits.
 
 All of it is decided from the headers, so that a refusal costs no reading and no tokenising. A body is counted while it
 is read, whatever its headers said of it.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +13,26 @@ from dataclasses import dataclass
 from fastapi import Request
 from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import GatewayArgs
 from deployments.errors import ApiError
 from deployments.gateway.gateway import Gateway
+from deployments.gateway.origins import is_foreign
 from deployments.gateway.tenants import ANONYMOUS, Tenant
+from model.heap import return_freed_memory
+
+log = logging.getLogger(__name__)
 
 ASSETS = "/docs/assets"
 PAGE_FILES = frozenset(f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"))
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/ping", "/docs", "/openapi.json"}) | PAGE_FILES  # need no key
+NEED_NO_ENGINE = frozenset({"/tokenize", "/detokenize", "/ml/v1/text/tokenization"})  # however busy engines are
 CLOSE = {"Connection": "close"}  # what else the client sends is not read
+MOST_DIGITS = 18  # of a Content-Length; Python refuses to make a number of thousands
+LARGE_BODY = 1_000_000  # bytes; what such a request has filled is given back to the system
+RETURN_AFTER_S = 1.0  # once for all that end meanwhile
 
 
 @dataclass(slots=True)
@@ -41,6 +51,7 @@ class Guard:
         self._args = gateway.config.gateway
         self._respond = respond
         self._buffered = Buffered()
+        self._returning: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,8 +67,23 @@ class Guard:
         except ApiError as error:
             writer.headers = self._limits_of(scope)
             await self._respond(Request(scope), error)(scope, receive, writer.send)
+        except ClientDisconnect:
+            log.info("the client left before its request was whole")
         finally:
-            body.release()
+            if body.release() > LARGE_BODY:
+                self._return_memory()
+
+    def _return_memory(self) -> None:
+        """Soon, in a thread: the C library keeps what long texts and their tokens have taken."""
+        if self._returning is not None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def begin() -> None:
+            self._returning = None
+            loop.run_in_executor(None, return_freed_memory)
+
+        self._returning = loop.call_later(RETURN_AFTER_S, begin)
 
     def _limits_of(self, scope: Scope) -> dict[str, str]:
         return self._gateway.limits.headers(scope["state"]["tenant"], time.monotonic())
@@ -68,10 +94,11 @@ class Guard:
         try:
             tenant = scope["state"]["tenant"] = self._tenant(headers)
             self._check_headers(scope, headers)
-            if scope["method"] == "POST" and "token" not in scope["path"].rsplit("/", 1)[-1]:  # /tokenize costs little
+            if scope["method"] == "POST":
                 self._gateway.limits.take_request(tenant, time.monotonic())
-                await self._gateway.admission.refresh()
-                self._gateway.admission.check(tenant)
+                if scope["path"].removeprefix(scope.get("root_path", "")) not in NEED_NO_ENGINE:
+                    await self._gateway.admission.refresh()
+                    self._gateway.admission.check(tenant)
         except ApiError as error:
             if error.status in (401, 429):
                 self._gateway.accounting.refused(scope["state"]["tenant"], error)
@@ -93,6 +120,8 @@ class Guard:
 
     def _check_headers(self, scope: Scope, headers: Headers) -> None:
         args = self._args
+        if not self._gateway.keys.required and is_foreign(headers, args.allowed_origins):
+            raise ApiError(403, "requests of web pages are not taken from this origin", headers=CLOSE)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > args.max_header_bytes:
             raise ApiError(431, f"the headers are longer than {args.max_header_bytes} bytes", headers=CLOSE)
         if headers.get("content-encoding", "identity").lower() != "identity":
@@ -101,8 +130,8 @@ class Guard:
                 "Content-Encoding is not supported: send the body as it is",
                 headers={"Accept-Encoding": "identity", **CLOSE},
             )
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > args.max_body_bytes:
+        digits = headers.get("content-length", "0").lstrip("0")
+        if digits.isdecimal() and (len(digits) > MOST_DIGITS or int(digits) > args.max_body_bytes):
             raise too_large(args.max_body_bytes)
 
 
@@ -140,9 +169,11 @@ class BodyReader:
             text = "too many bytes of requests are being read at once: try again shortly"
             raise ApiError(503, text, kind="server_error", code="overloaded", headers={"Retry-After": "1", **CLOSE})
 
-    def release(self) -> None:
-        self._buffered.held -= self._size
-        self._size = 0
+    def release(self) -> int:
+        """The bytes that this request held; they count no more."""
+        size, self._size = self._size, 0
+        self._buffered.held -= size
+        return size
 
 
 class Writer:

@@ -11,6 +11,7 @@ from deployments.gateway.exchange import AnswerFormat, answer, read_json, reques
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.prompts import Prompt
 from deployments.gateway.request import GenerationRequest
+from deployments.gateway.tenants import Tenant
 from deployments.routes.openai_constraints import constraint_of
 from deployments.routes.openai_examples import (
     CHAT_ANSWER,
@@ -56,7 +57,9 @@ class OpenAI:
     async def chat(self, http: Request) -> Response:
         request = parse(ChatRequest, await self._body(http))
         self._check(request)
-        prompt = await self._gateway.prompts.chat([message.as_template_input for message in request.messages])
+        prompt = await self._gateway.prompts.chat(
+            tenant(http), [message.as_template_input for message in request.messages]
+        )
         max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, None, "messages")
         one = await self._one(http, "chat", request, prompt, max_tokens)
         answers = request.n or 1
@@ -66,7 +69,7 @@ class OpenAI:
     async def completion(self, http: Request) -> Response:
         request = parse(CompletionRequest, await self._body(http))
         self._check(request)
-        prompts = await self._completion_prompts(request)
+        prompts = await self._completion_prompts(tenant(http), request)
         answers: list[GenerationRequest] = []
         for prompt in prompts:
             max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
@@ -112,20 +115,20 @@ class OpenAI:
         self._gateway.bounds.check_size(answers)
         return await answer(http, self._gateway, self._gateway.generate(*answers), written, bool(request.stream))
 
-    async def _completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+    async def _completion_prompts(self, whose: Tenant, request: CompletionRequest) -> list[Prompt]:
         """A string, token ids, or a list of either."""
         prompt = request.prompt
         if request.suffix:
             one = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-            return [await self._gateway.prompts.infill(one, request.suffix)]
+            return [await self._gateway.prompts.infill(whose, one, request.suffix)]
         several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
         parts = list(prompt) if several else [prompt]
         self._gateway.bounds.check_answers(len(parts) * request.candidates)
-        return [await self._one_prompt(part) for part in parts]
+        return [await self._one_prompt(whose, part) for part in parts]
 
-    async def _one_prompt(self, part: Any) -> Prompt:
+    async def _one_prompt(self, whose: Tenant, part: Any) -> Prompt:
         if isinstance(part, str):
-            return await self._gateway.prompts.text(part)
+            return await self._gateway.prompts.text(whose, part)
         if isinstance(part, list):
             return self._gateway.prompts.ids(part)
         raise bad_request("prompt: must be a string, token ids, or a list of either", "prompt")

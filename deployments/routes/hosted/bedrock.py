@@ -58,7 +58,7 @@ class Bedrock(Vendor):
     async def _answer(self, http: Request, model: str, stream: bool) -> Response:
         self.gateway.bounds.check_name(model, "modelId")
         body = parse_body(InvokeBody, await self.body(http))
-        prompt = await self.prompt(body.prompt, "prompt")
+        prompt = await self.prompt(http, body.prompt, "prompt")
         # The default is a limit, not a wish: a shorter room for it is no error.
         default = min(DEFAULT_GEN_LEN, max(1, self.gateway.bounds.max_model_len - len(prompt.token_ids)))
         sampling = sampling_params(

@@ -124,7 +124,7 @@ class TGI(Vendor):
 
     async def generate(self, http: Request, request: GenerateRequest, stream: bool, as_list: bool = False) -> Response:
         parameters = request.parameters or Parameters()
-        prompt = await self.prompt(request.inputs, "inputs", parameters.truncate)
+        prompt = await self.prompt(http, request.inputs, "inputs", parameters.truncate)
         max_tokens = self.gateway.bounds.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
         wants_tokens = stream or bool(parameters.details)
         logprobs = (parameters.top_n_tokens or 0) if wants_tokens else None

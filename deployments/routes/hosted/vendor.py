@@ -17,12 +17,11 @@ from pydantic import AfterValidator, ConfigDict, Field
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.exchange import read_json, request_id, tenant
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.prompts import LONG_TEXT, Prompt, in_thread_if
+from deployments.gateway.prompts import Prompt
 from deployments.gateway.request import GenerationRequest
 from deployments.routes.openai_protocol import Body, Number, Whole
 from deployments.routes.openapi import inlined
 from model.sampling_params import SamplingParams
-from model.text.tokenizer import encode_prompt
 
 Respond = Callable[[ApiError, str], Response]  # an error and the request's id, as a vendor writes it
 MAX_STOP_LENGTH = 1000  # characters
@@ -82,11 +81,9 @@ class Vendor:
     async def body(self, http: Request) -> Any:
         return await read_json(http, self.gateway.config.gateway.max_body_bytes)
 
-    async def prompt(self, text: str, param: str, truncate: int | None = None) -> Prompt:
+    async def prompt(self, http: Request, text: str, param: str, truncate: int | None = None) -> Prompt:
         """The caller's whole prompt; `truncate` keeps that many tokens, the last ones."""
-        tokenizer = self.gateway.tokenizer
-        ids = await in_thread_if(len(text) > LONG_TEXT, lambda: encode_prompt(tokenizer, text)) if text else []
-        return self.gateway.prompts.ids(ids[-truncate:] if truncate else ids, param)
+        return await self.gateway.prompts.whole_text(tenant(http), text, param, truncate)
 
     def request(
         self,

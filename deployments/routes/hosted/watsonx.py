@@ -135,7 +135,7 @@ class Watsonx(Vendor):
         request = parse_body(GenerationBody, await self.body(http))
         self.gateway.bounds.check_name(request.model_id, "model_id")
         parameters = request.parameters or Parameters()
-        prompt = await self.prompt(request.input, "input", parameters.truncate_input_tokens)
+        prompt = await self.prompt(http, request.input, "input", parameters.truncate_input_tokens)
         max_tokens = self.gateway.bounds.max_tokens(
             prompt, parameters.max_new_tokens or DEFAULT_NEW_TOKENS, None, "input"
         )
@@ -156,7 +156,7 @@ class Watsonx(Vendor):
         check_version(http)
         request = parse_body(TokenizationBody, await self.body(http))
         self.gateway.bounds.check_name(request.model_id, "model_id")
-        prompt = await self.prompt(request.input, "input")
+        prompt = await self.prompt(http, request.input, "input")
         result: Json = {"token_count": len(prompt.token_ids)}
         if request.parameters is not None and request.parameters.return_tokens:
             result["tokens"] = self._texts(prompt)

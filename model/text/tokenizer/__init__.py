@@ -122,6 +122,15 @@ def added_tokens(tokenizer: Tokenizer) -> AddedTokens:
     return AddedTokens(named)
 
 
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of the longest one, names of control tokens included: no token takes more of a text than that."""
+    return max(
+        *(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)),
+        *(len(name.encode()) for name in tokenizer.control_tokens),
+        1,
+    )
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the checkpoint at `path`. Raises `CheckpointError` if there is none we can read."""
     if str(path).startswith(SHAPE):

@@ -146,7 +146,8 @@ async def _beside(
     service: Deployed, kind: str, seconds: float, bystanders: Bystanders, key: str
 ) -> tuple[Seen, dict[str, int]]:
     """What is seen beside an attack, and what the attacker was answered."""
-    command = [sys.executable, "-m", "ops.bench.service.attacks", service.url, kind, str(seconds + 2 * BEGIN_S)]
+    command = [sys.executable, "-m", "ops.bench.service.attacks", service.url, service.model, kind]
+    command.append(str(seconds + 2 * BEGIN_S))
     attacker = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "CARAVAN_ABUSE_KEY": key})
     try:
         await asyncio.sleep(BEGIN_S)

@@ -1,4 +1,4 @@
-"""What one client without scruples does to a service: `python -m ops.bench.service.attacks URL KIND SECONDS`.
+"""What one client without scruples does to a service: `python -m ops.bench.service.attacks URL MODEL KIND SECONDS`.
 
 In a process of its own, so that whoever measures what others notice is not slowed by it. Writes one JSON object at the
 end: how often each status came, or each way in which no answer came. A key is read from CARAVAN_ABUSE_KEY.
@@ -26,13 +26,14 @@ DEAR_GRAMMAR = "root ::= [a-z ] root [a-z ]? | [a-z ]"
 
 _numbers = itertools.count()
 Counts = Counter[str]
+Json = dict[str, object]
 
 
 class Attacker:
     """One client of a service, until its time is up."""
 
-    def __init__(self, url: str, seconds: float, key: str = "") -> None:
-        self._url = url
+    def __init__(self, url: str, model: str, seconds: float, key: str = "") -> None:
+        self._url, self.model = url, model
         self._key = key
         self._deadline = time.monotonic() + seconds
         self.counts: Counts = Counter()
@@ -74,12 +75,12 @@ class Attacker:
         self.counts["left open"] += len(late)
         await asyncio.gather(*workers, return_exceptions=True)
 
-    async def post(self, path: str, body: object) -> None:
-        response = await self._client.post(f"{self._url}{path}", json=body)
+    async def post(self, path: str, body: Json) -> None:
+        response = await self._client.post(f"{self._url}{path}", json={"model": self.model, **body})
         self.counts[str(response.status_code)] += 1
 
-    async def stream(self, body: dict[str, object]) -> None:
-        body = {"max_tokens": 400, "ignore_eos": True, "stream": True, "temperature": 1.0, **body}
+    async def stream(self, body: Json) -> None:
+        body = {"model": self.model, "max_tokens": 400, "ignore_eos": True, "stream": True, "temperature": 1.0, **body}
         async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
             broken = False
             async for line in response.aiter_lines():
@@ -109,8 +110,8 @@ async def long_prompts(attacker: Attacker) -> None:
 
 async def long_lists(attacker: Attacker) -> None:
     """Millions of numbers where token ids belong."""
-    body = {"prompt": [7] * (LONG_TEXT_BYTES // 3)}
-    tokens = {"tokens": [7] * (LONG_TEXT_BYTES // 3)}
+    body: Json = {"prompt": [7] * (LONG_TEXT_BYTES // 3)}
+    tokens: Json = {"tokens": [7] * (LONG_TEXT_BYTES // 3)}
     await asyncio.gather(
         attacker.again(lambda: attacker.post("/v1/completions", body), 1),
         attacker.again(lambda: attacker.post("/detokenize", tokens), 1),
@@ -167,7 +168,7 @@ async def half_bodies(attacker: Attacker) -> None:
 
 async def resets(attacker: Attacker) -> None:
     """Streams that are broken off by a reset after their first bytes."""
-    body = b'{"prompt": "x", "max_tokens": 200, "stream": true}'
+    body = json.dumps({"model": attacker.model, "prompt": "x", "max_tokens": 200, "stream": True}).encode()
 
     async def leave() -> None:
         reader, writer = await attacker.connect()
@@ -194,8 +195,8 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
 
 
 def main() -> None:
-    url, kind, seconds = sys.argv[1:]
-    attacker = Attacker(url, float(seconds), os.environ.get("CARAVAN_ABUSE_KEY", ""))
+    url, model, kind, seconds = sys.argv[1:]
+    attacker = Attacker(url, model, float(seconds), os.environ.get("CARAVAN_ABUSE_KEY", ""))
     print(json.dumps(asyncio.run(attacker.run(kind))), flush=True)
     os._exit(0)  # thousands of half-open connections are for the kernel to end
 
