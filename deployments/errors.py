@@ -1,8 +1,11 @@
 """Every error a client can see, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
 
+import math
 from typing import Any
 
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
+
+LONGEST_RETRY_S = 120.0  # openai-python does not retry at all if it is told to wait longer
 
 
 class TimeExceeded(CaravanError):
@@ -30,6 +33,13 @@ class ApiError(Exception):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def too_many(message: str, kind: str, code: str, wait: float) -> ApiError:
+    """429 that says when to come back."""
+    wait = min(max(wait, 0.001), LONGEST_RETRY_S)
+    headers = {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(1000 * wait))}
+    return ApiError(429, message, kind=kind, code=code, headers=headers)
 
 
 def unknown_model(name: str, served: str, param: str) -> ApiError:

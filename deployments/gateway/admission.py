@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from deployments.config import AppConfig
 from deployments.engine.board import ReplicaStatus
-from deployments.errors import ApiError
-from deployments.gateway.limits import too_many
+from deployments.errors import ApiError, too_many
 from deployments.gateway.tenants import Tenant
 
 log = logging.getLogger(__name__)

@@ -5,10 +5,12 @@ is read, whatever its headers said of it.
 """
 
 import asyncio
+import ipaddress
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -19,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import GatewayArgs
 from deployments.errors import ApiError
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.origins import is_foreign
 from deployments.gateway.tenants import ANONYMOUS, Tenant
 from model.heap import return_freed_memory
 
@@ -193,3 +194,28 @@ class Writer:
 
 def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is longer than {limit} bytes", code="request_too_large", headers=CLOSE)
+
+
+def is_foreign(headers: Headers, allowed: Collection[str]) -> bool:
+    """Whether a page of somebody else's made the request, in the browser of somebody who reaches the service.
+
+    Such a page has no key. Where none is asked for, any page could use what its reader reaches: with a plain form, or
+    by a name of its own that it lets point to the service's address (DNS rebinding). Browsers say in `Origin` whose
+    page makes a request that is more than a look; what has none was not made by a page. `allowed` may hold "*".
+    """
+    origin = headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return False
+    try:
+        page = urlsplit(origin)
+        return page.netloc != headers.get("host", "") or not _is_address(page.hostname or "")
+    except ValueError:  # no URL at all
+        return True
+
+
+def _is_address(host: str) -> bool:
+    """Whether nobody can let it point elsewhere: an IP address, or this machine's own name for itself."""
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from deployments.errors import ApiError
+from deployments.errors import ApiError, too_many
 from deployments.gateway.tenants import Tenant
-
-LONGEST_RETRY_S = 120.0  # openai-python does not retry at all if it is told to wait longer
 
 
 @dataclass(slots=True)
@@ -82,13 +80,6 @@ class Limits:
 def limited(tenant: Tenant, what: str, bucket: Bucket, wait: float) -> ApiError:
     message = f"Rate limit reached for {tenant.name} on {what} per minute: limit {bucket.per_minute:.0f}"
     return too_many(f"{message}. Please try again in {duration(wait)}.", what, "rate_limit_exceeded", wait)
-
-
-def too_many(message: str, kind: str, code: str, wait: float) -> ApiError:
-    """429 that says when to come back."""
-    wait = min(max(wait, 0.001), LONGEST_RETRY_S)
-    headers = {"Retry-After": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(1000 * wait))}
-    return ApiError(429, message, kind=kind, code=code, headers=headers)
 
 
 def duration(seconds: float) -> str:

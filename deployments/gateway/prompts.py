@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.tenants import Tenant
-from deployments.gateway.turns import ModestThreads
+from deployments.offload.turns import ModestThreads
 from model.text.chat import ChatTemplate, PromptFormatError
 from model.text.infill import can_infill, encode_infill, infill_stop_ids
 from model.text.tokenizer import Tokenizer, encode_prompt, longest_token

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deployments.errors import bad_request
-from deployments.gateway.exchange import AnswerFormat, answer, read_json, request_id, tenant
+from deployments.gateway.exchange import AnswerFormat, answer, or_disconnect, read_json, request_id, tenant
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.prompts import Prompt
 from deployments.gateway.request import GenerationRequest
@@ -95,7 +95,7 @@ class OpenAI:
             param, constraint = found
             if request.min_tokens:
                 raise bad_request(f"min_tokens: is not possible with {param}", "min_tokens")
-            await self._gateway.constraints.accept(constraint, param)
+            await or_disconnect(http, self._gateway.constraints.accept(tenant(http), constraint, param))
             sampling = sampling.constrained(constraint)
         return GenerationRequest(
             endpoint=endpoint,

@@ -14,7 +14,7 @@ from pydantic import Field
 from deployments.errors import ApiError
 from deployments.gateway.accounting import Usage
 from deployments.gateway.constraints import make_constraint
-from deployments.gateway.exchange import Json, answer, sse
+from deployments.gateway.exchange import Json, answer, or_disconnect, sse, tenant
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.pieces import Piece, TokenLogprob
 from deployments.gateway.prompts import Prompt
@@ -130,7 +130,7 @@ class TGI(Vendor):
         logprobs = (parameters.top_n_tokens or 0) if wants_tokens else None
         sampling = parameters.sampling(max_tokens, self.gateway.prompts.stop_ids(prompt), logprobs)
         if parameters.grammar is not None:
-            sampling = sampling.constrained(await self._constraint(parameters.grammar, prompt))
+            sampling = sampling.constrained(await self._constraint(http, parameters.grammar, prompt))
         names = {i: name for name, i in self.gateway.tokenizer.control_tokens.items()}
         written = TGIFormat(request, sampling.seed if parameters.draws else None, names, as_list)
         generation = self.gateway.generate(self.request(http, prompt, sampling, parameters.stop))
@@ -140,10 +140,10 @@ class TGI(Vendor):
             response.headers["x-generated-tokens"] = str(generation.usage.completion_tokens)
         return response
 
-    async def _constraint(self, grammar: Grammar, prompt: Prompt) -> Constraint:
+    async def _constraint(self, http: Request, grammar: Grammar, prompt: Prompt) -> Constraint:
         param, kind = "parameters.grammar", "regex" if grammar.type == "regex" else "json_schema"
         found = make_constraint(param, kind, grammar.schema, self.gateway.prompts.stop_ids(prompt))
-        await self.gateway.constraints.accept(found, param)
+        await or_disconnect(http, self.gateway.constraints.accept(tenant(http), found, param))
         return found
 
     async def info(self) -> Json:

@@ -5,16 +5,20 @@ import json
 import os
 import re
 import signal
-import threading
+import time
 from typing import Annotated, Any, Literal
 
 import jsonschema
+import psutil
 import pytest
 from pydantic import BaseModel, Field
 
 from deployments.errors import ApiError
 from deployments.gateway import constraints
 from deployments.gateway.constraints import ConstraintChecker
+from deployments.gateway.tenants import ANONYMOUS, Tenant
+from deployments.offload import grammar_judge
+from deployments.offload.grammar_judge import Patience
 from model.text.constraint import Constraint
 from tests import golden
 from tests.cluster.test_constraints import SCHEMAS
@@ -125,16 +129,16 @@ def test_two_hundred_requests_over_http_alone_and_mixed_with_free_text() -> None
     with_service(test)
 
 
-class FakeWorker:
+class FakeJudge:
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, float]] = []
         self.answer: Any = None
-        self.gate = threading.Event()
+        self.gate = asyncio.Event()
         self.gate.set()
 
-    def ask(self, constraint: Constraint, timeout_s: float) -> str | None:
-        self.asked.append(constraint.text)
-        self.gate.wait(30)
+    async def ask(self, constraint: Constraint, patience: Patience) -> str | None:
+        self.asked.append((constraint.text, patience.seconds))
+        await self.gate.wait()
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer  # type: ignore[no-any-return]
@@ -147,70 +151,143 @@ def regex(text: str) -> Constraint:
     return Constraint("regex", text, (2,))
 
 
-def checker(timeout_s: float = 5.0) -> tuple[ConstraintChecker, FakeWorker]:
-    made, worker = ConstraintChecker(golden.MODEL, timeout_s), FakeWorker()
-    made._worker = worker  # type: ignore[assignment]
-    return made, worker
+def checker(timeout_s: float = 5.0) -> tuple[ConstraintChecker, FakeJudge]:
+    made, judge = ConstraintChecker(golden.MODEL, timeout_s), FakeJudge()
+    made._judge = judge  # type: ignore[assignment]
+    return made, judge
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"),
-    [("is odd", "p: is odd"), (TimeoutError(), "longer than 5 s"), (EOFError(), "cannot be compiled")],
+    ("answer", "word", "times"),
+    [("is odd", "p: is odd", 1), (TimeoutError(), "longer than 5 s", 2), (EOFError(), "cannot be compiled", 1)],
     ids=str,
 )
-def test_verdicts_are_remembered(answer: Any, word: str) -> None:
-    made, worker = checker()
-    worker.answer = answer
-    for _ in range(3):
-        with pytest.raises(ApiError, match=word) as caught:
-            made.check(regex("a"), "p")
-        assert caught.value.status == 400
-    assert worker.asked == ["a"]
-    assert not made.known(regex("a"))
+def test_verdicts_are_remembered(answer: Any, word: str, times: int) -> None:
+    async def test() -> None:
+        made, judge = checker()
+        judge.answer = answer
+        for _ in range(3):
+            with pytest.raises(ApiError, match=word) as caught:
+                await made.accept(ANONYMOUS, regex("a"), "p")
+            assert caught.value.status == 400
+        assert judge.asked == [("a", constraints.QUICK_S), ("a", 5.0)][:times]
+        assert not made.known(regex("a"))
+
+    asyncio.run(test())
 
 
 def test_the_memory_of_verdicts_is_bounded() -> None:
-    made, _ = checker()
-    for i in range(constraints.REMEMBERED + 50):
-        made.check(regex(str(i)), "p")
-    assert len(made._verdicts) == constraints.REMEMBERED
-    assert made.known(regex("60"))
-    assert not made.known(regex("10"))
+    async def test() -> None:
+        made, _ = checker()
+        for i in range(constraints.REMEMBERED + 50):
+            await made.accept(ANONYMOUS, regex(str(i)), "p")
+        assert len(made._verdicts) == constraints.REMEMBERED
+        assert made.known(regex("60"))
+        assert not made.known(regex("10"))
+
+    asyncio.run(test())
 
 
-def test_too_many_that_wait_are_asked_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenant_with_too_many_that_wait_is_asked_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "MAX_WAITING", 3)
-    made, worker = checker()
-    worker.gate.clear()
-    threads = [threading.Thread(target=made.check, args=(regex(str(i)), "p")) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    while made._waiting < 3:
-        pass
-    with pytest.raises(ApiError) as caught:
-        made.check(regex("9"), "p")
-    assert caught.value.status == 503
-    assert caught.value.headers["Retry-After"] == "2"
-    worker.gate.set()
-    for thread in threads:
-        thread.join()
-    made.check(regex("9"), "p")
+
+    async def test() -> None:
+        made, judge = checker()
+        judge.gate.clear()
+        greedy, small = Tenant(name="greedy"), Tenant(name="small")
+        count = constraints.AT_ONCE + 3
+        tasks = [asyncio.create_task(made.accept(greedy, regex(str(i)), "p")) for i in range(count)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError) as caught:
+            await made.accept(greedy, regex("too many"), "p")
+        assert caught.value.status == 429
+        assert caught.value.headers["Retry-After"] == "2"
+        other = asyncio.create_task(made.accept(small, regex("other"), "p"))
+        await asyncio.sleep(0)
+        judge.gate.set()
+        await asyncio.gather(other, *tasks)
+        await made.accept(greedy, regex("too many"), "p")
+
+    asyncio.run(test())
 
 
-def test_a_compiler_that_hangs_or_dies_is_replaced() -> None:
+def test_what_is_dear_to_judge_costs_its_tenant_alone() -> None:
+    """The real process. Verdicts of another tenant come while one has forty that nothing can make quick."""
+
+    async def test() -> None:
+        made = ConstraintChecker(golden.MODEL, timeout_s=2.0)
+        try:
+            await made.accept(ANONYMOUS, regex("a+"), "p")
+            assert made._judge._process is not None
+            process = psutil.Process(made._judge._process.pid)
+            greedy, small = Tenant(name="greedy"), Tenant(name="small")
+            bad = [regex(rf"(\w|\W){{1,{5000 + i}}}") for i in range(30)]
+            tasks = [asyncio.create_task(made.accept(greedy, one, "p")) for one in bad]
+            await asyncio.sleep(1.0)
+            waits = []
+            for i in range(3):
+                started = time.monotonic()
+                await made.accept(small, regex(rf"[a-f]{{{i + 1}}}"), "p")
+                waits.append(time.monotonic() - started)
+            assert not all(task.done() for task in tasks), "they are still at it"
+            # On its turn at once; more than this only if the machine has other things to do.
+            assert min(waits) < 3 * constraints.QUICK_S + 1.0, waits
+            assert process.children()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await made.accept(small, regex("z"), "p")
+            assert process.children() == [], "whoever has left costs nothing more"
+        finally:
+            made.close()
+
+    asyncio.run(test())
+
+
+def test_what_takes_too_long_or_kills_its_judge_is_refused_and_others_are_not() -> None:
+    async def test() -> None:
+        made = ConstraintChecker(golden.MODEL, timeout_s=0.6)
+        try:
+            dear = made.accept(ANONYMOUS, regex(r"(\w|\W){1,5000}"), "p")
+            cheap = [made.accept(ANONYMOUS, regex(f"a{{{i + 1}}}"), "p") for i in range(8)]
+            found = await asyncio.gather(dear, *cheap, return_exceptions=True)
+            assert isinstance(found[0], ApiError)
+            assert "takes longer than 0.6 s" in str(found[0])
+            assert found[1:] == [None] * 8
+        finally:
+            made.close()
+
+    asyncio.run(test())
+
+
+def test_a_compiler_that_hangs_or_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real process, stopped by a signal as a grammar might stop it."""
-    made = ConstraintChecker(golden.MODEL, timeout_s=1.0)
-    try:
-        made._timeout_s = 60.0
-        made.check(regex("a+"), "p")
-        process = made._worker._process
-        assert process is not None
-        made._timeout_s = 0.3
-        os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(ApiError, match="takes longer"):
-            made.check(regex("b+"), "p")
-        assert process.returncode == -signal.SIGKILL
-        made._timeout_s = 60.0
-        made.check(regex("c+"), "p")
-    finally:
-        made.close()
+
+    async def test() -> None:
+        made = ConstraintChecker(golden.MODEL, timeout_s=60.0)
+        try:
+            await made.accept(ANONYMOUS, regex("a+"), "p")
+            process = made._judge._process
+            assert process is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            with monkeypatch.context() as patch:
+                patch.setattr(grammar_judge, "ANSWER_S", 0.1)
+                patch.setattr(grammar_judge, "WALL", 0.0)
+                made._timeout_s = 0.3
+                with pytest.raises(ApiError, match="takes longer"):
+                    await made.accept(ANONYMOUS, regex("b+"), "p")
+            assert process.returncode == -signal.SIGKILL
+            made._timeout_s = 60.0
+            await made.accept(ANONYMOUS, regex("c+"), "p")
+            process = made._judge._process
+            assert process is not None
+            waiting = asyncio.create_task(made.accept(ANONYMOUS, regex(r"(\w|\W){1,5000}"), "p"))
+            await asyncio.sleep(0.1)
+            process.kill()
+            with pytest.raises(ApiError, match="cannot be compiled"):
+                await waiting
+            await made.accept(ANONYMOUS, regex("d+"), "p")
+        finally:
+            made.close()
+
+    asyncio.run(test())

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from deployments.errors import ApiError
-from deployments.gateway.turns import MODEST, ModestThreads, Turns
+from deployments.offload.turns import MODEST, ModestThreads, Turns
 
 
 def test_a_tenant_with_one_piece_of_work_waits_for_one_of_another_with_many() -> None:
@@ -77,6 +77,12 @@ def test_the_books_are_right_whoever_is_cancelled_or_fails() -> None:
                 await asyncio.sleep(0)
                 task.cancel()
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        many = [ask(rng.choice("abc"), False) for _ in range(50)]
+        await asyncio.sleep(0)
+        for task in many:
+            task.cancel()  # those that run, and those that would follow them
+        found = await asyncio.wait_for(asyncio.gather(*many, return_exceptions=True), 20)
+        assert all(isinstance(one, asyncio.CancelledError) for one in found)
         hold = asyncio.Event()
         last = [asyncio.create_task(turns.run(name, hold.wait)) for name in "abcd"]
         await asyncio.sleep(0.01)

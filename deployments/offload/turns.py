@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from deployments.gateway.limits import too_many
+from deployments.errors import too_many
 
 RETRY_S = 2.0
 MODEST = 10  # niceness: about a tenth of what others get of a processor that both want
@@ -58,9 +58,11 @@ class Turns:
             raise
 
     def _leave(self, tenant: str, place: asyncio.Future[None]) -> None:
-        self._waiting[tenant].remove(place)
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+        queue = self._waiting.get(tenant)
+        if queue is not None and place in queue:
+            queue.remove(place)
+            if not queue:
+                del self._waiting[tenant]
 
     def _admit(self) -> None:
         """Let in whoever may begin, the tenant first that had its last turn longest ago."""
@@ -73,6 +75,8 @@ class Turns:
             self._waiting.move_to_end(tenant)
             if not queue:
                 del self._waiting[tenant]
+            if place.cancelled():  # and its task does not know yet
+                continue
             self._free -= 1
             self._running[tenant] += 1
             place.set_result(None)
