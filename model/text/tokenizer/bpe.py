@@ -81,7 +81,7 @@ class BPETokenizer:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_chunk(self, text: str, at_start: bool) -> list[int]:
-        # The library's `encode` holds the interpreter all the while: seconds, for a long text, in which no stream moves.
+        # The library's `encode` holds the interpreter: seconds, for a long text, in which no stream moves.
         bpe = self._bpe if at_start else self._later
         ids: list[int] = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
