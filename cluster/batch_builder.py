@@ -1,89 +1,113 @@
 """The message that says what a step computes, from the sequences that are in it."""
 
-from operator import attrgetter
-
 import numpy as np
 
 from cluster.awaited_masks import Unmasked
+from cluster.running import Running, Slots, places
 from cluster.sequence import Sequence
-from model.batch import SAMPLED, Batch, PromptRow, Rules
+from model.batch import SAMPLED, Batch, Int32Array, PromptRow, Rules
 
 
-def in_order(decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], list[int]]:
-    """The batch's sequences and how many tokens of each: single ones first, as Batch promises.
+def in_order(running: Running, decodes: Slots, chunks: list[tuple[Sequence, int]]) -> tuple[Slots, Int32Array]:
+    """The batch's sequences, by slot, and how many tokens of each: single ones first, as Batch promises.
 
     Of those the longest contexts come first, which take longest: a GPU starts blocks in this order, and the last ones
     to start should not be the last ones to end.
     """
-    singles = decodes + [seq for seq, count in chunks if count == 1]
-    singles.sort(key=attrgetter("num_computed_tokens"), reverse=True)
-    others = [(seq, count) for seq, count in chunks if count > 1]
-    return singles + [seq for seq, _ in others], [1] * len(singles) + [count for _, count in others]
+    singles = np.array([seq.slot for seq, count in chunks if count == 1], np.intp)
+    singles = np.concatenate((decodes, singles)) if len(singles) else decodes
+    singles = singles[(-running.num_computed[singles]).argsort(kind="stable")]
+    others = [(seq.slot, count) for seq, count in chunks if count > 1]
+    counts = np.ones(len(singles) + len(others), np.int32)
+    if not others:
+        return singles, counts
+    counts[len(singles) :] = [count for _, count in others]
+    return np.concatenate((singles, np.array([slot for slot, _ in others], np.intp))), counts
 
 
 def build_batch(
-    epoch: int, step_id: int, sequences: list[Sequence], counts: list[int], block_size: int
+    epoch: int, step_id: int, running: Running, slots: Slots, counts: Int32Array, block_size: int
 ) -> tuple[Batch, list[Unmasked]]:
     """So many of the next tokens of each sequence, in the order of `in_order`; and the rows whose masks are not known.
 
     Of their block tables only what this step is the first to use: the stages keep the rest.
     """
-    token_ids: list[int] = []
-    num_new_blocks: list[int] = []
-    new_blocks: list[int] = []
-    sample_rows: list[int] = []
-    draws: list[int] = []
-    rules: list[Rules] = []
-    masks: dict[int, bytes] = {}
+    start, pending, last_step = running.num_computed[slots], running.num_pending[slots], running.last_step[slots]
+    left = running.num_known[slots] + pending - start
+    num_new_blocks, new_blocks = _new_blocks(running, slots, start, counts, block_size)
+    token_ids = np.where(pending > 0, SAMPLED, running.newest[slots])
+    sample_rows = places(counts == left)
+    sampled = slots[sample_rows]
+    draws = places(running.has_rules[sampled])
+    rules = _tell_rules(running, sampled[draws]) if len(draws) else []
+    masks, unmasked = _masks(running, sampled) if running.num_constrained else ({}, [])
+    if len(prefills := places(left > 1)):
+        pieces = [token_ids[i : i + 1] for i in range(len(slots))]
+        for row in prefills.tolist():
+            tokens = running.sequences[slots[row]].token_ids[start[row] : start[row] + counts[row]]
+            pieces[row] = np.array(tokens, np.int32)
+        token_ids = np.concatenate(pieces)
     prompt_rows: list[PromptRow] = []
-    unmasked: list[Unmasked] = []
-    tokens_from = -1
-    for row, (seq, count) in enumerate(zip(sequences, counts, strict=True)):
-        start = seq.num_computed_tokens
-        known = -(-start // block_size) if seq.last_step >= 0 else 0  # what a step before has used
-        used = -(-(start + count) // block_size)
-        num_new_blocks.append(used - known)
-        if used > known:
-            new_blocks += seq.block_table[known:used]
-        if seq.num_pending_tokens:
-            token_ids.append(SAMPLED)
-            if seq.last_step > tokens_from:
-                tokens_from = seq.last_step
-        else:
-            token_ids += seq.token_ids[start : start + count]
-        if count == seq.num_uncomputed_tokens:
-            if not seq.is_greedy:
-                draws.append(len(sample_rows))
-                if not seq.has_rules:
-                    seq.has_rules = True
-                    rules.append(_rules(seq))
-                if seq.matcher is not None:
-                    mask = seq.mask  # read once: another thread makes it
-                    if mask is None:
-                        unmasked.append(Unmasked(len(sample_rows), seq, seq.num_tokens + seq.num_pending_tokens))
-                    else:
-                        masks[len(sample_rows)] = mask
-            sample_rows.append(row)
-        if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
-            prompt_rows.append(_prompt_row(row, seq, start + count))
+    for row in places(~running.is_plain[slots]).tolist():
+        seq = running.sequences[slots[row]]
+        if seq.prompt_logprobs is not None and start[row] < seq.num_prompt_tokens:
+            prompt_rows.append(_prompt_row(row, seq, int(start[row] + counts[row])))
     batch = Batch(
         epoch=epoch,
         step_id=step_id,
-        token_ids=np.array(token_ids, np.int32),
-        query_lens=np.array(counts, np.int32),
-        num_computed_tokens=np.array([seq.num_computed_tokens for seq in sequences], np.int32),
-        slots=np.array([seq.slot for seq in sequences], np.int32),
-        num_new_blocks=np.array(num_new_blocks, np.int32),
+        token_ids=token_ids,
+        query_lens=counts,
+        num_computed_tokens=start,
+        slots=slots.astype(np.int32),
+        num_new_blocks=num_new_blocks,
         new_blocks=np.array(new_blocks, np.int32),
-        tokens_from=tokens_from,
-        sample_rows=np.array(sample_rows, np.int32),
-        draws=np.array(draws, np.int32),
+        tokens_from=int(last_step[pending > 0].max()) if pending.any() else -1,
+        sample_rows=sample_rows.astype(np.int32),
+        draws=draws.astype(np.int32),
         rules=rules,
         masks=masks,
         awaited=[one.row for one in unmasked],
         prompt_rows=prompt_rows,
     )
     return batch, unmasked
+
+
+def _new_blocks(
+    running: Running, slots: Slots, start: Int32Array, counts: Int32Array, block_size: int
+) -> tuple[Int32Array, list[int]]:
+    """How many blocks each sequence is the first to use, and which."""
+    last = (start + counts - 1) // block_size  # the block of its last token; before, that of the one before its first
+    num_new: Int32Array = last - (start - 1) // block_size
+    if (first := running.last_step[slots] < 0).any():
+        num_new[first] = last[first] + 1  # those of a cached prefix too
+    blocks: list[int] = []
+    rows = places(num_new > 0)
+    for seq, stop, count in zip(running.sequences[slots[rows]], last[rows] + 1, num_new[rows], strict=True):
+        blocks += seq.block_table[stop - count : stop]
+    return num_new, blocks
+
+
+def _tell_rules(running: Running, slots: Slots) -> list[Rules]:
+    """Those of sequences that the last stage does not know yet."""
+    new = slots[~running.rules_told[slots]]
+    running.rules_told[new] = True
+    return [_rules(seq) for seq in running.sequences[new]]
+
+
+def _masks(running: Running, slots: Slots) -> tuple[dict[int, bytes], list[Unmasked]]:
+    """Of the sequences that are sampled: by row those that are known, and those that are not."""
+    masks: dict[int, bytes] = {}
+    unmasked: list[Unmasked] = []
+    for row, slot in enumerate(slots.tolist()):
+        seq = running.sequences[slot]
+        if seq.matcher is not None:
+            pending = int(running.num_pending[slot])
+            mask = None if pending else seq.mask  # read once: another thread makes it
+            if mask is None:
+                unmasked.append(Unmasked(row, seq, seq.num_tokens + pending))
+            else:
+                masks[row] = mask
+    return masks, unmasked
 
 
 def _prompt_row(row: int, seq: Sequence, stop: int) -> PromptRow:

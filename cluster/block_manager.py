@@ -83,19 +83,14 @@ class BlockManager:
         seq.block_table = [*prefix, *(self._take() for _ in range(self.blocks_for(num_tokens) - len(prefix)))]
         seq.num_full_blocks = len(prefix)
 
-    def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether `seq` can be extended to `num_tokens`."""
-        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
-
-    def grow(self, seq: Sequence, num_tokens: int) -> None:
-        """Extend the block table of `seq` to hold `num_tokens`."""
-        while len(seq.block_table) < self.blocks_for(num_tokens):
+    def grow(self, seq: Sequence, num_blocks: int) -> None:
+        """So many blocks more, which must be free."""
+        for _ in range(num_blocks):
             seq.block_table.append(self._take())
 
-    def mark_computed(self, seq: Sequence) -> None:
-        """Make the blocks that `seq` has filled findable by their content."""
-        known = min(seq.num_computed_tokens, seq.num_tokens)  # the newest token may still be on its way
-        full = known // self.block_size if self.prefix_caching else 0
+    def mark_computed(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the blocks that `seq` has filled with its first tokens, which are known, findable by their content."""
+        full = num_tokens // self.block_size if self.prefix_caching else 0
         for i in range(seq.num_full_blocks, full):
             before = int(self._contents[seq.block_table[i - 1]]) if i else NO_CONTENT
             block_id = seq.block_table[i]

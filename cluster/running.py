@@ -2,11 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.account import Account
 from cluster.block_manager import BlockManager
 from cluster.sequence import Found, Sequence
+from model.batch import Int32Array
+
+Slots = NDArray[np.intp]
+
+
+def places(condition: NDArray[np.bool_]) -> Slots:
+    """Where it holds."""
+    return condition.nonzero()[0]
 
 
 class Vacancy:
@@ -35,45 +45,94 @@ class Vacancy:
 
 
 class Running:
-    """The running sequences, each in one of three lists, least recently scheduled first.
+    """The running sequences. What a step asks of all of them and changes in them stands in arrays, by slot.
 
-    `decoding`: one token is left to compute. `prefilling`: several are. `apart`: suspects, whatever is left; they share
-    no batch. What sequences hold is given and taken back here alone.
+    At least one token of each is left to compute, be it one that is not known yet. If it is one, the sequence decodes;
+    if there are more, it prefills. What they hold is given and taken back here alone.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         self._blocks = blocks
-        self._num_slots = max_num_seqs
-        self.prefilling: dict[str, Sequence] = {}
-        self.decoding: dict[str, Sequence] = {}
-        self.apart: dict[str, Sequence] = {}
-        self._slots = list(range(max_num_seqs))  # free ones
+        self._seqs: dict[str, Sequence] = {}
+        self._free = list(range(max_num_seqs))  # slots
+        self._serial = 0
+        self.num_constrained = self.num_suspects = 0  # sequences that have a matcher; that are apart
         self._priorities: Counter[int] = Counter()
+        self._stop_ids: Counter[int] = Counter()
+        self.sequences: NDArray[np.object_] = np.full(max_num_seqs, None)
+        self.serials = np.zeros(max_num_seqs, np.int64)  # 0: nobody has the slot; otherwise never the same again
+        self.num_known = np.zeros(max_num_seqs, np.int32)  # tokens
+        self.num_pending = np.zeros(max_num_seqs, np.int32)  # tokens that a step in flight samples
+        self.num_computed = np.zeros(max_num_seqs, np.int32)  # tokens, once all that is scheduled is
+        self.num_in_flight = np.zeros(max_num_seqs, np.int32)  # steps
+        self.last_step = np.zeros(max_num_seqs, np.int32)  # the newest that computes it; -1: none
+        self.newest = np.zeros(max_num_seqs, np.int32)  # the id of its last known token
+        self.max_computed = np.zeros(max_num_seqs, np.int32)  # then it ends
+        self.num_cacheable = np.zeros(max_num_seqs, np.int32)  # tokens that are needed to fill its next block
+        self.charged_from = np.zeros(max_num_seqs, np.int32)  # tokens from this one on are output to be paid for
+        self.has_rules = np.zeros(max_num_seqs, np.bool_)  # its tokens are not simply the likeliest
+        self.rules_told = np.zeros(max_num_seqs, np.bool_)  # to the last stage, for this slot
+        self.is_apart = np.zeros(max_num_seqs, np.bool_)  # suspects: they share no batch
+        self.is_plain = np.zeros(max_num_seqs, np.bool_)  # see Sequence.is_plain
 
     def __len__(self) -> int:
-        return len(self.prefilling) + len(self.decoding) + len(self.apart)
+        return len(self._seqs)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return chain(self.prefilling.values(), self.decoding.values(), self.apart.values())
+        return iter(self._seqs.values())
 
     def get(self, request_id: str) -> Sequence | None:
-        found = self.decoding.get(request_id) or self.prefilling.get(request_id)
-        return found or self.apart.get(request_id)
+        return self._seqs.get(request_id)
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._slots)
+        return len(self._free)
 
     @property
     def worst_priority(self) -> int:
         """Of those that run: who is least urgent has the largest. 0 if nobody runs."""
         return max(self._priorities, default=0)
 
-    def vacancy_for(self, seq: Sequence) -> "Vacancy":
+    @property
+    def num_left(self) -> Int32Array:
+        """Tokens to compute, by slot; 0 where nobody is."""
+        left: Int32Array = self.num_known + self.num_pending - self.num_computed
+        return left
+
+    def decoding(self) -> Slots:
+        """Slots of those that have one token left, but for suspects."""
+        decoding = self.num_left == 1
+        return places(decoding & ~self.is_apart if self.num_suspects else decoding)
+
+    def prefilling(self) -> list[Sequence]:
+        """Those that have more, but for suspects."""
+        found: list[Sequence] = self.sequences[(self.num_left > 1) & ~self.is_apart].tolist()
+        return found
+
+    def apart(self) -> list[Sequence]:
+        """Suspects, least recently scheduled first."""
+        if not self.num_suspects:
+            return []
+        slots = places(self.is_apart)
+        found: list[Sequence] = self.sequences[slots[np.argsort(self.last_step[slots], kind="stable")]].tolist()
+        return found
+
+    def idle(self) -> list[Sequence]:
+        """Those that no step in flight computes."""
+        found: list[Sequence] = self.sequences[(self.serials > 0) & (self.num_in_flight == 0)].tolist()
+        return found
+
+    def is_stop(self, token_ids: list[int]) -> list[int]:
+        """Which of these tokens ends anybody's answer: indices."""
+        if self._stop_ids.keys().isdisjoint(token_ids):
+            return []
+        return [i for i, token_id in enumerate(token_ids) if token_id in self._stop_ids]
+
+    def vacancy_for(self, seq: Sequence) -> Vacancy:
         """What there is for a waiting sequence."""
         if seq.prompt_logprobs is None:  # otherwise it must be computed, even if its keys and values are there
             self._blocks.look_up(seq.found, seq.token_ids)
-        return Vacancy(self._blocks, seq, len(self._slots), len(self))
+        return Vacancy(self._blocks, seq, len(self._free), len(self))
 
     def admit(self, seq: Sequence) -> None:
         """Let it run, with blocks for all it knows now, of which those that were found are computed."""
@@ -82,74 +141,95 @@ class Running:
         seq.account.num_running += 1
         seq.account.num_blocks += len(seq.block_table)
         self._priorities[seq.request.priority] += 1
-        seq.slot = self._slots.pop()
-        seq.num_computed_tokens = len(prefix) * self._blocks.block_size
-        seq.num_uncomputed_tokens = seq.num_tokens - seq.num_computed_tokens
+        self._stop_ids.update(seq.stop_token_ids)
+        self.num_constrained += seq.matcher is not None
+        self.num_suspects += seq.num_deaths > 0
+        self._seqs[seq.request_id] = seq
+        slot = seq.slot = self._free.pop()
+        computed = len(prefix) * self._blocks.block_size
         if seq.num_output_tokens == len(seq.request.output_ids):
-            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
-        self._list_of(seq)[seq.request_id] = seq
-
-    def _list_of(self, seq: Sequence) -> dict[str, Sequence]:
-        """Where it belongs by its counters. They change in `advance` and `clear` alone, which move it."""
-        if seq.num_deaths:
-            return self.apart
-        return self.decoding if seq.num_uncomputed_tokens == 1 else self.prefilling
-
-    def clear(self, seq: Sequence) -> None:
-        """It is no longer suspect."""
-        del self.apart[seq.request_id]
-        seq.num_deaths = 0
-        self._list_of(seq)[seq.request_id] = seq
+            seq.num_cached_tokens = min(computed, seq.num_prompt_tokens)
+        self._serial += 1
+        self.sequences[slot], self.serials[slot] = seq, self._serial
+        self.num_known[slot], self.num_computed[slot], self.newest[slot] = seq.num_tokens, computed, seq.token_ids[-1]
+        self.last_step[slot] = -1
+        self.max_computed[slot] = seq.max_computed_tokens
+        self.num_cacheable[slot] = computed + self._blocks.block_size
+        self.charged_from[slot] = max(seq.num_paid_tokens, seq.num_prompt_tokens)
+        self.is_apart[slot], self.is_plain[slot] = seq.num_deaths > 0, seq.is_plain
+        self.has_rules[slot], self.rules_told[slot] = not seq.is_greedy, False
 
     def grow(self, seq: Sequence) -> bool:
         """Blocks for one token more, if it needs any; False if there are none."""
-        before, num_tokens = len(seq.block_table), seq.num_computed_tokens + 1
-        if not self._blocks.can_grow(seq, num_tokens):
+        missing = self._blocks.blocks_for(int(self.num_computed[seq.slot]) + 1) - len(seq.block_table)
+        if missing > self._blocks.num_free:
             return False
-        self._blocks.grow(seq, num_tokens)
-        seq.account.num_blocks += len(seq.block_table) - before
+        if missing > 0:
+            self._blocks.grow(seq, missing)
+            seq.account.num_blocks += missing
         return True
 
-    def advance(self, sequences: list[Sequence], counts: list[int], step_id: int) -> None:
-        """What this step computes counts as computed from now on, and who is in it is behind all others."""
-        caching, block_size = self._blocks.prefix_caching, self._blocks.block_size
-        for seq, count in zip(sequences, counts, strict=True):
-            del self._list_of(seq)[seq.request_id]
-            seq.num_computed_tokens += count
-            seq.num_in_flight += 1
-            seq.last_step = step_id
-            if count == seq.num_uncomputed_tokens:  # what follows is sampled
-                seq.num_pending_tokens += 1
-                seq.num_uncomputed_tokens = 1
-            else:
-                seq.num_uncomputed_tokens -= count
-            self._list_of(seq)[seq.request_id] = seq
-            if caching and seq.num_computed_tokens // block_size > seq.num_full_blocks:
-                self._blocks.mark_computed(seq)
+    def advance(self, slots: Slots, counts: Int32Array, sampled: Slots, step_id: int) -> None:
+        """What this step computes counts as computed from now on; of those at `sampled` it samples a token."""
+        self.num_computed[slots] += counts
+        self.num_pending[slots[sampled]] += 1
+        self.num_in_flight[slots] += 1
+        self.last_step[slots] = step_id
+        if self._blocks.prefix_caching:
+            cacheable = np.minimum(self.num_computed[slots], self.num_known[slots])  # the newest may not be known yet
+            full = places(cacheable >= self.num_cacheable[slots])
+            for slot, num_tokens in zip(slots[full].tolist(), cacheable[full].tolist(), strict=True):
+                self._blocks.mark_computed(self.sequences[slot], num_tokens)
+                self.num_cacheable[slot] = num_tokens - num_tokens % self._blocks.block_size + self._blocks.block_size
+
+    def take(self, slots: Slots | int, token_ids: Int32Array | int) -> None:
+        """Tokens that are known now, one of each."""
+        self.num_known[slots] += 1
+        self.newest[slots] = token_ids
+
+    def clear(self, seq: Sequence) -> None:
+        """It is no longer suspect."""
+        seq.num_deaths = 0
+        self.num_suspects -= 1
+        self.is_apart[seq.slot] = False
 
     def release(self, seq: Sequence) -> None:
         """Take back what it holds.
 
         A batch in flight may still write to it, but stages work in order: before anything its next owner writes.
         """
-        del self._list_of(seq)[seq.request_id]
+        del self._seqs[seq.request_id]
         seq.account.num_running -= 1
         seq.account.num_blocks -= len(seq.block_table)
         self._priorities[seq.request.priority] -= 1
         self._priorities += Counter()  # forgets what is at zero
+        if seq.stop_token_ids:
+            self._stop_ids.subtract(seq.stop_token_ids)
+            self._stop_ids += Counter()
+        self.num_constrained -= seq.matcher is not None
+        self.num_suspects -= seq.num_deaths > 0
         self._blocks.free(seq)
-        self._slots.append(seq.slot)
-        seq.slot = -1
+        slot, seq.slot = seq.slot, -1
+        self._free.append(slot)
+        self.sequences[slot], self.serials[slot], self.is_apart[slot] = None, 0, False
+        for counts in (self.num_known, self.num_pending, self.num_computed, self.num_in_flight):
+            counts[slot] = 0
 
     def check(self, accounts: Iterable[Account[Sequence]]) -> None:
         """Assert that the books are right, those of the blocks and of the tenants too."""
         self._blocks.check(list(self))
-        for seq in self:
-            listed = [seq.request_id in phase for phase in (self.prefilling, self.decoding, self.apart)]
-            assert listed.count(True) == 1, f"{seq.request_id} is in {listed.count(True)} lists"
-            assert seq.request_id in self._list_of(seq), f"{seq.request_id} is in the wrong list"
         taken = [seq.slot for seq in self]
-        assert sorted(taken + self._slots) == list(range(self._num_slots)), "a slot is lost or shared"
+        assert sorted(taken + self._free) == list(range(len(self.serials))), "a slot is lost or shared"
+        assert all(self.sequences[seq.slot] is seq for seq in self)
+        assert np.flatnonzero(self.serials).tolist() == sorted(taken)
+        left, num_known = self.num_left, self.num_known
+        assert not left[self._free].any()
+        assert self.num_suspects == np.count_nonzero(self.is_apart)
+        for seq in self:
+            assert num_known[seq.slot] == seq.num_tokens, f"{seq.request_id} lost count of its tokens"
+            assert self.newest[seq.slot] == seq.token_ids[-1]
+            assert left[seq.slot] > 0, f"nothing of {seq.request_id} is left to compute"
+            assert self.is_apart[seq.slot] == (seq.num_deaths > 0)
         for account in accounts:
             own = [seq for seq in self if seq.account is account]
             held = sum(len(seq.block_table) for seq in own)

@@ -12,24 +12,31 @@ gets it from the tenant that holds more, up to an equal share.
 """
 
 import math
+from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 
-from cluster.account import Account
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.awaited_masks import AwaitedMasks
 from cluster.batch_builder import build_batch, in_order
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.fairness import Fairness, Policy
-from cluster.running import Running
+from cluster.running import Running, Slots, places
 from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.waiting_queue import WaitingQueue
-from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
+from model.batch import Batch, Int32Array, LateMasks, StepOutput, TokenLogprobs
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
 MIN_PREFILL_CHUNK = 64
 GUILTY = 3  # stage deaths in a row
 PREFILL_TURNS = 4  # of the pipeline, that prompts are spread over: fewer make steps less equal, more delay first tokens
+
+
+NOBODY: Slots = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,21 @@ class SchedulerStats:
     preemptions: int  # since the start
     prefix_queried_tokens: int  # since the start
     prefix_hit_tokens: int  # since the start
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is in flight of a batch: its sequences, who may have left since, in its order."""
+
+    sequences: list[Sequence]
+    slots: Slots
+    serials: NDArray[np.int64]  # of the slots' owners then
+    stops: Int32Array  # how many tokens of each are computed with it
+    sampled: Slots  # places of those that a token is sampled of
+
+    @property
+    def sampled_sequences(self) -> list[Sequence]:
+        return self.sequences if len(self.sampled) == len(self.sequences) else [self.sequences[i] for i in self.sampled]
 
 
 class Scheduler:
@@ -70,7 +92,7 @@ class Scheduler:
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._waiting = WaitingQueue(self._fairness)
         self._running = Running(blocks, max_num_seqs)
-        self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the batch's sequences
+        self._in_flight: dict[int, _Step] = {}  # by step id
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
         self._next_step = 0
@@ -128,8 +150,6 @@ class Scheduler:
     def check(self) -> None:
         """Assert that the books are right: see `Running.check`."""
         self._running.check(self._waiting.accounts)
-        for seq in [*self._running, *self._waiting]:
-            seq.check()
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -138,40 +158,67 @@ class Scheduler:
         self.admitted = []
         self._make_way()
         decodes, chunks = self._choose()
-        if not decodes and not chunks:
+        if not len(decodes) and not chunks:
             return None
-        sequences, counts = in_order(decodes, chunks)
-        batch, unmasked = build_batch(self.epoch, self._next_step, sequences, counts, self.blocks.block_size)
+        running = self._running
+        slots, counts = in_order(running, decodes, chunks)
+        batch, unmasked = build_batch(self.epoch, self._next_step, running, slots, counts, self.blocks.block_size)
         self._awaited.expect(batch.step_id, unmasked)
-        if decodes:
+        if len(decodes):
             self._cohorts.add(batch.step_id)
-        self._in_flight[batch.step_id] = sequences
-        self._running.advance(sequences, counts, batch.step_id)
+        sampled = batch.sample_rows.astype(np.intp)
+        running.advance(slots, counts, sampled, batch.step_id)
+        sequences, stops = running.sequences[slots].tolist(), running.num_computed[slots]
+        self._in_flight[batch.step_id] = _Step(sequences, slots, running.serials[slots], stops, sampled)
         self._next_step += 1
         return batch
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
         assert output.step_id == batch.step_id == min(self._in_flight), "results must come in order"
-        sequences = self._in_flight.pop(batch.step_id)
+        running, step = self._running, self._in_flight.pop(batch.step_id)
         self._cohorts.discard(batch.step_id)
-        for seq in sequences:
-            seq.num_in_flight -= 1
-            if seq.num_deaths:
-                self._reconsider(seq)
-        self._take_prompt_logprobs(batch, output, sequences)
+        live = running.serials[step.slots] == step.serials
+        running.num_in_flight[step.slots[live]] -= 1
+        slots, live = step.slots[step.sampled], live[step.sampled]
+        running.num_pending[slots[live]] -= 1
+        if running.num_suspects:
+            self._reconsider(step)
+        if batch.prompt_rows:
+            self._take_prompt_logprobs(batch, output, step.sequences)
+        sequences, token_ids = step.sampled_sequences, output.token_ids
+        plain = live & running.is_plain[slots]
+        if output.errors or output.logprobs:
+            plain[[*output.errors, *output.logprobs]] = False
+        if plain.all():
+            return self._take_plain(sequences, slots, token_ids)
+        few = places(plain)
+        events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[i] for i in few])
+        return events + self._take_others(sequences, places(live & ~plain).tolist(), output)
+
+    def _take_plain(self, sequences: list[Sequence], slots: Slots, token_ids: list[int]) -> list[TokenEvent]:
+        """Tokens of sequences of which nothing else is to be taken in, and nothing else said."""
+        running = self._running
+        running.take(slots, np.array(token_ids, np.int32))
+        for seq, token_id in zip(sequences, token_ids, strict=True):
+            seq.token_ids.append(token_id)
+        events = list(map(TokenEvent, [seq.request_id for seq in sequences], token_ids))
+        may_end = places(running.num_known[slots] > running.max_computed[slots]).tolist()
+        for i in {*may_end, *running.is_stop(token_ids)}:
+            if (finish_reason := sequences[i].finish_reason) is not None:
+                events[i] = TokenEvent(sequences[i].request_id, token_ids[i], finish_reason)
+                running.release(sequences[i])
+        return events
+
+    def _take_others(self, sequences: list[Sequence], few: list[int], output: StepOutput) -> list[TokenEvent]:
+        """Tokens that come with more, need more, or are none: a few of those that were sampled."""
         advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
-        errors, logprobs = output.errors, output.logprobs
-        for i, (row, token_id) in enumerate(zip(batch.sample_rows.tolist(), output.token_ids, strict=True)):
-            seq = sequences[row]
-            seq.num_pending_tokens -= 1
-            if seq.slot < 0:
-                continue
-            if errors or seq.matcher is not None:
-                seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or errors.get(i)
+        for i in few:
+            seq, token_id = sequences[i], output.token_ids[i]
+            seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
             if seq.failure is None:
-                events.append(self._take_token(seq, token_id, logprobs.get(i)))
+                events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
                 if seq.matcher is not None and events[-1].finish_reason is None:
                     advanced.append((seq.matcher, token_id))
             else:
@@ -181,10 +228,17 @@ class Scheduler:
             matcher.advance(token_id)
         return events
 
-    def _reconsider(self, seq: Sequence) -> None:
-        """It lived through all that it was suspected for."""
-        if seq.is_running and not seq.num_in_flight and seq.num_computed_tokens >= seq.suspect_until:
-            self._running.clear(seq)
+    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        seq.token_ids.append(token_id)
+        self._running.take(seq.slot, token_id)
+        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        self._running.is_plain[seq.slot] = seq.is_plain
+        finish_reason = seq.finish_reason
+        if finish_reason is not None:
+            self._running.release(seq)
+        chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
 
     def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, sequences: list[Sequence]) -> None:
         """They are kept until the whole prompt's are there, and leave with the first token."""
@@ -197,16 +251,13 @@ class Scheduler:
             else:
                 seq.prompt_logprobs += found
 
-    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        finish_reason = seq.append(token_id)
-        if finish_reason is not None:
-            self._running.release(seq)
-        if logprobs is None and not seq.num_cached_tokens and seq.prompt_logprobs is None:
-            return TokenEvent(seq.request_id, token_id, finish_reason)
-        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
-        chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
-        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
+    def _reconsider(self, step: _Step) -> None:
+        """Clear suspects that have lived through all that they were suspected for."""
+        running = self._running
+        for seq in step.sequences:
+            lives = seq.is_running and seq.num_deaths and not running.num_in_flight[seq.slot]
+            if lives and running.num_computed[seq.slot] >= seq.suspect_until:
+                running.clear(seq)
 
     def restart(self, accuse: bool = True) -> list[TokenEvent]:
         """Everything in flight is lost and so is the KV cache: start over at the next epoch.
@@ -217,8 +268,10 @@ class Scheduler:
         guilty, for nothing else was in flight, and fails: its last event is returned. So three deaths find one request
         among any number; what has another cause must happen three times around the same one to be blamed on it.
         """
-        in_flight = [seq for batch in self._in_flight.values() for seq in batch] if accuse else []
-        accused = {seq.request_id: seq.num_computed_tokens for seq in in_flight}  # preempted ones too
+        accused: Counter[str] = Counter()  # how far each came, preempted ones too
+        for step in self._in_flight.values() if accuse else ():
+            for seq, stop in zip(step.sequences, step.stops.tolist(), strict=True):
+                accused[seq.request_id] = max(accused[seq.request_id], stop)
         self._in_flight.clear()
         self._cohorts.clear()
         self._awaited.clear()
@@ -260,92 +313,116 @@ class Scheduler:
 
     # -- choosing ---------------------------------------------------------------------------------------------------
 
-    def _choose(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+    def _choose(self) -> tuple[Slots, list[tuple[Sequence, int]]]:
         """Who decodes, and whose prompts are computed. Suspects have every other step, each for itself."""
-        if any(batch[0].num_deaths > 1 for batch in self._in_flight.values()):
-            return [], []  # it has the pipeline to itself
-        if (alone := self._twice_suspect()) is not None:
-            return [], [] if self._in_flight else self._schedule_apart([alone])
-        suspects = list(self._running.apart.values())
+        if any(step.sequences[0].num_deaths > 1 for step in self._in_flight.values()):
+            return NOBODY, []  # it has the pipeline to itself
+        suspects = self._running.apart()
+        if any(seq.num_deaths > 1 and seq.mask is not None for seq in suspects):  # for that the pipeline runs dry
+            chunks = [] if self._in_flight else self._schedule_apart([seq for seq in suspects if seq.num_deaths > 1])
+            return NOBODY, chunks
         if suspects and self._next_step % 2 and (chunks := self._schedule_apart(suspects)):
-            return [], chunks
+            return NOBODY, chunks
         decodes = self._schedule_decodes(self._next_step - self.depth)
         chunks = self._schedule_prefills(len(decodes))
-        if not decodes and not chunks:  # there is nothing else that the first stage could do meanwhile
+        if not len(decodes) and not chunks:  # there is nothing else that the first stage could do meanwhile
             decodes = self._schedule_decodes(self._next_step - 1)
-        if not decodes and not chunks:
-            admitted = list(self._running.apart.values())
+        if not len(decodes) and not chunks:
+            admitted = self._running.apart()
             chunks = self._schedule_apart([s for s in admitted if s.num_deaths == 1 or not self._in_flight])
         return decodes, chunks
 
-    def _twice_suspect(self) -> Sequence | None:
-        """Whose next step waits until nothing else is in flight, unless it waits for its mask anyway."""
-        found = (seq for seq in self._running.apart.values() if seq.num_deaths > 1 and seq.mask is not None)
-        return next(found, None)
-
     def _schedule_apart(self, suspects: list[Sequence]) -> list[tuple[Sequence, int]]:
         """The next tokens of the first suspect that can have some now."""
+        running = self._running
         for seq in suspects:
-            if not seq.num_pending_tokens and seq.mask is not None and self._has_room(seq):
-                count = min(seq.num_uncomputed_tokens, self.max_num_batched_tokens)
-                seq.charge(count)
+            if not running.num_pending[seq.slot] and seq.mask is not None and self._make_room(seq, None, set()):
+                count = min(int(running.num_left[seq.slot]), self.max_num_batched_tokens)
+                seq.charge(int(running.num_computed[seq.slot]), count)
                 return [(seq, count)]
         return []
 
-    def _has_room(self, seq: Sequence) -> bool:
-        """Whether it has a place for its next token, at the cost of others if need be."""
-        if self._running.grow(seq):
-            return True
-        victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._fairness.expendable)
-        return self._make_room(seq, victims, [])
-
-    def _schedule_decodes(self, latest: int) -> list[Sequence]:
+    def _schedule_decodes(self, latest: int) -> Slots:
         """Up to this batch's share of the decoding sequences, least recently scheduled first.
 
         None whose newest token is sampled by a step after `latest` and not known yet.
         """
-        if len(self._cohorts) > self.depth:
-            return []
-        decoding = list(self._running.decoding.values())
-        mask_seconds, block_size = MASK_SECONDS, self.blocks.block_size
-        share = min(-(-len(decoding) // self.depth), self.max_num_batched_tokens)
+        running = self._running
+        if len(self._cohorts) > self.depth or not len(slots := running.decoding()):
+            return NOBODY
+        share = min(-(-len(slots) // self.depth), self.max_num_batched_tokens)
+        pending, last_step = running.num_pending[slots], running.last_step[slots]
+        # As many as may be ahead of what is known are, or the last one is.
+        can = (pending < MAX_PENDING_TOKENS) & (running.num_computed[slots] < running.max_computed[slots])
+        can &= (pending == 0) | (last_step <= latest)
+        slots = slots[can]
+        slots = slots[last_step[can].argsort(kind="stable")]
+        first = slots[:share]
+        grows = first[running.num_computed[first] % self.blocks.block_size == 0]  # only there may a block end
+        if running.num_constrained or len(grows) > self.blocks.num_free:
+            first = self._one_by_one(slots.tolist(), share)
+        else:
+            for seq in running.sequences[grows].tolist():
+                running.grow(seq)
+        self._charge_decodes(first)
+        return first
+
+    def _one_by_one(self, slots: list[int], share: int) -> Slots:
+        """The first of these that have their masks, or soon will, and for which there is or can be made room."""
+        running, seconds_left = self._running, MASK_SECONDS
         victims: list[Sequence] | None = None
-        chosen: list[Sequence] = []
-        for seq in decoding:
+        chosen: dict[Sequence, int] = {}
+        for slot in slots:
             if len(chosen) == share:
                 break
-            if seq.num_pending_tokens >= MAX_PENDING_TOKENS or seq.num_computed_tokens >= seq.max_computed_tokens:
-                continue  # as many as may be ahead of what is known are, or the last one is
-            if seq.slot < 0:  # it was preempted just now
+            seq = running.sequences[slot]
+            if seq is None:  # it was preempted just now
                 continue
-            if seq.num_pending_tokens and seq.last_step > latest:
+            seconds = 0.0
+            if seq.matcher is not None and (running.num_pending[slot] or not seq.matcher.ready):
+                seconds = seq.matcher.seconds
+            if seconds > seconds_left:
                 continue
-            missing = 0.0 if seq.matcher is None else _missing_mask_seconds(seq)
-            if missing > mask_seconds:
-                continue
-            if seq.num_computed_tokens % block_size == 0 and not self._running.grow(seq):  # only where a block may end
+            if not running.grow(seq):
                 if victims is None:  # sorted once: a cache that is full for one is full for many
-                    victims = sorted((s for s in self._running if s.num_in_flight == 0), key=self._fairness.expendable)
-                if not self._make_room(seq, victims, chosen):
+                    victims = sorted(running.idle(), key=self._fairness.expendable)
+                if not self._make_room(seq, victims, chosen.keys()):
                     continue
-            mask_seconds -= missing
-            chosen.append(seq)
-        _charge_decodes(chosen)
-        return chosen
+            seconds_left -= seconds
+            chosen[seq] = slot
+        return np.array([*chosen.values()], np.intp)
+
+    def _charge_decodes(self, slots: Slots) -> None:
+        """A token of each, those of a tenant at once."""
+        running = self._running
+        computed = running.num_computed[slots]
+        others = computed < running.charged_from[slots]
+        if others.any():
+            for slot, start in zip(slots[others].tolist(), computed[others].tolist(), strict=True):
+                running.sequences[slot].charge(start, 1)
+            slots = slots[~others]
+        if len(slots) and (account := running.sequences[slots[0]].account).num_running == len(running):
+            account.charge(0, len(slots))  # there is no other tenant
+        else:
+            for account, count in Counter(seq.account for seq in running.sequences[slots]).items():
+                account.charge(0, count)
 
     def _schedule_prefills(self, num_decodes: int) -> list[tuple[Sequence, int]]:
         """Prompt chunks beside so many decodes: what runs or could, spread over several turns of the pipeline."""
+        running = self._running
+        if num_decodes == len(running) and not len(self._waiting):
+            return []
+        prefilling = running.prefilling()
         chunks: list[tuple[Sequence, int]] = []
-        prefilling = list(self._running.prefilling.values())
-        left = sum(seq.num_uncomputed_tokens for seq in prefilling) + self._admissible_tokens()
+        left = int(running.num_left[[seq.slot for seq in prefilling]].sum()) + self._admissible_tokens()
         share = -(-left // (PREFILL_TURNS * self.depth if self.depth > 1 else 1))
-        budget = max(share, MIN_STEP_TOKENS - len(self._running), MIN_PREFILL_CHUNK)
+        budget = max(share, MIN_STEP_TOKENS - len(running), MIN_PREFILL_CHUNK)
         budget = min(budget, self.max_num_batched_tokens - num_decodes)
         while budget > 0 and (seq := self._next_prefill(prefilling)) is not None:
             # Without a mask there is no next token yet: the last one before it is left to a batch of its own.
-            count = min(seq.num_uncomputed_tokens - (seq.mask is None), budget)
+            count = min(int(running.num_left[seq.slot]) - (seq.mask is None), budget)
             if count > 0:
-                seq.charge(count)
+                seq.charge(int(running.num_computed[seq.slot]), count)
                 chunks.append((seq, count))
                 budget -= count
         return chunks
@@ -377,7 +454,7 @@ class Scheduler:
         self._waiting.serve(seq)
         self._running.admit(seq)
         self._prefix_queried += seq.num_tokens
-        self._prefix_hits += seq.num_computed_tokens
+        self._prefix_hits += int(self._running.num_computed[seq.slot])
         self.admitted.append(seq.request_id)
 
     def _make_way(self) -> None:
@@ -391,12 +468,14 @@ class Scheduler:
                 self._preempt(victim)
             self._admit(seq)
 
-    def _make_room(self, seq: Sequence, victims: list[Sequence], chosen: list[Sequence]) -> bool:
-        """Preempt the youngest of `victims` that are not `chosen`, until `seq` has blocks for one token more.
+    def _make_room(self, seq: Sequence, victims: list[Sequence] | None, chosen: Set[Sequence]) -> bool:
+        """Preempt the youngest of `victims` (None: of all) that are not `chosen`, until `seq` can have a token more.
 
         False if `seq` itself had to go, or if every other sequence is in flight and the next `update` must come first.
         """
         while not self._running.grow(seq):
+            if victims is None:
+                victims = sorted(self._running.idle(), key=self._fairness.expendable)
             while victims and (victims[-1] in chosen or not victims[-1].is_running):
                 victims.pop()
             if not victims or (victims[-1] is seq and len(self._running) > len(victims)):
@@ -409,23 +488,8 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
+        computed, last_step = self._running.num_computed[seq.slot], self._running.last_step[seq.slot]
+        paid = int(computed) if last_step >= 0 else 0  # not what only the prefix cache gave it
         self._running.release(seq)
-        self._waiting.push(seq.again())
+        self._waiting.push(seq.again(paid))
         self._preemptions += 1
-
-
-def _charge_decodes(decodes: list[Sequence]) -> None:
-    """A token of each, those of a tenant at once."""
-    outputs: dict[Account[Sequence], int] = {}
-    for seq in decodes:
-        if seq.num_computed_tokens < seq.num_prompt_tokens or seq.num_computed_tokens < seq.num_paid_tokens:
-            seq.charge(1)
-        else:
-            outputs[seq.account] = outputs.get(seq.account, 0) + 1
-    for account, count in outputs.items():
-        account.charge(0, count)
-
-
-def _missing_mask_seconds(seq: Sequence) -> float:
-    """What it takes to make the mask of its next token, if that is not known yet."""
-    return seq.matcher.seconds if seq.matcher is not None and seq.mask is None else 0.0

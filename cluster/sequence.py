@@ -71,15 +71,10 @@ class Found:
 
 
 class Sequence:
-    """The engine's state of one request, counted rather than flagged.
+    """The engine's state of one request: its tokens, and what it holds while it runs.
 
-    waiting: no blocks. running: has blocks, and is in one of the lists of `Running`. in flight: `num_in_flight` batches
-    hold it, `num_pending_tokens` of which sample a token that is not known yet.
-    `num_computed_tokens` advances when a batch is scheduled: stages work strictly in order, so whatever is scheduled
-    later finds it computed.
-
-    A step looks at every sequence that runs, after a pause in which the processor's caches have forgotten them all. So
-    what it asks is an attribute, one read of one object; `check` says how the counters hang together.
+    What changes with every step stands in `Running`, for all of them together: after a pause in which the processor's
+    caches have forgotten all objects, a step looks at few of them.
     """
 
     __slots__ = (
@@ -88,20 +83,14 @@ class Sequence:
         "block_table",
         "failure",
         "found",
-        "has_rules",
         "is_greedy",
-        "last_step",
         "matcher",
         "max_computed_tokens",
         "num_cached_tokens",
-        "num_computed_tokens",
         "num_deaths",
         "num_full_blocks",
-        "num_in_flight",
         "num_paid_tokens",
-        "num_pending_tokens",
         "num_prompt_tokens",
-        "num_uncomputed_tokens",
         "prompt_logprobs",
         "request",
         "request_id",
@@ -124,13 +113,7 @@ class Sequence:
         self.token_ids = [*request.token_ids, *request.output_ids]
         self.num_prompt_tokens = len(request.token_ids)
         self.max_computed_tokens = self.num_prompt_tokens + sampling.max_tokens - 1  # the last token needs no room
-        self.num_computed_tokens = 0
-        self.num_uncomputed_tokens = len(self.token_ids)  # that no batch has been given yet, pending ones included
-        self.num_in_flight = 0
-        self.num_pending_tokens = 0
-        self.last_step = -1  # the newest that computes it, and samples its newest token while one is pending
-        self.slot = -1  # see Batch.slots; given and taken back with the blocks
-        self.has_rules = False  # whether the last stage was told how its tokens are drawn, in this slot
+        self.slot = -1  # see Batch.slots and Running; given and taken back with the blocks
         self.num_cached_tokens = 0  # taken from the prefix cache at first admission, until the first token says so
         # What the tenant paid for before; of a resumed request an earlier engine was paid for all it brings.
         self.num_paid_tokens = len(self.token_ids) if request.output_ids else 0
@@ -144,17 +127,15 @@ class Sequence:
         self.num_deaths = self.suspect_until = 0
         self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
 
-    def again(self) -> "Sequence":
-        """Its successor after a preemption: all tokens known, nothing computed.
+    def again(self, num_paid_tokens: int = 0) -> "Sequence":
+        """Its successor after a preemption: all tokens known, nothing computed, so many paid for.
 
         An object of its own, so that what batches in flight still bring for this one is not taken for the other.
         """
         successor = Sequence(self.request, self.arrival, self.matcher)
         successor.account = self.account
         successor.token_ids = self.token_ids
-        successor.num_uncomputed_tokens = len(self.token_ids)
-        paid = self.num_computed_tokens if self.last_step >= 0 else 0  # not what only the prefix cache gave it
-        successor.num_paid_tokens = max(self.num_paid_tokens, paid)
+        successor.num_paid_tokens = max(self.num_paid_tokens, num_paid_tokens)
         successor.num_deaths, successor.suspect_until = self.num_deaths, self.suspect_until
         successor.prompt_logprobs = None if self.prompt_logprobs is None else []
         return successor
@@ -172,28 +153,28 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its next token is all that is to be taken in, and said."""
+        return self.matcher is None and self.prompt_logprobs is None and not self.num_cached_tokens
+
+    @property
     def mask(self) -> bytes | None:
-        """For its next token, see Batch.masks; None if it is not known yet."""
+        """For what follows the tokens that are known, see Batch.masks; None if it is not known yet."""
         if self.matcher is None:
             return b""
-        return self.matcher.mask if self.matcher.ready and not self.num_pending_tokens else None
+        return self.matcher.mask if self.matcher.ready else None
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token; says whether it was the last one."""
-        self.token_ids.append(token_id)
-        if token_id in self.stop_token_ids:
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why its newest token, a sampled one, is its last; None if it is not."""
+        if self.token_ids[-1] in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) > self.max_computed_tokens else None
 
-    def charge(self, num_tokens: int) -> None:
-        """Count its next tokens for its tenant. What is computed again (preempted, resumed) costs nothing."""
-        start, end = self.num_computed_tokens, self.num_computed_tokens + num_tokens
+    def charge(self, start: int, num_tokens: int) -> None:
+        """Count so many tokens from `start` on for its tenant. What is computed again costs nothing."""
+        end = start + num_tokens
         if start < self.num_paid_tokens:
             start = min(self.num_paid_tokens, end)
         num_input = min(end, self.num_prompt_tokens) - start if start < self.num_prompt_tokens else 0
         self.account.charge(num_input, end - start - num_input)
-
-    def check(self) -> None:
-        """Assert that what is counted adds up."""
-        known = self.num_computed_tokens + self.num_uncomputed_tokens - self.num_pending_tokens
-        assert known == len(self.token_ids), f"{self.request_id} lost count of its tokens"

@@ -22,8 +22,7 @@ def computed(blocks: BlockManager, token_ids: list[int]) -> Sequence:
     prefix = blocks.cached_prefix(token_ids)
     assert blocks.can_allocate(prefix, len(token_ids))
     blocks.allocate(seq, prefix, len(token_ids))
-    seq.num_computed_tokens = len(token_ids)
-    blocks.mark_computed(seq)
+    blocks.mark_computed(seq, len(token_ids))
     return seq
 
 

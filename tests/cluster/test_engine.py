@@ -136,7 +136,7 @@ def test_requests_that_can_never_run_are_rejected_at_once(make_engine: MakeEngin
 
 def test_cohorts_fill_the_pipeline(make_engine: MakeEngine) -> None:
     """Eight streams on two stages: in steady decode every batch takes four of them."""
-    engine, collector = make_engine(stages=2)
+    engine, collector = make_engine(stages=2, num_blocks=160)  # room for all, even if they begin together
     for i in range(8):
         engine.add(request(str(i), PROMPTS[3], max_tokens=64))
     collector.wait([str(i) for i in range(8)])

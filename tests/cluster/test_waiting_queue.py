@@ -33,7 +33,7 @@ def serve(queue: WaitingQueue, tokens: int | None = None) -> str:
     seq = queue.next()
     assert seq is not None
     queue.serve(seq)
-    seq.charge(tokens or seq.num_tokens)
+    seq.charge(0, tokens or seq.num_tokens)
     return seq.request_id
 
 
@@ -104,7 +104,7 @@ def test_leaving_does_not_clear_the_account() -> None:
     for _ in range(3):
         seq = next(s for s in queue if s.request.tenant == "a")
         queue.remove(seq.request_id)
-        seq.charge(100)
+        seq.charge(0, 100)
     queue.add(Sequence(of("a", "again", 10), 500))
     assert {serve(queue)[0] for _ in range(25)} == {"b"}
 
@@ -123,22 +123,19 @@ def test_what_is_computed_again_is_not_charged_again() -> None:
     seq = queue.remove("x")
     assert seq is not None
     account = queue.account(seq)
-    seq.charge(10)
-    seq.num_computed_tokens = 10
-    seq.append(7)
-    seq.charge(1)
-    seq.num_computed_tokens, seq.last_step = 11, 1
+    seq.charge(0, 10)
+    seq.token_ids.append(7)
+    seq.charge(10, 1)
     paid = 10 * INPUT_WEIGHT + OUTPUT_WEIGHT
     assert account.counter == paid
-    again = seq.again()
-    again.charge(11)
+    again = seq.again(num_paid_tokens=11)
+    again.charge(0, 11)
     assert account.counter == paid
-    again.num_computed_tokens = 11
-    again.charge(1)
+    again.charge(11, 1)
     assert account.counter == paid + OUTPUT_WEIGHT
     resumed = Sequence(of("a", "y", 10).resume([1, 2, 3]))
     resumed.account = account
-    resumed.charge(13)
+    resumed.charge(0, 13)
     assert account.counter == paid + OUTPUT_WEIGHT, "another engine was paid for this one"
 
 
