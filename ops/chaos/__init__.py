@@ -2,7 +2,7 @@
 
 # What can be broken (faults.py says how), and what of it needs a network of its own for every node.
 FAULTS = (
-    "stage", "engine", "node", "stage-stop", "engine-stop", "partition", "slow-link", "disk-full",
+    "stage", "engine", "node", "stage-stop", "engine-stop", "gateway-stop", "partition", "slow-link", "disk-full",
     "gateway", "controller", "proxy", "haproxy", "head", "drain", "rollout", "scale",
 )  # fmt: skip
 NEED_NAMESPACES = frozenset({"partition", "slow-link"})

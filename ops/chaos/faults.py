@@ -31,6 +31,8 @@ class Fault:
     victims: Sequence[int] = ()  # pids that must be gone before all is well again
     stopped: int = 0  # pid that does nothing until `undo`, unless it is ended before
     pipelines: frozenset[str] = frozenset()  # replicas that it hits
+    gateway: int = 0  # pid of one whose streams it hits
+    kept: Sequence[int] = ()  # pids that it may not cost
     cuts_clients: str = ""  # url whose connections it breaks, or "gateway": those of one gateway
 
 
@@ -88,6 +90,17 @@ def stop(kind: str) -> Injector:
         return Fault(f"{kind}-stop", target, at, go_on, stopped=victim.pid, pipelines=hit)
 
     return inject
+
+
+def stop_gateway(service: Service, rng: random.Random) -> Fault:
+    """SIGSTOP of a gateway: its streams pause, those of others do not, and nothing that computes is replaced."""
+    victim = pick(service, "gateway", rng)
+    kept = [p.pid for kind in ("engine", "stage") for p in of_kind(service.nodes.processes(), kind)]
+    at = time.time()
+    _signal(victim, signal.SIGSTOP)
+    target = f"pid {victim.pid} on {victim.node}"
+    go_on = lambda: _signal(victim, signal.SIGCONT)  # noqa: E731
+    return Fault("gateway-stop", target, at, go_on, stopped=victim.pid, gateway=victim.pid, kept=kept)
 
 
 def kill_node(service: Service, rng: random.Random) -> Fault:
@@ -204,6 +217,7 @@ INJECTORS: dict[str, Injector] = {
     "drain": drain_node,
     "stage-stop": stop("stage"),
     "engine-stop": stop("engine"),
+    "gateway-stop": stop_gateway,
     "partition": impair("partition", Link(loss=1.0)),
     "slow-link": impair("slow-link", SLOW_LINK),
     "disk-full": fill_disk,

@@ -18,11 +18,12 @@ class FaultRecord:
     detect_s: float | None  # until the first of our processes said so
     noticed: str  # what it said
     recover_s: float | None  # until everything was there again, ready, and every stream had gone on
-    streams_hit: int = 0  # streams on the pipelines that it hit, or that had to move
+    streams_hit: int = 0  # streams on the pipelines or through the gateway that it hit, or that had to move
     longest_pause_s: float | None = None  # of the streams that were hit
     others_longest_gap_s: float | None = None  # of all others
     stage_start_s: float | None = None  # the longest that a stage took to start and load meanwhile
     longest_first_wait_s: float = 0.0  # to the first token, of requests that began meanwhile
+    replaced: int = 0  # processes that it cost and should not have
 
 
 @dataclass(slots=True)
@@ -62,19 +63,20 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.bad and not self.left and not self.unhealed
+        return not self.bad and not self.left and not self.unhealed and not any(f.replaced for f in self.faults)
 
     def as_json(self) -> str:
         return json.dumps({"passed": self.passed, **asdict(self)})
 
     def render(self) -> RenderableType:
         """Tables for a terminal."""
-        faults = Table("fault", "target", "at", "detected", "recovered", "hit", "longest pause", "others' gap", "wait")
+        faults = Table("fault", "target", "at", "detected", "recovered", "hit", "longest pause", "others' gap", "wait",
+                       "cost")  # fmt: skip
         for f in self.faults:
             faults.add_row(
                 f.kind, f.target, f"{f.at_s:.0f} s", seconds(f.detect_s), seconds(f.recover_s),
                 "-" if f.streams_hit is None else str(f.streams_hit), seconds(f.longest_pause_s),
-                seconds(f.others_longest_gap_s), seconds(f.longest_first_wait_s),
+                seconds(f.others_longest_gap_s), seconds(f.longest_first_wait_s), str(f.replaced),
             )  # fmt: skip
         totals = Table("requests", "failed", "truncated", "wrong", "hung", "excused", "retried", "seconds", "left over")
         totals.add_row(

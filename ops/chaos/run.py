@@ -166,6 +166,7 @@ class Torment:
         self._tell(traffic, f"{fault.kind} {fault.target}")
         notice, recovered = self._watch(fault, traffic)
         self._windows.append((fault.at, recovered or time.time()))
+        alive = {process.pid for process in self._service.nodes.processes()}
         self._report.faults.append(
             FaultRecord(
                 fault.kind,
@@ -174,6 +175,7 @@ class Torment:
                 notice.time - fault.at if notice else None,
                 notice.message[:200] if notice else "",
                 recovered - fault.at if recovered else None,
+                replaced=len(set(fault.kept) - alive),
             )
         )
 

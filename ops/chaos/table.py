@@ -20,6 +20,7 @@ WORDS = {
     "node": "node, all processes killed",
     "stage-stop": "stage, SIGSTOP",
     "engine-stop": "engine, SIGSTOP for {hold:g} s",
+    "gateway-stop": "gateway, SIGSTOP for {hold:g} s",
     "partition": "partition between two stages, {hold:g} s",
     "slow-link": "5 % loss and 100 ms delay between two stages, {hold:g} s",
     "disk-full": "disk of a node full for {hold:g} s",

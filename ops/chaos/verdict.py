@@ -66,11 +66,12 @@ def measure(record: FaultRecord, fault: Fault, window: Window, outcomes: Sequenc
 
 
 def is_hit(fault: Fault, window: Window, stays: Sequence[Stay]) -> bool:
-    """Whether the request was on a pipeline that the fault hit, or had to move meanwhile."""
+    """Whether it was on a pipeline or came through a gateway that the fault hit, or had to move meanwhile."""
     start, end = window
     began = 0.0
     for stay in stays:
-        if began < end and stay.until > start and stay.replica in fault.pipelines:
+        here = stay.replica in fault.pipelines or (fault.gateway and stay.gateway == fault.gateway)
+        if began < end and stay.until > start and here:
             return True
         if stay.moved and start <= stay.until <= end:
             return True

@@ -96,7 +96,7 @@ class Logs:
         for line in self.lines:
             moved = bool(MOVED.search(line.message))
             if "request_id" in line.fields and (moved or line.message == FINISHED):
-                stay = Stay(str(line.fields.get("replica", "")), line.time, moved)
+                stay = Stay(str(line.fields.get("replica", "")), line.time, moved, line.pid)
                 found.setdefault(str(line.fields["request_id"]), []).append(stay)
         return found
 
@@ -123,6 +123,7 @@ class Stay:
     replica: str
     until: float  # unix seconds
     moved: bool  # it went on elsewhere, or the request was finished
+    gateway: int = 0  # pid of the one that said so
 
 
 def parse_line(text: bytes, pid: int) -> Line | None:

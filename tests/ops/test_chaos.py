@@ -226,7 +226,17 @@ def test_silences_are_those_of_the_streams_that_were_hit_or_of_all_others() -> N
     assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (1, 4, 1)
     measure(record, Fault("controller", "pid 1", 100.0), (102.0, 103.0), outcomes[:-1], stays)
     assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (0, None, 4)
+    through = {"on a": [Stay("a", 104, False, 7)], "on b": [Stay("b", 103, False, 8)]}
+    measure(record, Fault("gateway-stop", "pid 7", 100.0, gateway=7), (100.0, 103.0), outcomes[:2], through)
+    assert (record.streams_hit, record.longest_pause_s, record.others_longest_gap_s) == (1, 4, 1)
     assert calm_gap(outcomes[:-1], [(100.0, 103.0)]) == 6
+
+
+def test_what_a_fault_may_not_cost_fails_the_run() -> None:
+    report = Report({}, 0, faults=[FaultRecord("gateway-stop", "pid 1", 0.0, 0.1, "", 3.0)])
+    assert report.passed
+    report.faults[0].replaced = 1
+    assert not report.passed
 
 
 def test_logs_say_where_stages_are_and_where_streams_were(tmp_path: Path) -> None:
@@ -269,7 +279,9 @@ def test_logs_say_where_stages_are_and_where_streams_were(tmp_path: Path) -> Non
     assert len(found.lines) == 6
     start = found.lines[0].time
     assert found.finished_requests() == {"x"}
-    assert found.stays() == {"x": [Stay("a", start + 4, True), Stay("b", start + 5, True), Stay("c", start + 6, False)]}
+    assert found.stays() == {
+        "x": [Stay("a", start + 4, True, 88), Stay("b", start + 5, True, 88), Stay("c", start + 6, False, 88)]
+    }
     assert (found.stage_start(start, start + 1), found.stage_start(start + 2, start + 9)) == (3.5, None)
     notice = found.first_notice(start + 3)
     assert notice is not None
