@@ -1,12 +1,12 @@
 """One pipeline as a Ray Serve replica: what Serve calls, what the engine calls, and what is done every now and then."""
 
-import asyncio
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from deployments.engine.health import Health
 from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.metrics import Recorder
+from deployments.offload.turns import ModestThreads
 from deployments.routing.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
 from model.batch import StageTiming
 from model.text.grammar import Masks
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 PUBLISH_PERIOD_S = 1.0
 BEAT_PERIOD_S = 1.0  # how often gateways that have requests here hear that the engine lives
 SWITCH_INTERVAL_S = 0.0002
+AT_ONCE, FOR_EACH, NICENESS = 2, 1, 5  # grammars that are compiled: in all, and of one tenant
 
 _decode_request = msgspec.msgpack.Decoder(Request).decode
 
@@ -57,6 +59,7 @@ class EngineReplica:
         self._health = Health(self._replica, config)
         self._engine: Engine | None = None
         self._masks: Masks | None = None
+        self._compiling = ModestThreads("grammars", AT_ONCE, FOR_EACH, waiting=sys.maxsize, niceness=NICENESS)
         self._serving = False  # the constructor is through: what fails from now on is for Serve to replace
         self._stopping = threading.Event()
         # One thread each: the board is in the cluster's control plane, which may be away; gateways must not notice.
@@ -110,9 +113,10 @@ class EngineReplica:
         constraint = request.sampling.constraint
         if constraint is None:
             return None
+        assert self._masks is not None
+        work = partial(self._masks.open, constraint, request.output_ids, request.tenant)
         try:
-            assert self._masks is not None
-            return await asyncio.to_thread(self._masks.open, constraint, request.output_ids)
+            return await self._compiling.run(request.tenant, work)
         except ValueError as error:
             raise RequestRejected(f"the constraint cannot be followed: {error}") from error
 
@@ -207,5 +211,6 @@ class EngineReplica:
             self._engine.close()
         if self._masks is not None:
             self._masks.close()
+        self._compiling.close()
         self._streams.close()
         board.remove(self._app, self._replica)

@@ -92,9 +92,9 @@ class Turns:
 class ModestThreads:
     """Threads for work that lets go of the interpreter but takes long: they leave the processors to others."""
 
-    def __init__(self, name: str, at_once: int, each: int, waiting: int) -> None:
+    def __init__(self, name: str, at_once: int, each: int, waiting: int, niceness: int = MODEST) -> None:
         self._turns = Turns(at_once, each, waiting)
-        self._threads = ThreadPoolExecutor(at_once, name, initializer=be_modest)
+        self._threads = ThreadPoolExecutor(at_once, name, be_modest, (niceness,))
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """What `work` returns. Raises as `Turns.run` does, and what `work` raises."""
@@ -114,6 +114,6 @@ class ModestThreads:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def be_modest() -> None:
+def be_modest(niceness: int) -> None:
     """For the calling thread: Linux keeps the niceness of each thread apart."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), MODEST)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

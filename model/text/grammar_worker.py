@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -167,7 +166,7 @@ def problem(grammars: Grammars, constraint: Constraint) -> str | None:
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            matcher = grammars.matcher(constraint, Queue())
+            matcher = grammars.matcher(constraint, lambda matcher, token_id: None)
             matcher.step()
             if matcher.failure is not None:
                 return matcher.failure
