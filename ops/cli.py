@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ops.bench.cli import DEFAULT_URL, bench, fail
+from ops.bench.cli import bench
+from ops.bench.options import DEFAULT_URL, fail
 from ops.chaos.command import chaos
 from ops.interrupt import end_on_signals
 
