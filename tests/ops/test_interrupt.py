@@ -66,6 +66,52 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+HELD = """
+import os, signal
+from ops.interrupt import end_on_signals, held_back
+end_on_signals()
+try:
+    with held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("first", flush=True)
+    print("never")
+except KeyboardInterrupt:
+    print("then", flush=True)
+try:
+    with held_back():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("never")
+except KeyboardInterrupt:
+    print("at once")
+"""
+
+
+def test_a_signal_is_held_back_and_a_second_one_is_not() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["first", "then", "at once", ""], done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_a_signal_while_ray_starts_leaves_nothing_behind(process: str, tmp_path: Path) -> None:
+    """As soon as there is such a process, of which Ray itself does not know yet that it has started it."""
+    command = ["bench", "offline", "ray_config.yaml", "--output", str(tmp_path / "o.json")]
+    with subprocess.Popen([sys.executable, "-m", "ops.cli", *command], cwd=ROOT, stderr=subprocess.DEVNULL) as own:
+        started: dict[int, str] = {}
+        deadline = time.monotonic() + 120
+        while not any(process in name for name in started.values()):
+            assert time.monotonic() < deadline, started
+            started |= descendants(own.pid)
+        own.send_signal(signal.SIGINT)
+        while own.poll() is None:
+            started |= descendants(own.pid)
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert own.returncode == 130
+    eventually(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()], 20, "no process is left")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("row", ["bfloat16x2", "http-2x1"])
 def test_a_benchmark_that_is_ended_leaves_no_ray_behind(row: str, tmp_path: Path) -> None:

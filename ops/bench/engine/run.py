@@ -23,6 +23,7 @@ from model.batch import StageTiming
 from model.heap import freeze_heap
 from model.sampling_params import SamplingParams
 from ops.bench.service.load import percentiles
+from ops.interrupt import held_back
 
 Json = dict[str, Any]
 Work = tuple[list[int], int]  # a prompt, and how many tokens it shall get
@@ -128,14 +129,15 @@ def own_ray(config: AppConfig) -> Iterator[None]:
     cpus = sum(bundle["CPU"] for bundle in bundles(config))
     directory = tempfile.mkdtemp(prefix="cv", dir="/tmp")  # short: unix socket paths have 107 characters
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, int(cpus) + 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=directory,
-        )
+        with held_back():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(cpus) + 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=directory,
+            )
         yield
     finally:
         ray.shutdown()

@@ -26,7 +26,7 @@ from cluster.sequence import Request
 from deployments.config import AppConfig, parse_app_config
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams
-from ops.bench.engine.run import running_engine, serve_all
+from ops.bench.engine.run import own_ray, running_engine, serve_all
 from ops.bench.peers import servers
 from ops.bench.service import load
 from ops.bench.service.load import percentiles
@@ -61,14 +61,9 @@ def bench_engine(config: AppConfig, stages: int, streams: list[int], rounds: int
 
 def engine_alone(config: AppConfig, stages: int, streams: list[int], rounds: int) -> dict[str, Any]:
     """`bench_engine` in a Ray of its own."""
-    import ray
-
     console.print(f"engine alone, {stages} stage(s) ...")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-    try:
+    with own_ray(config):
         return bench_engine(config, stages, streams, rounds)
-    finally:
-        ray.shutdown()
 
 
 def bench_scheduler(num_seqs: int, depth: int, cold: bool = False, steps: int = 400) -> dict[str, float]:
