@@ -54,6 +54,12 @@ def test_the_model_knows_nothing_of_ray_and_nobody_pickles() -> None:
                 assert "ray" not in roots, file
 
 
+@pytest.mark.parametrize("room", ["model/text", "deployments/gateway", "deployments/routes", "deployments/routing"])
+def test_what_gateways_run_knows_no_torch(room: str) -> None:
+    for file in (ROOT / room).rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(file)} & {"torch", "triton", "transformers"}, file
+
+
 def rooms() -> dict[str, set[str]]:
     """Which rooms each room imports. A room is a folder, or a file that stands beside folders."""
     files = {f.relative_to(ROOT).with_suffix("") for package in ALLOWED for f in (ROOT / package).rglob("*.py")}
