@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from model.batch import ALONE, SAMPLED_AFTER, Batch, Int32Array
-from model.kernels import Cache, Kernels, Pieces, PrefillMetadata, Tokens
+from model.kernels import PROMPT_QUERIES, Cache, Kernels, Pieces, PrefillMetadata, Tokens, piece_tokens
 from model.slots import Slots
-from model.transfer import all_to_device
+from model.transfer import Integers, all_to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +37,35 @@ def packed_tokens(batch: Batch) -> list[Int32Array]:
     return [count, batch.token_ids, batch.positions, np.repeat(batch.slots, batch.query_lens), flags]
 
 
-def prepare(batch: Batch, slots: Slots, kernels: Kernels) -> AttentionMetadata:
-    """Of a step launched kernel by kernel. `slots` have been told of it."""
+def prepare(batch: Batch, slots: Slots, kernels: Kernels, groups: int) -> AttentionMetadata:
+    """Of a step launched kernel by kernel. `slots` have been told of it; so many query heads share a KV head."""
     decodes = int(np.count_nonzero(batch.query_lens == 1))
     assert (batch.query_lens[:decodes] == 1).all(), "sequences that compute one token come first"
     lens = batch.query_lens[decodes:]
     contexts = lens + batch.num_computed_tokens[decodes:]
-    parts = [np.concatenate(packed_tokens(batch)), batch.slots[decodes:], _starts(lens), _starts(contexts)]
+    starts, counts = pieces_of(lens, piece_tokens(groups, PROMPT_QUERIES))
+    # What reads the longest contexts is begun first: it takes longest.
+    order = np.argsort(-batch.positions[decodes:][starts], kind="stable")
+    query_starts = np.concatenate(([0], np.cumsum(lens)))
+    parts = [np.concatenate(packed_tokens(batch)), query_starts, starts[order], counts[order]]
     packed, *of_prompts = all_to_device(parts, torch.int32, slots.device)
     tokens = Tokens.empty(batch.num_tokens, slots.device)
     kernels.unpack_tokens(packed, slots.newest, slots.tables, slots.block_size, tokens)
     prefill = None
     if len(lens):
-        prompt_slots, query_starts, context_starts = of_prompts
-        prefill = PrefillMetadata(lens.tolist(), contexts.tolist(), query_starts, context_starts, prompt_slots)
+        prompts = tokens.part(decodes, batch.num_tokens)
+        pieces = Pieces(of_prompts[1], of_prompts[2], prompts.lone_lens)
+        prefill = PrefillMetadata(lens.tolist(), contexts.tolist(), of_prompts[0], prompts, pieces)
     return AttentionMetadata(tokens, slots.tables, decodes, prefill)
 
 
-def _starts(lens: Int32Array) -> Int32Array:
-    """[n + 1] where each of n parts begins, and the last one ends."""
-    starts = np.zeros(len(lens) + 1, np.int32)
-    np.cumsum(lens, out=starts[1:])
-    return starts
+def pieces_of(query_lens: Int32Array, most: int) -> tuple[Integers, Integers]:
+    """Sequences of several tokens in pieces of `most` at most: at which token each begins, and how many it has."""
+    many = query_lens > 1
+    lens, begins = query_lens[many], (np.cumsum(query_lens) - query_lens)[many]
+    each = -(-lens // most)  # pieces of each sequence
+    within = (np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)) * most
+    return np.repeat(begins, each) + within, np.minimum(np.repeat(lens, each) - within, most)
 
 
 def paged_attention(

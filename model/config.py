@@ -108,6 +108,11 @@ class ModelConfig:
             raise ValueError(f"model config: weights in 4 bits need widths that are multiples of 8, got {widths}")
 
     @property
+    def groups(self) -> int:
+        """Query heads that share a KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
     def context_length(self) -> int:
         """Tokens that the model was made for, rope_scaling included: what is served unless the user says otherwise."""
         scaling = self.rope_scaling

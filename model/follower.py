@@ -38,7 +38,7 @@ class Follower:
     def prepare(self, batch: Batch) -> AttentionMetadata:
         """For a step that is launched part by part."""
         with on(self.decoder.device):
-            return prepare(batch, self._slots, self.decoder.kernels)
+            return prepare(batch, self._slots, self.decoder.kernels, self.decoder.config.groups)
 
     def run(self, batch: Batch) -> None:
         """A captured step."""

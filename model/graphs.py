@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.attention import AttentionMetadata, packed_tokens
-from model.batch import Batch, Int32Array
-from model.kernels import Pieces, Tokens, piece_tokens
+from model.attention import AttentionMetadata, packed_tokens, pieces_of
+from model.batch import Batch
+from model.kernels import PIECE_QUERIES, Pieces, Tokens, piece_tokens
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.slots import Slots
@@ -63,7 +63,7 @@ class StepGraphs:
         on_capture: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._decoder, self._kv, self._slots = decoder, kv, slots
-        self._piece_tokens = piece_tokens(decoder.config.n_heads // decoder.config.n_kv_heads)
+        self._piece_tokens = piece_tokens(decoder.config.groups, PIECE_QUERIES)
         sizes = {False: decode_buckets(slots.padding_slot), True: mixed_buckets(max_num_batched_tokens)}
         n = max(sizes[False][-1], sizes[True][-1])
         # Where pieces begin and how many tokens each has, as the host says it: [2, P].
@@ -104,7 +104,9 @@ class StepGraphs:
         np.concatenate(packed_tokens(batch), out=packed.numpy())
         self._packed[: len(packed)].copy_(packed, non_blocking=True)
         if mixed:
-            pieces = pieces_of(batch.query_lens, self._piece_tokens, self._pieces.shape[1])
+            starts, counts = pieces_of(batch.query_lens, self._piece_tokens)
+            pieces = torch.zeros(self._pieces.shape, dtype=torch.int32, pin_memory=self._pieces.is_cuda)
+            pieces.numpy()[:, : len(starts)] = starts, counts
             self._pieces.copy_(pieces, non_blocking=True)
         if hidden is not None:
             self._hidden[:n].copy_(hidden)
@@ -121,7 +123,7 @@ class StepGraphs:
         return graph, done
 
     def _step(self, size: int, mixed: bool) -> Decoded:
-        decoder, slots, tokens = self._decoder, self._slots, self._tokens.first(size)
+        decoder, slots, tokens = self._decoder, self._slots, self._tokens.part(0, size)
         decoder.kernels.unpack_tokens(self._packed, slots.newest, slots.tables, slots.block_size, tokens)
         starts, counts = self._pieces[:, : self._most_pieces(size)].unbind()
         pieces = Pieces(starts, counts, tokens.lone_lens) if mixed else None
@@ -140,19 +142,6 @@ class StepGraphs:
 def _stream(device: torch.device) -> Any:
     """Where to capture; None: where torch does by itself."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
-def pieces_of(query_lens: Int32Array, most: int, room: int) -> torch.Tensor:
-    """Prompts in pieces of `most` tokens at most: where each begins, and how many it has; [2, room] int32."""
-    pieces = torch.zeros(2, room, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-    many = query_lens > 1
-    lens, begins = query_lens[many], (np.cumsum(query_lens) - query_lens)[many]
-    each = -(-lens // most)  # pieces of each prompt
-    within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)  # which of its prompt's
-    total = len(within)
-    pieces.numpy()[0, :total] = np.repeat(begins, each) + within * most
-    pieces.numpy()[1, :total] = np.minimum(np.repeat(lens, each) - within * most, most)
-    return pieces
 
 
 def keys_read_by_pieces(batch: Batch, most: int) -> int:

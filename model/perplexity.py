@@ -66,7 +66,7 @@ def _window_logprob(decoder: Decoder, kv: KVCache, slots: Slots, token_ids: Sequ
     """Sum of the logprobs of all tokens but the first."""
     batch = Batch.of_one(np.array(token_ids, np.int32), BLOCK_SIZE)
     slots.extend(batch)
-    metadata = prepare(batch, slots, decoder.kernels)
+    metadata = prepare(batch, slots, decoder.kernels, decoder.config.groups)
     ids = metadata.tokens.ids
     x = decoder.forward(decoder.embed(ids), kv, metadata)  # [T, C]
     return float(prompt_logprobs(decoder.logits, x[:-1], ids[1:], 0).chosen.double().sum())

@@ -125,7 +125,7 @@ class Stage:
 
     def _eager(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """Hidden state [T, C]."""
-        metadata = prepare(batch, self.slots, self.decoder.kernels)
+        metadata = prepare(batch, self.slots, self.decoder.kernels, self.decoder.config.groups)
         x = self.decoder.embed(metadata.tokens.ids) if self.layers.is_first else hidden
         assert x is not None, "only the first stage makes its own input"
         others = [follower.prepare(batch) for follower in self._followers]

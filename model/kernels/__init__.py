@@ -3,7 +3,7 @@
 `reference` is torch, runs anywhere and is what the other form is compared with; `fused` is Triton, for CUDA.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,22 +25,8 @@ class Tokens:
     def empty(count: int, device: torch.device) -> "Tokens":
         return Tokens(*torch.empty(7, count, dtype=torch.int64, device=device).unbind())
 
-    def first(self, count: int) -> "Tokens":
-        return Tokens(
-            self.ids[:count], self.positions[:count], self.cells[:count], self.context_lens[:count],
-            self.slots[:count], self.sampled_slots[:count], self.lone_lens[:count],
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillMetadata:
-    """The sequences of a step that compute several tokens, one after another; P of them."""
-
-    query_lens: list[int]  # tokens each computes now
-    context_lens: list[int]  # tokens each attends to, those included
-    query_starts: torch.Tensor  # [P + 1] int32, cumulated query_lens
-    context_starts: torch.Tensor  # [P + 1] int32, cumulated context_lens
-    slots: torch.Tensor  # [P] int32
+    def part(self, start: int, stop: int) -> "Tokens":
+        return Tokens(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +36,17 @@ class Pieces:
     starts: torch.Tensor  # [P] int32, where each begins
     counts: torch.Tensor  # [P] int32, how many tokens it has; 0: it is none
     lone_lens: torch.Tensor  # [T] int64, see Tokens: who attends alone
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillMetadata:
+    """The sequences of a step that compute several tokens, one after another; S of them."""
+
+    query_lens: list[int]  # tokens each computes now
+    context_lens: list[int]  # tokens each attends to, those included
+    starts: torch.Tensor  # [S + 1] int32, cumulated query_lens
+    tokens: Tokens  # theirs
+    pieces: Pieces  # theirs, of PROMPT_QUERIES at most
 
 
 class Quantized(NamedTuple):
@@ -72,16 +69,17 @@ class Int4Weight(NamedTuple):
     zeros: torch.Tensor  # [G, out] int16
 
 
-PIECE_QUERIES = 64  # of a piece
+PIECE_QUERIES = 64  # of a piece in a captured step: small, for there are few
+PROMPT_QUERIES = 128  # of one in a step that is not
 
 Activations = torch.Tensor | Quantized
 # Keys or values of one layer, [N, B, K, D]; in 8 bits with one scale per token and head: scales [N, B, K, 1].
 Cache = torch.Tensor | Quantized
 
 
-def piece_tokens(groups: int) -> int:
-    """The most tokens that attend together, where so many query heads share a KV head: their queries fill a tile."""
-    return max(1, PIECE_QUERIES // (1 << (groups - 1).bit_length()))
+def piece_tokens(groups: int, queries: int) -> int:
+    """The most tokens that attend together, where so many query heads share a KV head: they have so many queries."""
+    return max(1, queries // (1 << (groups - 1).bit_length()))
 
 
 class Kernels(Protocol):
@@ -144,7 +142,7 @@ class Kernels(Protocol):
         """softmax(q k / sqrt(D)) v, token by token: q [T, H, D], caches [N, B, K, D] -> [T, H, D].
 
         Token i attends to the first context_lens[i] of the sequence whose blocks are in tables[slots[i]], itself the
-        last of them; to none gives 0. With `pieces` the result is the same, and the tokens of a piece, `piece_tokens`
+        last of them; to none gives 0. With `pieces` the result is the same, and the tokens of a piece, PIECE_QUERIES
         at most, may read its keys together.
         """
         ...

@@ -1,7 +1,5 @@
 """Attention of one token per sequence over the paged cache: flash decoding (arXiv 2205.14135, softmax in base 2).
 
-Tokens that follow each other in a prompt may share the reading of their keys, in pieces: the same with more queries.
-
 Legend: S sequences, H query heads, K KV heads, G = H / K, D head dim, N blocks, B tokens per block.
 """
 
@@ -11,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels import Cache, Pieces, Quantized, piece_tokens
+from model.kernels import Cache, Quantized
 from model.kernels.early import await_inputs, begin, early, fetch_ahead, let_next_start
+from model.kernels.piece_attention import LOG2_E, unpacked
 
-LOG2_E = 1.4426950408889634
 FETCHED_AHEAD = 512  # programs at most: of more, many start when memory is busy already
 
 
@@ -77,7 +75,7 @@ def decode_attention(
     else:
         _decode_split[(kv_heads, n, splits)](
             *tensors, scale, tables.stride(0), h, kv_heads, groups, max(16, triton.next_power_of_2(groups)),
-            *shape, scaled, tiling.tile, splits, 0, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
+            *shape, scaled, tiling.tile, splits, ahead, num_warps=tiling.warps, num_stages=tiling.stages, **early(),
         )  # fmt: skip
     if splits > 1:
         _combine_splits[(n, h)](partial, lse, out, h, d, width, splits, num_warps=2, **early())
@@ -87,25 +85,6 @@ def decode_attention(
 def _parts(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
     """What is kept, and its scales where there are any."""
     return cache if isinstance(cache, Quantized) else (cache, cache)
-
-
-def piece_attention(
-    q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, slots: torch.Tensor,
-    context_lens: torch.Tensor, pieces: Pieces, out: torch.Tensor,
-) -> None:  # fmt: skip
-    """Of the tokens in `pieces`, into their rows of `out`. Keys are not cut: there are pieces enough."""
-    _, h, d = q.shape
-    scaled = isinstance(k_cache, Quantized)
-    (keys, k_scales), (values, v_scales) = _parts(k_cache), _parts(v_cache)
-    block_size, kv_heads = keys.shape[1:3]
-    groups, tokens = h // kv_heads, piece_tokens(h // kv_heads)
-    tensors = q, keys, values, k_scales, v_scales, tables, slots, context_lens, out, pieces.counts, pieces.starts
-    rows = max(16, tokens * triton.next_power_of_2(groups))
-    tile, warps = (64, 4) if q.dtype != torch.float32 else (16, 8)  # without matrix units all is kept in registers
-    _decode_split[(kv_heads, len(pieces.starts), 1)](
-        *tensors, d**-0.5 * LOG2_E, tables.stride(0), h, kv_heads, groups, rows, d,
-        triton.next_power_of_2(d), block_size, scaled, tile, 1, tokens, False, num_warps=warps, num_stages=2, **early(),
-    )  # fmt: skip
 
 
 @triton.jit
@@ -120,17 +99,17 @@ def _rows(
 
 @triton.jit
 def _begin_part(
-    k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, more, kv_heads: tl.constexpr, d: tl.constexpr,
+    k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, kv_heads: tl.constexpr, d: tl.constexpr,
     block_size: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """As `begin`; returns the slot and the positions [start, stop) of one of `splits` parts of a context and `more`.
+    """As `begin`; returns the slot and the positions [start, stop) of one of `splits` parts of a context.
 
     Slots, lengths and tables are read before the inputs are awaited: what writes them never lets the next kernel begin
     early. The first keys and values are asked for at once: all but the newest have been there since the step before.
     """
     let_next_start(early)
     slot = tl.load(slots + seq)
-    length = tl.load(lens + seq).to(tl.int32) + more
+    length = tl.load(lens + seq).to(tl.int32)
     per = tl.cdiv(tl.cdiv(length, tile), splits) * tile
     start = split * per
     stop = tl.minimum(start + per, length)
@@ -144,54 +123,26 @@ def _begin_part(
     return slot, start, stop
 
 
-@triton.jit
-def _unpacked(x):
-    """float8 e4m3 to float16, four at a time.
-
-    Said to be impure, or it is moved behind the change of layout that a dot asks for, which then goes byte by byte.
-    """
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
-        " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
-        "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["tables", "slots", "lens", "table_stride"])
 def _decode_split(
     q, k_cache, v_cache, k_scales, v_scales, tables, slots, lens, out, partial, lse, scale, table_stride,
     h: tl.constexpr, kv_heads: tl.constexpr, groups: tl.constexpr, rows: tl.constexpr, d: tl.constexpr,
     width: tl.constexpr, block_size: tl.constexpr, scaled: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
-    tokens: tl.constexpr, ahead: tl.constexpr, early: tl.constexpr,
+    ahead: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of a context, for all queries that share a KV head.
-
-    With `tokens` > 0 those of a piece of at most so many: `lse` then says where it begins, `partial` how many it has,
-    and nothing is split.
-    """
+    """One of `splits` parts of a context, for all queries that share a KV head."""
     kv = tl.program_id(0)  # fastest: a token's heads lie side by side, and sequences come longest first
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    count = 1
-    if tokens > 0:  # both written before this step began
-        count = tl.load(partial + seq)
-        seq = tl.load(lse + seq).to(tl.int64)
     slot, start, stop = _begin_part(
-        k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, count - 1, kv_heads, d, block_size, tile,
-        splits, ahead, early,
+        k_cache, v_cache, tables, slots, lens, table_stride, seq, kv, split, kv_heads, d, block_size, tile, splits,
+        ahead, early,
     )  # fmt: skip
-    if tokens > 0 and count == 0:
-        return
     g = tl.arange(0, rows)
     i = tl.arange(0, width)
     t = tl.arange(0, tile)
-    if tokens > 0:
-        token, g = g // (rows // tokens), g % (rows // tokens)
-        at = ((seq + token[:, None]) * h + kv * groups + g[:, None]) * d + i[None, :]
-        ours = ((g < groups) & (token < count))[:, None] & (i < d)[None, :]
-    else:
-        at = (seq * h + kv * groups + g[:, None]) * d + i[None, :]
-        ours = (g < groups)[:, None] & (i < d)[None, :]
+    at = (seq * h + kv * groups + g[:, None]) * d + i[None, :]
+    ours = (g < groups)[:, None] & (i < d)[None, :]
     # 8 bits become float16 in one instruction for two; bfloat16 would take five.
     kind: tl.constexpr = tl.float16 if scaled and q.dtype.element_ty != tl.float32 else q.dtype.element_ty
     query = tl.load(q + at, mask=ours, other=0.0).to(kind)
@@ -209,8 +160,6 @@ def _decode_split(
         if scaled:
             scores *= tl.load(k_scales + to_scale, mask=inside, other=0.0)[None, :]
         scores = tl.where(inside[None, :], scores, -float("inf"))
-        if tokens > 0:  # causally: the last of a piece sees all
-            scores = tl.where(position[None, :] <= stop - count + token[:, None], scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 1))
         p = tl.exp2(scores - better[:, None])
         shrink = tl.exp2(best - better)
@@ -220,7 +169,7 @@ def _decode_split(
             loudest = tl.maximum(tl.max(v_scale, 0), 1e-30)
             p = p * (v_scale / loudest)[None, :]
             if kind == tl.float16:
-                values = _unpacked(values)
+                values = unpacked(values)
             added = tl.dot(p.to(kind), values.to(kind), input_precision="ieee") * loudest
         else:
             added = tl.dot(p.to(kind), values.to(kind), input_precision="ieee")
@@ -250,7 +199,7 @@ def _decode_split_alone(
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     slot, start, stop = _begin_part(
-        k_cache, v_cache, tables, slots, lens, table_stride, seq, head, split, 0, h, d, block_size, tile, splits, ahead,
+        k_cache, v_cache, tables, slots, lens, table_stride, seq, head, split, h, d, block_size, tile, splits, ahead,
         early,
     )  # fmt: skip
     i = tl.arange(0, width)

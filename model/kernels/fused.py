@@ -10,11 +10,22 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear
 
 from model.batch import ALONE, SAMPLED, SAMPLED_AFTER
-from model.kernels import Activations, Cache, Int4Weight, Pieces, PrefillMetadata, Quantized, Tokens
-from model.kernels.decode_attention import decode_attention, piece_attention, tiling_for
+from model.kernels import (
+    PIECE_QUERIES,
+    PROMPT_QUERIES,
+    Activations,
+    Cache,
+    Int4Weight,
+    Pieces,
+    PrefillMetadata,
+    Quantized,
+    Tokens,
+)
+from model.kernels.decode_attention import decode_attention, tiling_for
 from model.kernels.device import has_warp_groups
 from model.kernels.early import begin, early
 from model.kernels.int4 import dequantize, int4_tiling, skinny_int4_linear
+from model.kernels.piece_attention import piece_attention
 from model.kernels.reference import ReferenceKernels, cache_shape
 from model.kernels.skinny import bfloat16_tiling, float8_tiling, skinny_linear, vector_after_gate, vector_after_norm
 from model.kernels.stream_k import bfloat16_tile, float8_tile
@@ -95,21 +106,22 @@ class FusedKernels:
         if pieces is None:
             return decode_attention(q, k_cache, v_cache, tables, slots, context_lens, tiling)
         out = decode_attention(q, k_cache, v_cache, tables, slots, pieces.lone_lens, tiling)
-        piece_attention(q, k_cache, v_cache, tables, slots, context_lens, pieces, out)
+        piece_attention(q, k_cache, v_cache, tables, slots, context_lens, pieces, PIECE_QUERIES, out)
         return out
 
     def prefill_attention(
         self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, tables: torch.Tensor, prefill: PrefillMetadata
     ) -> torch.Tensor:
-        if q.dtype == torch.float32:  # flash attention takes 16 bits only
+        """Prompts from their beginning by torch's kernel; contexts are read where they lie, however long they are."""
+        if q.dtype == torch.float32:  # neither has matrix units for 32 bits
             return ReferenceKernels().prefill_attention(q, k_cache, v_cache, tables, prefill)
-        cells = _cells(tables, prefill, cache_shape(k_cache)[1])
-        k, v = (_gathered(cache, cells, q.dtype) for cache in (k_cache, v_cache))
-        out = varlen_attn(
-            q, k, v, prefill.query_starts, prefill.context_starts, max(prefill.query_lens), max(prefill.context_lens),
-            window_size=(-1, 0),
-        )  # fmt: skip
-        assert isinstance(out, torch.Tensor)
+        tokens, most = prefill.tokens, max(prefill.query_lens)
+        if prefill.query_lens == prefill.context_lens:
+            return gathered_attention(q, k_cache, v_cache, tokens.cells, prefill.starts, prefill.starts, most, most)
+        out = torch.empty_like(q)
+        piece_attention(
+            q, k_cache, v_cache, tables, tokens.slots, tokens.context_lens, prefill.pieces, PROMPT_QUERIES, out
+        )
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor, quantize: bool = False) -> Activations:
@@ -174,13 +186,18 @@ class FusedKernels:
         return linear(x, dequantize(weight, x.shape[1], x.dtype))
 
 
-def _cells(tables: torch.Tensor, prefill: PrefillMetadata, block_size: int) -> torch.Tensor:
-    """Where the contexts of all sequences are in the cache, one after another."""
-    starts, total = prefill.context_starts, sum(prefill.context_lens)
-    count = torch.arange(total, device=tables.device, dtype=torch.int32)
-    of = torch.searchsorted(starts, count, right=True) - 1
-    position = count - starts[of]
-    return tables[prefill.slots[of], position // block_size].long() * block_size + position % block_size
+def gathered_attention(
+    q: torch.Tensor, k_cache: Cache, v_cache: Cache, cells: torch.Tensor, query_starts: torch.Tensor,
+    context_starts: torch.Tensor, most_queries: int, longest: int,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention over keys and values that are copied from `cells`, contexts one after another.
+
+    Both kinds of starts are int32 and begin with 0. The copies are as large as the contexts: this is for short ones.
+    """
+    k, v = (_gathered(cache, cells, q.dtype) for cache in (k_cache, v_cache))
+    out = varlen_attn(q, k, v, query_starts, context_starts, most_queries, longest, window_size=(-1, 0))
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def _gathered(cache: Cache, cells: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -98,8 +98,9 @@ class ReferenceKernels:
         """One sequence at a time: no more than one context is ever copied."""
         out = torch.empty_like(q)
         block_size, start = cache_shape(k_cache)[1], 0
-        for i, (length, context) in enumerate(zip(prefill.query_lens, prefill.context_lens, strict=True)):
-            blocks = tables[:, : -(-context // block_size)].index_select(0, prefill.slots[i : i + 1]).flatten()
+        for length, context in zip(prefill.query_lens, prefill.context_lens, strict=True):
+            slot = prefill.tokens.slots[start : start + 1]
+            blocks = tables[:, : -(-context // block_size)].index_select(0, slot).flatten()
             k, v = (
                 _blocks(cache, blocks, q.dtype).flatten(0, 1)[:context].transpose(0, 1).unsqueeze(0)
                 for cache in (k_cache, v_cache)

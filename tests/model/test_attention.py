@@ -64,7 +64,7 @@ def test_paged_attention_equals_dense(
     )  # fmt: skip
     slots = Slots(len(sequences), 8, BLOCK, 64, torch.device("cpu"))
     slots.extend(with_tables(batch, tables.tolist(), BLOCK))
-    metadata = prepare(batch, slots, ReferenceKernels())
+    metadata = prepare(batch, slots, ReferenceKernels(), config.groups)
     out = paged_attention(torch.cat(queries), cache.k[0], cache.v[0], metadata, ReferenceKernels())
     assert torch.allclose(out.double(), torch.cat(expected), atol=1e-5)
     assert metadata.tokens.positions.tolist() == [b + j for b, n in sequences for j in range(n)]

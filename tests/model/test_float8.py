@@ -59,7 +59,9 @@ def logits(decoder: Decoder) -> torch.Tensor:
     batch, slots = Batch.of_one(ids, 4), Slots(1, 10, 4, 10, CPU)
     slots.extend(batch)
     kv = KVCache(decoder.config, len(decoder.layers), 10, 4, decoder.dtype, CPU)
-    x = decoder.forward(decoder.embed(torch.from_numpy(ids).long()), kv, prepare(batch, slots, decoder.kernels))
+    x = decoder.forward(
+        decoder.embed(torch.from_numpy(ids).long()), kv, prepare(batch, slots, decoder.kernels, decoder.config.groups)
+    )
     return decoder.logits(x)
 
 

@@ -211,7 +211,7 @@ def our_logits(path: Path, stages: int) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
     config, n = checkpoint.config, len(TOKENS)
     batch = Batch.of_one(np.array(TOKENS, np.int32), n)
-    metadata = prepare(batch, Slots(1, 1, n, 1, CPU), kernels_for(CPU))
+    metadata = prepare(batch, Slots(1, 1, n, 1, CPU), kernels_for(CPU), config.groups)
     x = torch.tensor(TOKENS)
     with torch.inference_mode():
         for part in split_layers(config, stages):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from model.attention import pieces_of
 from model.batch import SAMPLED
-from model.graphs import pieces_of
 from model.kernels import (
     Cache,
     Int4Weight,
@@ -186,7 +186,7 @@ def test_pieces_of_prompts_attend_as_each_token_for_itself(
     query_lens = np.array([now for _, now in sequences], np.int32)
     of_token = torch.cat([slots[i].expand(now) for i, (_, now) in enumerate(sequences)])
     context = torch.cat([torch.arange(before + 1, before + now + 1) for before, now in sequences]).to(GPU)
-    starts, counts = pieces_of(query_lens, piece_tokens(h // k), len(context)).to(GPU)
+    starts, counts = (torch.from_numpy(part).int().to(GPU) for part in pieces_of(query_lens, piece_tokens(h // k, 64)))
     alone = torch.from_numpy(np.repeat(query_lens == 1, query_lens)).to(GPU)
     pieces = Pieces(starts, counts, context * alone)
     q = torch.randn(len(context), h, d, device=GPU, dtype=dtype)
@@ -195,10 +195,15 @@ def test_pieces_of_prompts_attend_as_each_token_for_itself(
     assert error(found, expected) < TOLERANCE[dtype]
 
 
+PREFILLS = [
+    [(0, 2)], [(0, 300), (0, 7)], [(0, 300), (5, 3), (1000, 17), (16, 16), (63, 2), (64, 130)], [(3000, 1000)],
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_8", [False, True])
-@pytest.mark.parametrize(("h", "k", "d"), [heads for heads in HEADS if heads[2] in (64, 128)])
-@pytest.mark.parametrize("sequences", [[(0, 2)], [(0, 300), (5, 3), (1000, 17), (16, 16)], [(3000, 1000)]], ids=str)
+@pytest.mark.parametrize(("h", "k", "d"), HEADS)
+@pytest.mark.parametrize("sequences", PREFILLS, ids=str)
 def test_prefill_attention(
     dtype: torch.dtype, in_8: bool, h: int, k: int, d: int, sequences: list[tuple[int, int]]
 ) -> None:
@@ -208,8 +213,15 @@ def test_prefill_attention(
     *caches, tables, slots = paged(contexts, k, d, dtype)
     k_cache, v_cache = (in_8_bits(cache) if in_8 else cache for cache in caches)
     q = torch.randn(sum(lens), h, d, device=GPU, dtype=dtype)
-    starts = [torch.tensor([0, *x]).cumsum(0).int().to(GPU) for x in (lens, contexts)]
-    prefill = PrefillMetadata(lens, contexts, *starts, slots.int())
+    starts = torch.tensor([0, *lens]).cumsum(0).int().to(GPU)
+    tokens = Tokens.empty(sum(lens), GPU)
+    tokens.slots.copy_(torch.cat([slots[i].expand(n) for i, n in enumerate(lens)]))
+    tokens.positions.copy_(torch.cat([torch.arange(before, before + now) for before, now in sequences]))
+    tokens.context_lens.copy_(tokens.positions + 1)
+    blocks = tables[tokens.slots, tokens.positions // BLOCK]
+    tokens.cells.copy_(blocks * BLOCK + tokens.positions % BLOCK)
+    pieces = [torch.from_numpy(part).int().to(GPU) for part in pieces_of(np.array(lens), piece_tokens(h // k, 128))]
+    prefill = PrefillMetadata(lens, contexts, starts, tokens, Pieces(pieces[0], pieces[1], tokens.lone_lens))
     found = kernels_for(GPU).prefill_attention(q, k_cache, v_cache, tables, prefill)
     expected = REFERENCE.prefill_attention(
         q.float(), *(c.float() if isinstance(c, torch.Tensor) else c for c in (k_cache, v_cache)), tables, prefill

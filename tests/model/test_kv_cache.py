@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.batch import Batch
-from model.kernels import Cache, PrefillMetadata, Quantized
+from model.kernels import Cache, Pieces, PrefillMetadata, Quantized, Tokens
 from model.kernels.reference import ReferenceKernels, cached
 from model.kv_cache import FLOAT8, KVCache
 from model.layers import rotary_table
@@ -59,8 +59,10 @@ def test_attention_over_8_bits_is_attention_over_what_was_rounded() -> None:
     )
     found, expected = (KERNELS.decode_attention(q, k, v, tables, slots, lens) for k, v in ((kv.k[0], kv.v[0]), plain))
     assert torch.allclose(found, expected)
-    starts = torch.tensor([0, 3]).int(), torch.tensor([0, 7]).int()
-    prefill = PrefillMetadata([3], [7], *starts, torch.tensor([1]).int())
+    tokens = Tokens.empty(3, CPU)
+    tokens.slots.fill_(1)
+    pieces = Pieces(torch.tensor([0]).int(), torch.tensor([3]).int(), tokens.lone_lens)
+    prefill = PrefillMetadata([3], [7], torch.tensor([0, 3]).int(), tokens, pieces)
     found, expected = (KERNELS.prefill_attention(q, k, v, tables, prefill) for k, v in ((kv.k[0], kv.v[0]), plain))
     assert torch.allclose(found, expected)
 

@@ -54,7 +54,7 @@ def logits(config: ModelConfig, devices: int, stages: int = 1, fp8: frozenset[st
             batch = Batch(0, 0, ids, ints(stop - start), ints(start), ints(0), ints(), ints(), -1, ints())
             batch = with_tables(batch, [[0, 1, 2]], 16)
             slots.extend(batch)
-            metadata = prepare(batch, slots, groups[0].leader.kernels)
+            metadata = prepare(batch, slots, groups[0].leader.kernels, config.groups)
             x = groups[0].leader.embed(metadata.tokens.ids)
             for group, kv in zip(groups, caches, strict=True):
                 x = group.forward(x, kv, [metadata] * devices)

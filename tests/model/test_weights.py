@@ -97,7 +97,7 @@ def our_logits(path: Path, token_ids: list[int]) -> torch.Tensor:
     cache = KVCache(config, config.n_layers, 1, n, torch.float32, torch.device("cpu"))
     slots = Slots(1, 1, n, 1, torch.device("cpu"))
     with torch.inference_mode():
-        metadata = prepare(Batch.of_one(np.array(token_ids, np.int32), n), slots, decoder.kernels)
+        metadata = prepare(Batch.of_one(np.array(token_ids, np.int32), n), slots, decoder.kernels, config.groups)
         return decoder.logits(decoder.forward(decoder.embed(torch.tensor(token_ids)), cache, metadata))
 
 

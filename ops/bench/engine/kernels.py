@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from model.attention import pieces_of
 from model.batch import Batch
 from model.config import ModelConfig, split_layers
-from model.kernels import kernels_for
+from model.kernels import PROMPT_QUERIES, Pieces, kernels_for, piece_tokens
 from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
 from model.stage import Stage
@@ -22,6 +23,8 @@ Json = dict[str, Any]
 BLOCK = 16
 READ_BYTES = 4 * 2**30  # far more than any cache holds
 ROTATED_BYTES = 300_000_000  # caches are used in turns, so that none is in the L2 from the time before
+PROMPTS = ((0, 4096), (3584, 512), (12_288, 2048))  # tokens in the cache, tokens now
+TILINGS = ((64, 8, 3), (64, 8, 4), (64, 4, 3), (128, 8, 2), (128, 8, 3), (32, 4, 4))  # see PieceTiling
 PRODUCT = 8192  # rows, inner elements and columns of the product that stands for what the device can do
 
 
@@ -38,6 +41,11 @@ def bench_kernels(model: str, layers: int, chunk: int, attention: list[tuple[int
         "attention": [
             attention_figures(config, sequences, context, dtype, reads, device)
             for sequences, context in attention
+            for dtype in (torch.bfloat16, FLOAT8)
+        ],
+        "prefill_attention": [
+            prompt_attention_figures(config, before, now, dtype, device)
+            for before, now in PROMPTS
             for dtype in (torch.bfloat16, FLOAT8)
         ],
         "prefill": prefill_figures(replace(config, n_layers=layers), chunk, device),
@@ -80,6 +88,51 @@ def attention_figures(
         "us": round(1e6 * seconds, 2),
         "bytes_per_s": size / seconds,
         "share_of_read_rate": round(size / seconds / reads, 3),
+    }
+
+
+def prompt_attention_figures(
+    config: ModelConfig, before: int, now: int, dtype: torch.dtype, device: torch.device
+) -> Json:
+    """Attention of one layer of `now` tokens of a prompt of which `before` are in the cache.
+
+    In TFLOP/s: where keys lie, in each tiling (none: it does not fit), and with keys gathered first.
+    """
+    from model.kernels.fused import gathered_attention
+    from model.kernels.piece_attention import PieceTiling, piece_attention
+
+    total = before + now
+    kv = KVCache(config, 1, -(-total // BLOCK), BLOCK, dtype, device)
+    _fill(kv, 0, config, device)
+    q = torch.randn(now, config.n_heads, config.head_dim, dtype=torch.bfloat16, device=device)
+    table = torch.randperm(kv.num_blocks, device=device).int()
+    slots, lens = torch.zeros(now, dtype=torch.int64, device=device), torch.arange(before + 1, total + 1, device=device)
+    starts, counts = pieces_of(np.array([now], np.int32), piece_tokens(config.groups, PROMPT_QUERIES))
+    first, many = (torch.from_numpy(part[::-1].copy()).int().to(device) for part in (starts, counts))
+    pieces, out = Pieces(first, many, lens), torch.empty_like(q)
+    position = torch.arange(total, device=device)
+    cells = table[position // BLOCK].long() * BLOCK + position % BLOCK
+    of_queries, of_keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (now, total))
+    flops = 4.0 * config.n_heads * config.head_dim * (now * before + now * (now + 1) / 2)
+
+    def rate(work: Callable[[], object]) -> float | None:
+        try:
+            return round(flops / stream_seconds(work, 20) / 1e12, 1)
+        except Exception:  # more shared memory than there is
+            return None
+
+    k, v = kv.k[0], kv.v[0]
+
+    def in_place(tiling: tuple[int, int, int]) -> Callable[[], object]:
+        how = PieceTiling(*tiling)
+        return lambda: piece_attention(q, k, v, table[None], slots, lens, pieces, PROMPT_QUERIES, out, how)
+
+    return {
+        "tokens_before": before,
+        "tokens": now,
+        "kv_type": str(dtype).removeprefix("torch."),
+        "tflops_in_place": {",".join(map(str, tiling)): rate(in_place(tiling)) for tiling in TILINGS},
+        "tflops_gathered": rate(lambda: gathered_attention(q, k, v, cells, of_queries, of_keys, now, total)),
     }
 
 
@@ -160,6 +213,10 @@ def kernels_table(result: Json) -> Table:
         name = f"decode attention {done['heads']}, {done['sequences']} x {done['context_tokens']}, {done['kv_type']}"
         rate = f"{done['us']:.1f} us, {done['bytes_per_s'] / 1e12:.2f} TB/s"
         table.add_row(name, rate, f"{done['share_of_read_rate']:.1%}")
+    for done in result["prefill_attention"]:
+        name = f"{done['tokens']} tokens of a prompt after {done['tokens_before']}, {done['kv_type']}"
+        best = max((rate or 0.0, tiling) for tiling, rate in done["tflops_in_place"].items())
+        table.add_row(name, f"{best[0]} TFLOP/s in place ({best[1]}), {done['tflops_gathered']} gathered", "")
     rate = f"{prefill['flops'] / 1e12:.0f} of {prefill['flops_product'] / 1e12:.0f} TFLOP/s"
     table.add_row(f"prefill of {prefill['chunk']} tokens", rate, f"{prefill['share_of_product']:.1%}")
     return table
