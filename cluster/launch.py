@@ -5,7 +5,7 @@ import logging
 from ray.util.placement_group import PlacementGroup
 
 from cluster.block_manager import BlockManager
-from cluster.config import EngineConfig, read_model
+from cluster.config import EngineConfig, in_8_bits, read_model
 from cluster.engine import Engine, Listener
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
@@ -79,4 +79,5 @@ def stage_layers(config: EngineConfig, model: ModelConfig) -> list[StageLayers]:
     """Which layers each stage gets."""
     split = config.pipeline.split
     shards(model, config.pipeline.tensor_parallel)  # or say why not
-    return split_layers(model, config.pipeline.stages, None if split == "auto" else split)
+    fp8 = in_8_bits(config.model, model)
+    return split_layers(model, config.pipeline.stages, None if split == "auto" else split, fp8)

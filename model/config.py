@@ -268,11 +268,14 @@ def product_of(name: str) -> str:
     return f"layers.{layer}.{PRODUCT_OF[tensor]}" if tensor in PRODUCT_OF else ""
 
 
-def split_layers(config: ModelConfig, stages: int, split: list[int] | None = None) -> list[StageLayers]:
+def split_layers(
+    config: ModelConfig, stages: int, split: list[int] | None = None, fp8: frozenset[str] = frozenset()
+) -> list[StageLayers]:
     """Cut the decoder into `stages` consecutive parts.
 
-    Without `split` the parts are balanced by the weights a step reads: every layer counts its bytes, the last
-    stage also its output head (an embedding lookup reads next to nothing). With `split`, part i gets `split[i]` layers.
+    Without `split` the parts are balanced by the weights a step reads: every layer counts its bytes, with the products
+    `fp8` in 8 bits and on average, the last stage also its output head, which is never in 8 bits (an embedding lookup
+    reads next to nothing). With `split`, part i gets `split[i]` layers.
     """
     if split is not None:
         if len(split) != stages or sum(split) != config.n_layers or min(split) < 1:
@@ -285,7 +288,9 @@ def split_layers(config: ModelConfig, stages: int, split: list[int] | None = Non
             raise ValueError(
                 f"pipeline.stages must be between 1 and the model's {config.n_layers} layers, got {stages}"
             )
-        head = 2 * config.embedding_parameters / config.layer_bytes(2)  # the head's weight, counted in layers
+        names = (f"layers.{i}.{part}" for i in range(config.n_layers) for part in config.layer_tensors)
+        layers = sum(config.tensor_bytes(name, 2, fp8) for name in names)
+        head = 2 * config.embedding_parameters * config.n_layers / layers  # the head's weight, counted in layers
         counts = balanced_counts(config.n_layers, [1.0] * stages, [0.0] * (stages - 1) + [head])
     bounds = [sum(counts[:i]) for i in range(stages + 1)]
     return [StageLayers(bounds[i], bounds[i + 1], config.n_layers) for i in range(stages)]

@@ -208,7 +208,8 @@ def shard(
     except ValueError as error:
         fail(str(error))
     typer.echo(
-        f"{out}: give it as model.path, with pipeline.stages: {stages}" + (f" and split: [{split}]" if split else "")
+        f"{out}: give it as model.path, with pipeline.stages: {stages} and "
+        f"split: {[part.stop - part.start for part in parts]}"
     )
 
 

@@ -153,7 +153,7 @@ def split_table(config: ModelConfig, stages: int, dtype: str, fp8: frozenset[str
     if fp8:
         title += f", {len(fp8)} of {config.n_layers * len(PRODUCTS)} products in fp8"
     table = Table("stage", "layers", "weights", "KV tokens per GB", title=title)
-    for i, stage in enumerate(split_layers(config, stages)):
+    for i, stage in enumerate(split_layers(config, stages, fp8=fp8)):
         names = stage.tensor_names(config)
         weights = sum(config.tensor_bytes(name, size, fp8) for name in names)
         kv = (stage.stop - stage.start) * 2 * config.n_kv_heads * config.head_dim * size

@@ -82,7 +82,8 @@ def find_gguf(path: Path) -> Path | None:
     if not path.is_dir() or (path / "config.json").is_file():
         return None
     files = [file for file in sorted(path.iterdir()) if file.name != "tokenizer.gguf" and is_gguf(file)]
-    first = [file for file in files if not re.search(r"-0*([2-9]|1\d+)-of-\d+\.gguf$", file.name)]
+    parts = [re.search(r"-(\d+)-of-\d+\.gguf$", file.name) for file in files]
+    first = [file for file, part in zip(files, parts, strict=True) if part is None or int(part[1]) == 1]
     if len(first) > 1:
         raise CheckpointError(f"{path} holds several GGUF models: name one of {', '.join(f.name for f in first)}")
     return first[0] if first else None

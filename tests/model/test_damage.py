@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from model.config import split_layers
 from model.errors import CheckpointError
 from model.text.tokenizer import check_fits, load_tokenizer
-from model.weights import open_checkpoint, read_config, resolve_path
+from model.weights import find_gguf, open_checkpoint, read_config, resolve_path
 from model.weights.sharded import MANIFEST, write_shards
 from tests.model.test_formats import make_llama, write_gguf, write_meta, write_sharded_torch, write_torch
 from tests.model.test_weights import all_names
@@ -143,6 +143,16 @@ def test_a_missing_file_of_a_sharded_bin(tmp_path: Path) -> None:
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 9, 20, 120])
+def test_a_directory_may_hold_any_number_of_gguf_parts(tmp_path: Path, count: int) -> None:
+    for i in range(count):
+        (tmp_path / f"model-{i + 1:05d}-of-{count:05d}.gguf").write_bytes(b"GGUF")
+    assert find_gguf(tmp_path) == tmp_path / f"model-00001-of-{count:05d}.gguf"
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="several GGUF models: name one of"):
+        find_gguf(tmp_path)
 
 
 def test_a_split_gguf_needs_all_its_files_and_its_first(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def test_bytes_are_those_held(ignore: list[str]) -> None:
     assert StageWork.of(replace(CONFIG, n_layers=3), middle, torch.float32, fp8).weight_bytes == held
 
 
+def test_stages_are_balanced_by_what_is_read() -> None:
+    """7B over 8: a head in 16 bits weighs as much as 1.3 layers in 8 bits."""
+    config = read_model(ModelArgs(path="shape:llama-2-7b", name="x"))
+
+    def slowest(fp8: frozenset[str], split_for: frozenset[str]) -> int:
+        parts = split_layers(config, 8, fp8=split_for)
+        return max(StageWork.of(config, part, torch.bfloat16, fp8).weight_bytes for part in parts)
+
+    for ignore in ([], ["w2"], ["*"]):
+        fp8 = float8_products(config, ignore)
+        assert slowest(fp8, fp8) <= slowest(fp8, frozenset())
+    fp8 = float8_products(config)
+    assert slowest(fp8, fp8) < 0.95 * slowest(fp8, frozenset())
+
+
 def test_the_floor_multiplies_each_product_at_its_own_rate() -> None:
     config, rates = read_model(ModelArgs(path="shape:llama-2-7b", name="x")), Rates(1e30, 1e12, 2e12)
     part = StageLayers(0, 1, config.n_layers)
