@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import secrets
-import time
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -75,12 +74,11 @@ def create_gateway(
 
 async def _ready(gateway: Gateway) -> Response:
     """200 if some replica has produced a token lately; otherwise 503 with every replica's reason."""
-    now = time.time()
     replicas = []
     for status in await gateway.engine.replicas():
         state, reason = status.state, status.reason
-        if now - status.updated_at > gateway.config.gateway.ready_max_age_s:
-            state, reason = "stalled", f"has not been heard of for {now - status.updated_at:.0f} s"
+        if status.age_s > gateway.config.gateway.ready_max_age_s:
+            state, reason = "stalled", f"has not been heard of for {status.age_s:.0f} s"
         replicas.append({"replica": status.replica, "state": state, "reason": reason, "loaded": status.loaded})
     ready = any(replica["state"] == "ready" for replica in replicas)
     reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or "no engine replica is running yet"

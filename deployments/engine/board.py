@@ -2,9 +2,11 @@
 
 The board is Ray's own key-value store (in the GCS): a replica that is still loading serves no calls yet, but its
 gateway must be able to say "loading 43 %".
+
+Clocks of two nodes are never compared: a reader counts by its own how long a replica has said nothing new.
 """
 
-import time
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -15,13 +17,13 @@ FORGET_AFTER_S = 60.0  # a replica that died without a word leaves the board aft
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica, as of `updated_at` (unix seconds)."""
+    """One replica, as it says itself."""
 
     replica: str
     state: State
     reason: str  # why it is not ready, in plain words; empty if it is
     loaded: float  # share of the weights, 0 to 1
-    updated_at: float
+    updated_at: float  # by the replica's own clock: it says whether this is news, not how old
     running: int
     waiting: int
     waiting_tokens: int
@@ -33,6 +35,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 0
     prefill_rate: float = 0.0  # prompt tokens/s while prompts are computed
     decode_rate: float = 0.0  # output tokens/s while anything is computed
+    age_s: float = 0.0  # since its news came, by the clock of whoever has read it
 
 
 def publish(app: str, status: ReplicaStatus) -> None:
@@ -43,13 +46,31 @@ def publish(app: str, status: ReplicaStatus) -> None:
 
 
 def read(app: str) -> list[ReplicaStatus]:
-    """All replicas that have spoken lately."""
+    """All that is on the board, of replicas that died without a word too."""
     from ray.experimental import internal_kv
 
     keys = internal_kv._internal_kv_list(_key(app, ""), namespace=NAMESPACE)
     values = [internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys]
-    found = [msgspec.msgpack.decode(value, type=ReplicaStatus) for value in values if value]
-    return [status for status in found if time.time() - status.updated_at < FORGET_AFTER_S]
+    return [msgspec.msgpack.decode(value, type=ReplicaStatus) for value in values if value]
+
+
+class Sightings:
+    """When each replica last had news for one reader. What was there at the first look counts as news of that time."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, float]] = {}  # replica -> its `updated_at`, and when that came
+
+    def aged(self, found: Iterable[ReplicaStatus], now: float) -> list[ReplicaStatus]:
+        """Those that have spoken lately, with their ages. `now` is by `time.monotonic`."""
+        before, self._seen = self._seen, {}
+        statuses = []
+        for status in found:
+            stamp, came = before.get(status.replica, (None, now))
+            came = came if stamp == status.updated_at else now
+            self._seen[status.replica] = status.updated_at, came
+            if now - came < FORGET_AFTER_S:
+                statuses.append(msgspec.structs.replace(status, age_s=now - came))
+        return statuses
 
 
 def remove(app: str, replica: str) -> None:

@@ -136,11 +136,11 @@ class Admission:
 
     async def _ask(self) -> None:
         try:
-            replicas, now = await self._replicas(), time.time()
+            replicas = await self._replicas()
         except Exception:
             log.exception("what engines report cannot be read; what is known stays")
         else:
-            self.take([r for r in replicas if r.state == "ready" and now - r.updated_at <= self._max_age_s])
+            self.take([r for r in replicas if r.state == "ready" and r.age_s <= self._max_age_s])
 
     def take(self, ready: Sequence[ReplicaStatus]) -> None:
         """The ready engines. What they have and is not ours came from other gateways, if there are any."""

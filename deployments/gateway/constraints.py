@@ -12,9 +12,9 @@ from model.text.constraint import MAX_CONSTRAINT_CHARS, Constraint
 
 REMEMBERED = 1024  # verdicts
 QUICK_S = 0.3  # of a processor: what takes longer waits for its turn among others that do
-AT_ONCE, SLOW_AT_ONCE, SLOW_EACH = 2, 2, 1  # verdicts; one tenant's slow ones
+AT_ONCE, SLOW_AT_ONCE, SLOW_EACH = 2, 1, 1  # verdicts; one tenant's slow ones
 MAX_WAITING = 32  # requests of one tenant that wait for a verdict; more are asked to come back
-QUICK_NICENESS, SLOW_NICENESS = 5, 15
+QUICK_NICENESS, SLOW_NICENESS = 10, 19
 MAX_CHOICES = 1024
 
 

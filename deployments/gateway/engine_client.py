@@ -16,7 +16,7 @@ from cluster.errors import CaravanError, EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments import logs
 from deployments.engine import board
-from deployments.engine.board import ReplicaStatus
+from deployments.engine.board import ReplicaStatus, Sightings
 from deployments.engine.token_link import Inbox, TokenReceiver
 from deployments.routing.assignments import ASSIGNMENTS
 
@@ -58,7 +58,7 @@ class ServeEngineClient:
         self._app = app
         self._receiver: TokenReceiver | None = None
         self._board: list[ReplicaStatus] = []
-        self._read_at = 0.0  # unix seconds
+        self._sightings = Sightings()
         self._reading: asyncio.Task[list[ReplicaStatus]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
 
@@ -119,14 +119,12 @@ class ServeEngineClient:
             self._reading = asyncio.create_task(asyncio.to_thread(board.read, self._app))
         await asyncio.wait({self._reading}, timeout=BOARD_S)
         if self._reading.done() and self._reading.exception() is None:
-            self._board, self._read_at = self._reading.result(), time.time()
-        away = time.time() - self._read_at if self._board else 0.0
-        return [_as_routed(replica, away if away > BOARD_S else 0.0) for replica in self._board]
+            self._board = self._sightings.aged(self._reading.result(), time.monotonic())
+        return [_as_routed(replica) for replica in self._board]
 
 
-def _as_routed(replica: ReplicaStatus, away_s: float) -> ReplicaStatus:
-    """What the router and the token link know is newer than the board, which has not been read for `away_s`."""
-    replica = msgspec.structs.replace(replica, updated_at=replica.updated_at + away_s)
+def _as_routed(replica: ReplicaStatus) -> ReplicaStatus:
+    """What the router and the token link know is newer than the board."""
     running = ASSIGNMENTS.running
     if replica.state == "ready" and running is not None and replica.replica not in running:
         return msgspec.structs.replace(replica, state="failed", reason="is gone, about to go, or not routed to yet")

@@ -2,6 +2,11 @@
 
 Keys are random (256 bits), so that their plain sha256 is enough to keep: nobody finds a key by trying. A tenant may
 have several, to change them without a gap. Logs and metrics know tenants by name and no key at all.
+
+What a file says counts from the moment at which it is whole. `caravan keys` replaces it at once, and as a YAML document
+with a beginning (---) and an end (...): one that has been cut is known by its missing end. A file without these marks
+is taken once it has been the same for two looks. A file that is gone or cannot be read changes nothing; to revoke every
+key, leave the tenants and take their keys out.
 """
 
 import hashlib
@@ -11,6 +16,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import yaml
@@ -52,8 +58,10 @@ class KeyFile(Strict):
     tenants: Annotated[list[Tenant], Field(min_length=1)]
 
 
-def parse_keys(text: str, source: str) -> list[Tenant]:
-    """Raises `ConfigError` that names `source` and what is wrong."""
+def parse_keys(text: str, source: str, *, any_key: bool = True) -> list[Tenant]:
+    """Raises `ConfigError` that names `source` and what is wrong; with `any_key`, if there is not a single key too."""
+    if _begins(text) and not _ends(text):
+        raise ConfigError(f"{source}: begins with --- and does not end with ...: it has been cut")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -69,7 +77,7 @@ def parse_keys(text: str, source: str) -> list[Tenant]:
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise ConfigError(f"{source}: {what} {twice[:12]} is there twice")
-    if not keys:
+    if any_key and not keys:
         raise ConfigError(f"{source}: no tenant has a key: make one with `caravan keys add NAME`")
     return tenants
 
@@ -79,11 +87,12 @@ class KeyRing:
 
     def __init__(self, auth: AuthArgs) -> None:
         self._path = Path(auth.keys_file) if auth.keys_file else None
-        self._seen: tuple[int, int, int] | None = None
+        self._taken: bytes | None = None  # what the file held when it was taken in, or refused
+        self._growing: bytes | None = None  # what it held at the last look, if it may not be whole
         self._looked_at = 0.0
         self._tenants: list[Tenant] = []
         if self._path is not None:
-            self._seen = self._stamp()
+            self._taken = self._content()
             self._tenants = self._read(self._path)
         elif auth.keys_env:
             self._tenants = parse_keys(os.environ.get(auth.keys_env, ""), f"auth.keys_env, {auth.keys_env}")
@@ -113,31 +122,41 @@ class KeyRing:
         if self._path is None or now - self._looked_at < LOOK_AGAIN_S:
             return
         self._looked_at = now
-        stamp = self._stamp()
-        if stamp == self._seen:
+        content = self._content()
+        if content == self._taken:  # by what is in it: sizes and times can be the same for another file
             return
-        self._seen = stamp
+        if content is not None and not content.startswith(b"---") and content != self._growing:
+            self._growing = content
+            return
+        self._taken, self._growing = content, None
         try:
-            self._tenants = self._read(self._path)
+            self._tenants = self._read(self._path, any_key=False)
             log.info("API keys were read again: %d tenants", len(self._tenants))
         except ConfigError as error:
             log.error("the API keys stay as they were: %s", error)
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _content(self) -> bytes | None:
         assert self._path is not None
         try:
-            stat = self._path.stat()
+            return self._path.read_bytes()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     @staticmethod
-    def _read(path: Path) -> list[Tenant]:
+    def _read(path: Path, *, any_key: bool = True) -> list[Tenant]:
         source = f"auth.keys_file, {path}"
         try:
-            return parse_keys(path.read_text("utf-8"), source)
+            return parse_keys(path.read_text("utf-8"), source, any_key=any_key)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source}: cannot be read: {error}") from None
+
+
+def _begins(text: str) -> bool:
+    return text.startswith("---")
+
+
+def _ends(text: str) -> bool:
+    return text.rstrip().endswith("\n...")
 
 
 def sha256(key: str) -> str:
@@ -149,7 +168,7 @@ def add_key(path: Path, name: str, **settings: float | int | None) -> str:
 
     Raises `ConfigError` if the file or a setting is not valid.
     """
-    entries = [t.model_dump(exclude_defaults=True) for t in KeyRing._read(path)] if path.exists() else []
+    entries = [t.model_dump(exclude_defaults=True) for t in KeyRing._read(path, any_key=False)] if path.exists() else []
     entry = next((e for e in entries if e["name"] == name), None)
     if entry is None:
         entry = {"name": name, "keys": []}
@@ -157,10 +176,11 @@ def add_key(path: Path, name: str, **settings: float | int | None) -> str:
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     entry["keys"] = [*entry.get("keys", []), sha256(key)]
     entry |= {name: value for name, value in settings.items() if value is not None}
-    text = yaml.safe_dump({"tenants": entries}, sort_keys=False)
+    text = yaml.safe_dump({"tenants": entries}, sort_keys=False, explicit_start=True, explicit_end=True)
     parse_keys(text, str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch(mode=0o600)
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)  # at once: whoever reads it sees the old file or the new one
+    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False) as temporary:
+        temporary.write(text)
+        temporary.flush()
+        os.fsync(temporary.fileno())
+    Path(temporary.name).replace(path)  # at once: whoever reads it sees the old file or the new one
     return key

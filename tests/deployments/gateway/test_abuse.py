@@ -63,11 +63,11 @@ async def raw(service: Guarded, messages: Messages, **scope: Any) -> Messages:
     [
         ("/v1/completions", {"model": "tiny", "prompt": "9" * 1_000_000}),
         ("/v1/completions", {"model": "tiny", "prompt": ["hello", "9" * 1_000_000]}),
-        ("/v1/completions", {"model": "tiny", "prompt": [7] * 1_000_000}),
+        ("/v1/completions", {"model": "tiny", "prompt": [7] * 200_000}),
         ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "9" * 600_000}] * 2}),
         ("/tokenize", {"prompt": "9" * 1_000_000}),
         ("/tokenize", {"messages": [{"role": "user", "content": "9" * 1_000_000}]}),
-        ("/detokenize", {"tokens": [7] * 1_000_000}),
+        ("/detokenize", {"tokens": [7] * 200_000}),
         ("/generate", {"inputs": "9" * 1_000_000}),
         ("/generate", {"inputs": "9" * 1_000_000, "parameters": {"truncate": 5}}),
     ],
@@ -124,6 +124,28 @@ def test_a_long_text_holds_nobody_up() -> None:
         pauses = [await longest_pause(prompts.encode(ANONYMOUS, text)) for _ in range(3)]
         assert min(longest / whole for longest, whole in pauses) < 0.25, pauses
         prompts.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("value", ["7", "[]", "{}", '"a"', "[[[]]]", '{"a":0}', "null"])
+def test_a_body_of_millions_of_values_is_refused_before_they_are_made(value: str) -> None:
+    async def test() -> None:
+        service = Guarded()
+        count = 7_900_000 // (len(value) + 1)
+        body = ('{"model": "tiny", "prompt": [' + ",".join([value] * count) + "]}").encode()
+        started = time.thread_time()
+        response = await service.client.post("/v1/completions", content=body)
+        assert time.thread_time() - started < 0.3, "of this thread's time, with the client's"
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "request_too_large")
+
+    asyncio.run(test())
+
+
+def test_a_long_body_of_few_values_is_read() -> None:
+    async def test() -> None:
+        response = await Guarded().client.post("/v1/completions", json={"model": "tiny", "prompt": "a, b. " * 250_000})
+        assert response.json()["error"]["code"] == "context_length_exceeded"
 
     asyncio.run(test())
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from typing import Any
@@ -473,7 +472,7 @@ def test_ready_says_why_not(run: Run) -> None:
                 ("running", "waiting", "waiting_tokens", "kv_blocks_used", "kv_blocks_total", "max_model_len"), 0
             )
             return ReplicaStatus(
-                replica="r", state=state, reason=reason, loaded=0.43, updated_at=time.time() - age, **counts  # type: ignore[arg-type]
+                replica="r", state=state, reason=reason, loaded=0.43, updated_at=0.0, age_s=age, **counts  # type: ignore[arg-type]
             )  # fmt: skip
 
         for statuses, code, word in (

@@ -1,6 +1,7 @@
 """API keys and per-tenant limits: files, reloading, headers, and what a request without a key gets."""
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,74 @@ def test_a_key_opens_and_nothing_else_does(file: Path) -> None:
         assert {r.tenant for r in service.engine.requests} == {"search"}
 
     asyncio.run(test())
+
+
+def test_a_file_that_is_cut_loses_no_key(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every length, whether it was cut for good or is still being written."""
+    monkeypatch.setattr(tenants, "LOOK_AGAIN_S", 0.0)
+    keys = [add_key(file, name) for name in ("one", "two", "three")]
+    whole = file.read_text()
+    ring = KeyRing(AuthArgs(keys_file=str(file)))
+    for length in range(0, len(whole) - 5, 7):
+        file.write_text(whole[:length])
+        for _ in range(3):
+            assert [ring.find(key) is not None for key in keys] == [True] * 3, length
+        with pytest.raises(ConfigError):
+            KeyRing(AuthArgs(keys_file=str(file)))
+    file.write_text(whole.replace(sha256(keys[1]), "f" * 64))
+    assert [ring.find(key) is not None for key in keys] == [True, False, True]
+
+
+def test_a_file_written_by_hand_is_taken_once_it_has_settled(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "LOOK_AGAIN_S", 0.0)
+    key = add_key(file, "one")
+    ring = KeyRing(AuthArgs(keys_file=str(file)))
+    file.write_text(f"tenants:\n- name: one\n  keys: [{sha256(key)}]\n")
+    assert ring.find("new") is None
+    beginning = file.read_text() + "- name: two\n  keys:\n"
+    for extent in range(10, len(beginning), 10):  # somebody writes it, piece by piece
+        file.write_text(beginning[:extent])
+        assert ring.find(key) is not None
+    file.write_text(beginning + f"  - {sha256('new')}\n")
+    assert ring.find("new") is None, "it may not be whole yet"
+    assert ring.find("new") is not None
+
+
+def test_a_change_is_seen_whatever_the_files_size_and_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "LOOK_AGAIN_S", 0.0)
+    key = add_key(file, "one")
+    ring = KeyRing(AuthArgs(keys_file=str(file)))
+    before = file.stat()
+    file.write_text(file.read_text().replace(sha256(key), sha256("other")))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+    assert ring.find(key) is None
+    assert ring.find("other") is not None
+
+
+def test_every_key_can_be_revoked_and_a_deleted_file_revokes_none(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tenants, "LOOK_AGAIN_S", 0.0)
+    tenants.log.propagate = True
+    logging.getLogger("deployments").propagate = True
+    key = add_key(file, "one")
+    ring = KeyRing(AuthArgs(keys_file=str(file)))
+    file.unlink()
+    with caplog.at_level(logging.ERROR):
+        assert ring.find(key) is not None
+        assert ring.find(key) is not None
+    assert [record.message[:32] for record in caplog.records] == ["the API keys stay as they were: "], "once"
+    file.write_text("---\ntenants:\n- name: one\n...\n")
+    assert ring.find(key) is None
+    assert ring.required, "still no one comes in without a key"
+    with pytest.raises(ConfigError, match="no tenant has a key"):
+        KeyRing(AuthArgs(keys_file=str(file)))
+    assert ring.find(add_key(file, "one")) is not None
 
 
 def test_a_changed_file_counts_without_a_restart(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
