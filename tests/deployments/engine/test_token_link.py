@@ -78,7 +78,7 @@ def test_what_is_not_ours_is_dropped_and_a_stranger_gets_nothing_in() -> None:
 def test_an_engine_learns_that_a_gateway_died() -> None:
     script = (
         "import asyncio, sys\n"
-        "from deployments.token_link import TokenReceiver\n"
+        "from deployments.engine.token_link import TokenReceiver\n"
         "async def main():\n"
         "    receiver = TokenReceiver('127.0.0.1')\n"
         "    inbox = receiver.open('r')\n"
