@@ -47,6 +47,7 @@ def create_gateway(
     app.state.gateway = gateway
     app.add_middleware(Guard, gateway=gateway, respond=respond)
     app.add_middleware(RequestId, echo=echo_request_id)
+    app.add_middleware(Normalised)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(CaravanError, _caravan_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -84,6 +85,26 @@ async def _ready(gateway: Gateway) -> Response:
     reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or "no engine replica is running yet"
     body = {"ready": ready, "reason": reason, "replicas": replicas}
     return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"Retry-After": "5"})
+
+
+class Normalised:
+    """A path with a slash at its end is the path without it; HEAD is GET whose body is not sent (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        if scope["method"] != "HEAD":
+            return await self._app(scope, receive, send)
+        scope["method"] = "GET"
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app(scope, receive, send_head)
 
 
 class RequestId:

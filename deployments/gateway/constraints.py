@@ -1,5 +1,6 @@
 """Constraints as clients write them, checked before an engine sees them."""
 
+import contextlib
 import json
 from collections import OrderedDict
 from typing import Any
@@ -90,11 +91,14 @@ def _as_text(param: str, kind: str, value: Any) -> tuple[str, str]:
     """A value as a constraint's text and kind."""
     if kind == "choice":
         return _choices(param, value), "grammar"
-    if kind == "json_schema" and isinstance(value, dict | bool):
+    if kind in ("json_schema", "structural_tag") and isinstance(value, dict | bool):
         return json.dumps(value), kind
     if not isinstance(value, str) or not value:
         what = "an object, or a string with one" if kind == "json_schema" else "a string that is not empty"
         raise bad_request(f"{param}: must be {what}", param)
+    if kind == "json_schema":  # as an object would be written, so that both are one
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.dumps(json.loads(value)), kind
     return value, kind
 
 

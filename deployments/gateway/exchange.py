@@ -19,6 +19,7 @@ from deployments.gateway.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect a stream
 COMMENT = b": waiting\n\n"  # a line that clients of server-sent events skip
 # Of one body; more than any request has tokens. A text of 8 MB is decoded in 10 ms, as many bytes of empty lists in a
 # second, in which no stream moves.
@@ -109,8 +110,11 @@ async def _events(
     usage = generation.usage
     try:
         yield written.opening() + written.chunk(first, usage)
+        unseen: dict[int, list[int]] = {}  # by answer: tokens that have added nothing to be shown yet
         async for piece in generation.pieces:
-            if piece.text or piece.finish_reason or piece.logprobs or piece.prompt_logprobs:
+            unseen[piece.index] = piece.token_ids = unseen.get(piece.index, []) + piece.token_ids
+            if piece.text or piece.calls or piece.finish_reason or piece.logprobs or piece.prompt_logprobs:
+                unseen[piece.index] = []
                 yield written.chunk(piece, usage)
         yield written.closing(usage)
     except Exception as error:
@@ -128,7 +132,7 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(self, generation: Generation, parts: AsyncIterator[bytes], keepalive_s: float) -> None:
-        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(parts, media_type="text/event-stream", headers=UNBUFFERED)
         self._generation = generation
         self._keepalive_s = keepalive_s
 

@@ -99,6 +99,8 @@ class Gateway:
             min_tokens=sampling.min_tokens,
             starts_text=request.prompt.starts_text,
             prompt_only=request.prompt_only,
+            calls=request.calls,
+            control_tokens=request.control_tokens,
         )
         return pieces(events, self.tokenizer, ids, rules)
 

@@ -9,6 +9,7 @@ from cluster.errors import RequestFailed
 from cluster.sequence import TokenEvent
 from model.batch import TokenLogprobs
 from model.text.tokenizer import Detokenizer, Tokenizer, padded_bytes
+from model.text.tool_calls import MARKS, CallDelta, CallReader, CallSyntax
 
 
 class StopMatcher:
@@ -71,6 +72,8 @@ class Piece:
     stop_string: str | None = None  # that ended the answer
     stop_token: TokenLogprob | None = None  # that ended the answer, if logprobs were asked for
     index: int = 0  # which of a request's answers it belongs to
+    calls: list[CallDelta] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,8 @@ class TextRules:
     min_tokens: int = 0  # stop strings are not looked for in the first so many tokens
     starts_text: bool = False  # see Detokenizer
     prompt_only: bool = False  # the prompt's logprobs are all that is wanted, not the token that comes with them
+    calls: CallSyntax | None = None  # how functions are called in it
+    control_tokens: bool = False  # whether their names are shown
 
 
 async def pieces(
@@ -120,24 +125,36 @@ class _Answer:
         self._min_tokens = rules.min_tokens
         self._detokenizer = Detokenizer(tokenizer, at_start=rules.starts_text)
         self._matcher = StopMatcher(rules.stops, include=rules.include_stop)
+        self._reader = CallReader(rules.calls) if rules.calls is not None else None
+        shown = tokenizer.control_tokens if rules.control_tokens else MARKS if rules.calls is not None else ()
+        self._shown = {i: name for name, i in tokenizer.control_tokens.items() if name in shown}
         self._num_tokens = 0
 
     def add(self, piece: Piece, event: TokenEvent) -> None:
         self._num_tokens += 1
+        piece.token_ids.append(event.token_id)
         if event.finish_reason == "stop":  # a stop token ends the answer and is no part of it
             piece.stop_token = self._logprob(event, "")
         else:
-            text = self._detokenizer.push(event.token_id)
-            piece.text += self._push(text)
+            text = self._shown.get(event.token_id) or self._detokenizer.push(event.token_id)
+            self._add_text(piece, text)
             if (logprob := self._logprob(event, text)) is not None:
                 piece.logprobs.append(logprob)
         if event.finish_reason is not None and self._matcher.matched is None:
-            piece.text += self._push(self._detokenizer.finish())
+            self._add_text(piece, self._detokenizer.finish(), last=True)
         if self._matcher.matched is not None:
             piece.finish_reason, piece.stop_string = "stop", self._matcher.matched
         elif event.finish_reason is not None:
             piece.text += self._matcher.finish()
             piece.finish_reason = "stop" if event.finish_reason == "stop" else "length"
+
+    def _add_text(self, piece: Piece, text: str, last: bool = False) -> None:
+        """Calls are apart from the text, and stop strings are looked for in the text alone."""
+        if self._reader is not None:
+            text, calls = self._reader.push(text)
+            text += self._reader.finish() if last else ""
+            piece.calls += calls
+        piece.text += self._push(text)
 
     def _push(self, text: str) -> str:
         return self._matcher.push(text) if self._num_tokens > self._min_tokens else text

@@ -1,7 +1,7 @@
 """Where a prompt becomes token ids: messages, plain text, ids as a client gave them, and text around a gap."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from deployments.errors import ApiError, bad_request
@@ -10,6 +10,8 @@ from deployments.offload.turns import ModestThreads
 from model.text.chat import ChatTemplate, PromptFormatError
 from model.text.infill import can_infill, encode_infill, infill_stop_ids
 from model.text.tokenizer import Tokenizer, encode_prompt, longest_token
+from model.text.tool_calls import SYNTAXES, CallSyntax
+from model.text.tool_prompt import with_calls_apart, with_short_ids, with_tools_as_text
 
 LONG_TEXT = 4_000  # characters; tokenising more than this would hold up other streams
 THREADS, EACH = 2, 1  # long texts at once, and of one tenant
@@ -27,6 +29,18 @@ class Prompt:
     starts_text: bool = False  # whether the answer is a text of its own, not the continuation of the prompt
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation as a client sends it, in OpenAI's form, and what else goes into the prompt."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    instruction: str = ""  # what to do with the tools, for models whose template knows none
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)  # that the template may know
+
+
 class Prompts:
     """One model's tokenizer, and its template if it can chat. What it cannot take is an `ApiError`.
 
@@ -40,39 +54,50 @@ class Prompts:
         self.tokenizer = tokenizer
         self.max_chars = max_model_len * longest_token(tokenizer)  # no text with more of them fits the context
         self._max_model_len = max_model_len
-        self._template = template
+        self.template = template
         self._max_messages = max_messages
         self._threads = ModestThreads("prompts", THREADS, EACH, WAITING)
 
-    async def chat(self, tenant: Tenant, messages: Sequence[dict[str, str]]) -> Prompt:
-        """From messages with role and content."""
-        template, most = self._template, self._max_messages
-        if len(messages) > most:
-            raise bad_request(f"messages: {len(messages)} messages, at most {most} are allowed", "messages")
+    @property
+    def call_syntax(self) -> CallSyntax:
+        """How this model writes calls of functions."""
+        return SYNTAXES[self.template.tool_format if self.template is not None else None]
+
+    async def chat(self, tenant: Tenant, chat: Chat) -> Prompt:
+        """From a conversation."""
+        template, most = self.template, self._max_messages
+        if len(chat.messages) > most:
+            raise bad_request(f"messages: {len(chat.messages)} messages, at most {most} are allowed", "messages")
         if template is None:
             raise bad_request("this model has no chat format: use /v1/completions", "messages")
-        size = sum(len(m["content"]) for m in messages)
+        size = sum(len(m.get("content") or "") for m in chat.messages)
         self.check_length(size, "messages")
+        size += len(str(chat.tools))
+        self.check_length(size, "tools")
         try:
-            ids = await self.worked_out(tenant, size, lambda: template.encode(messages))
+            ids = await self.worked_out(tenant, size, lambda: _encode(template, chat))
         except PromptFormatError as error:
             raise bad_request(str(error), "messages") from None
-        return Prompt(ids, template.stop_ids, starts_text=True)
-
-    async def text(self, tenant: Tenant, text: str, param: str = "prompt") -> Prompt:
-        """Text to be continued as it stands. `param` names it in errors."""
-        return self.ids(await self.encode(tenant, text, param), param)
+        return Prompt(ids, template.stop_ids, starts_text=not chat.continue_final_message)
 
     async def whole_text(self, tenant: Tenant, text: str, param: str, truncate: int | None = None) -> Prompt:
         """The caller's whole prompt, control tokens by name; `truncate` keeps that many tokens, the last ones."""
-        self.check_length(len(text), param)
-        ids = await self.worked_out(tenant, len(text), lambda: encode_prompt(self.tokenizer, text)) if text else []
+        ids = await self.encode(tenant, text, param, parse_special=True) if text else []
         return self.ids(ids[-truncate:] if truncate else ids, param)
 
-    async def encode(self, tenant: Tenant, text: str, param: str = "prompt", *, add_bos: bool = True) -> list[int]:
-        """Token ids of plain text."""
+    async def encode(
+        self, tenant: Tenant, text: str, param: str = "prompt", *, add_bos: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of plain text; with `parse_special` names of control tokens in it are those tokens."""
+        tokenizer = self.tokenizer
+
+        def work() -> list[int]:
+            if not parse_special:
+                return tokenizer.encode(text, add_bos=add_bos)
+            return encode_prompt(tokenizer, text, add_bos=add_bos)
+
         self.check_length(len(text), param)
-        return await self.worked_out(tenant, len(text), lambda: self.tokenizer.encode(text, add_bos=add_bos))
+        return await self.worked_out(tenant, len(text), work)
 
     def ids(self, ids: Sequence[Any], param: str = "prompt") -> Prompt:
         """Token ids as a client gave them."""
@@ -122,3 +147,27 @@ class Prompts:
 
     def close(self) -> None:
         self._threads.close()
+
+
+def _encode(template: ChatTemplate, chat: Chat) -> list[int]:
+    """Through the template, with calls and their results in the way that it knows. Raises `PromptFormatError`."""
+
+    def encoded(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return template.encode(
+            messages,
+            tools,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            variables=chat.variables,
+        )
+
+    if template.tool_format is not None:
+        rewrite = {"mistral": with_short_ids, "llama3_json": with_calls_apart}.get(template.tool_format, list)
+        return encoded(rewrite(chat.messages), chat.tools)
+    try:
+        return encoded(with_tools_as_text(chat.messages, chat.tools, chat.instruction))
+    except PromptFormatError:
+        if not chat.tools:
+            raise
+        # some templates have no system message
+        return encoded(with_tools_as_text(chat.messages, chat.tools, chat.instruction, listed_by="user"))

@@ -12,6 +12,7 @@ from deployments.errors import bad_request, unknown_model
 from deployments.gateway.prompts import Prompt
 from deployments.gateway.tenants import Tenant
 from model.sampling_params import SamplingParams
+from model.text.tool_calls import CallSyntax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class GenerationRequest:
     include_stop: bool = False  # whether the stop string that ends an answer is shown
     prompt_only: bool = False  # the prompt's logprobs are all that is wanted
     priority: int = 0  # a lower one goes first
+    calls: CallSyntax | None = None  # how functions are called in it; None: whatever it says is text
+    control_tokens: bool = False  # whether their names are shown in the text
 
     def copies(self, n: int) -> "list[GenerationRequest]":
         """`n` answers to the same prompt. Each draws by a seed of its own, the first one by the request's."""

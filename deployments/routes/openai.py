@@ -1,29 +1,39 @@
 """OpenAI's API: completions, chat completions and models."""
 
 import secrets
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deployments.errors import bad_request
+from deployments.gateway.constraints import make_constraint
 from deployments.gateway.exchange import AnswerFormat, answer, or_disconnect, read_json, request_id, tenant
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.prompts import Prompt
+from deployments.gateway.prompts import Chat, Prompt
 from deployments.gateway.request import GenerationRequest
 from deployments.gateway.tenants import Tenant
-from deployments.routes.openai_constraints import constraint_of
+from deployments.routes.openai_constraints import as_format, constraint_of
 from deployments.routes.openai_examples import (
     CHAT_ANSWER,
     CHAT_EVENTS,
     CHAT_EXAMPLES,
+    RESPONSES_ANSWER,
+    RESPONSES_EVENTS,
+    RESPONSES_EXAMPLES,
     TEXT_ANSWER,
     TEXT_EVENTS,
     TEXT_EXAMPLES,
 )
 from deployments.routes.openai_formats import ChatFormat, CompletionFormat, Head
-from deployments.routes.openai_protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from deployments.routes.openai_protocol import ChatRequest, CompletionRequest, Sampling, SamplingFields, parse
+from deployments.routes.openai_tools import ToolUse
 from deployments.routes.openapi import documented
+from deployments.routes.responses_format import ResponsesFormat
+from deployments.routes.responses_protocol import ResponsesRequest, named_as_here
+from model.text.constraint import Constraint
+from model.text.tool_calls import structural_tag
 
 Json = dict[str, Any]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat may use the rest of the context
@@ -38,6 +48,8 @@ def router(gateway: Gateway) -> APIRouter:
     routes.post("/v1/chat/completions", summary="Answer a chat", **chat)(api.chat)
     text = documented(CompletionRequest, _named(name, TEXT_EXAMPLES), TEXT_ANSWER | {"model": name}, TEXT_EVENTS)
     routes.post("/v1/completions", summary="Continue a text", **text)(api.completion)
+    answers = documented(ResponsesRequest, _named(name, RESPONSES_EXAMPLES), RESPONSES_ANSWER, RESPONSES_EVENTS)
+    routes.post("/v1/responses", summary="Answer a chat, by the Responses API", **answers)(api.respond)
     routes.get("/v1/models", summary="What is served")(api.models)
     routes.get("/v1/models/{name:path}", summary="One model")(api.model)
     return routes
@@ -45,6 +57,13 @@ def router(gateway: Gateway) -> APIRouter:
 
 def _named(name: str, examples: dict[str, Json]) -> dict[str, Json]:
     return {title: {"model": name, **example} for title, example in examples.items()}
+
+
+BODIES: dict[str, type[Sampling]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+}
 
 
 class OpenAI:
@@ -56,15 +75,36 @@ class OpenAI:
 
     async def chat(self, http: Request) -> Response:
         request = parse(ChatRequest, await self._body(http))
-        self._check(request)
-        prompt = await self._gateway.prompts.chat(
-            tenant(http), [message.as_template_input for message in request.messages]
-        )
-        max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, None, "messages")
-        one = await self._one(http, "chat", request, prompt, max_tokens)
+        use = request.tool_use()
+        one = await self.chat_request(http, "chat", request, use)
         answers = request.n or 1
-        written = ChatFormat(self._head("chatcmpl", request), answers)
+        written = ChatFormat(self._head("chatcmpl", request), one.prompt.token_ids, answers, use)
         return await self._answer(http, one.copies(answers), written, request)
+
+    async def respond(self, http: Request) -> Response:
+        """The Responses API is the chat that asks the same, written in another way."""
+        request = parse(ResponsesRequest, await self._body(http))
+        with named_as_here():
+            chat = request.as_chat()
+            one = await self.chat_request(http, "responses", chat, chat.tool_use())
+        return await self._answer(http, [one], ResponsesFormat(request, self._name), chat)
+
+    async def chat_request(
+        self, http: Request, endpoint: str, request: ChatRequest, use: ToolUse | None
+    ) -> GenerationRequest:
+        """What a chat asks for, with functions to call if there are any in `use`."""
+        self._check(request)
+        chat = Chat(
+            messages=[message.as_template_input for message in request.messages],
+            tools=use.listed if use is not None else (),
+            instruction=use.instruction if use is not None else "",
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
+            variables=request.chat_template_kwargs or {},
+        )
+        prompt = self._cut(await self._gateway.prompts.chat(tenant(http), chat), request)
+        max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, None, "messages")
+        return await self._one(http, endpoint, request, prompt, max_tokens, use)
 
     async def completion(self, http: Request) -> Response:
         request = parse(CompletionRequest, await self._body(http))
@@ -78,6 +118,7 @@ class OpenAI:
             answers += one.copies(request.candidates)
         written = CompletionFormat(
             self._head("cmpl", request),
+            [prompt.token_ids for prompt in prompts],
             [self._echo(request, i, prompt) for i, prompt in enumerate(prompts)],
             request.n or 1,
             request.candidates,
@@ -86,16 +127,21 @@ class OpenAI:
         return await self._answer(http, answers, written, request)
 
     async def _one(
-        self, http: Request, endpoint: str, request: SamplingFields, prompt: Prompt, max_tokens: int
+        self,
+        http: Request,
+        endpoint: str,
+        request: SamplingFields,
+        prompt: Prompt,
+        max_tokens: int,
+        use: ToolUse | None = None,
     ) -> GenerationRequest:
         ends = self._gateway.prompts.stop_ids(prompt)
         sampling = request.sampling(max_tokens, ends)
-        found = constraint_of(request, ends)
+        found = await or_disconnect(http, self._constraint(tenant(http), request, ends, use))
         if found is not None:
             param, constraint = found
             if request.min_tokens:
                 raise bad_request(f"min_tokens: is not possible with {param}", "min_tokens")
-            await or_disconnect(http, self._gateway.constraints.accept(tenant(http), constraint, param))
             sampling = sampling.constrained(constraint)
         return GenerationRequest(
             endpoint=endpoint,
@@ -107,7 +153,36 @@ class OpenAI:
             include_stop=bool(request.include_stop_str_in_output),
             prompt_only=isinstance(request, CompletionRequest) and request.prompt_only,
             priority=request.priority or 0,
+            calls=self._gateway.prompts.call_syntax if use is not None else None,
+            control_tokens=request.skip_special_tokens is False,
         )
+
+    async def _constraint(
+        self, whose: Tenant, request: SamplingFields, ends: frozenset[int], use: ToolUse | None
+    ) -> tuple[str, Constraint] | None:
+        """What the answer must match, by the field that says so; calls of functions, and what may come instead."""
+        found = constraint_of(request, ends)
+        if found is not None:
+            await self._gateway.constraints.accept(whose, found[1], found[0])
+        if use is None:
+            return found
+        syntax = self._gateway.prompts.call_syntax
+        instead: Json | Literal["text"] | None = (
+            None if use.required else "text" if found is None else as_format(found[1])
+        )
+        tag = structural_tag(syntax, use.functions, most=use.most if syntax.several else 1, answer=instead)
+        constraint = make_constraint("tools", "structural_tag", tag, ends)
+        await self._gateway.constraints.accept(whose, constraint, "tools")
+        return "tools", constraint
+
+    def _cut(self, prompt: Prompt, request: SamplingFields) -> Prompt:
+        """A prompt of at most as many tokens as the client says, the last ones unless it says otherwise."""
+        most = request.truncate_prompt_tokens
+        if most is None:
+            return prompt
+        most = most if most > 0 else max(1, self._gateway.bounds.max_model_len - (request.budget or 1))
+        ids = prompt.token_ids
+        return replace(prompt, token_ids=ids[:most] if request.truncation_side == "right" else ids[-most:])
 
     async def _answer(
         self, http: Request, answers: list[GenerationRequest], written: AnswerFormat, request: SamplingFields
@@ -124,11 +199,14 @@ class OpenAI:
         several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
         parts = list(prompt) if several else [prompt]
         self._gateway.bounds.check_answers(len(parts) * request.candidates)
-        return [await self._one_prompt(whose, part) for part in parts]
+        return [self._cut(await self._one_prompt(whose, part, request), request) for part in parts]
 
-    async def _one_prompt(self, whose: Tenant, part: Any) -> Prompt:
+    async def _one_prompt(self, whose: Tenant, part: Any, request: CompletionRequest) -> Prompt:
         if isinstance(part, str):
-            return await self._gateway.prompts.text(whose, part)
+            special = bool(request.parse_special)
+            add_bos = request.add_special_tokens is not False
+            ids = await self._gateway.prompts.encode(whose, part, add_bos=add_bos, parse_special=special)
+            return self._gateway.prompts.ids(ids)
         if isinstance(part, list):
             return self._gateway.prompts.ids(part)
         raise bad_request("prompt: must be a string, token ids, or a list of either", "prompt")
@@ -153,6 +231,8 @@ class OpenAI:
             fingerprint=self._gateway.fingerprint,
             usage=request.wants_usage,
             continuous_usage=request.wants_continuous_usage,
+            token_ids=bool(request.return_token_ids),
+            ids_as_tokens=bool(request.return_tokens_as_token_ids),
         )
 
     async def _body(self, http: Request) -> Any:

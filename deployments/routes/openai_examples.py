@@ -17,6 +17,11 @@ CHAT_EXAMPLES: dict[str, Json] = {
         "messages": [{"role": "user", "content": "Make up a person."}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
     },
+    "with a function": {
+        "messages": QUESTION,
+        "tools": [{"type": "function", "function": {"name": "make_person", "parameters": PERSON}}],
+        "tool_choice": "required",
+    },
     "one of some choices": {"messages": QUESTION, "guided_choice": ["Paris", "Lyon"], "temperature": 0},
 }
 TEXT_EXAMPLES: dict[str, Json] = {
@@ -51,3 +56,36 @@ TEXT_ANSWER: Json = {
 }
 CHAT_EVENTS = 'data: {"choices": [{"index": 0, "delta": {"content": "Paris"}}], ...}\n\ndata: [DONE]\n\n'
 TEXT_EVENTS = 'data: {"choices": [{"index": 0, "text": " there"}], ...}\n\ndata: [DONE]\n\n'
+RESPONSES_EXAMPLES: dict[str, Json] = {
+    "a question": {"input": "What is the capital of France?", "max_output_tokens": 64},
+    "with instructions, streamed": {"instructions": "Be brief.", "input": QUESTION, "stream": True},
+    "as JSON": {
+        "input": "Make up a person.",
+        "text": {"format": {"type": "json_schema", "name": "person", "schema": PERSON}},
+    },
+    "with a function": {
+        "input": QUESTION,
+        "tools": [{"type": "function", "name": "make_person", "parameters": PERSON}],
+        "tool_choice": "required",
+    },
+}
+RESPONSES_ANSWER: Json = {
+    "id": "resp_0123456789abcdef01234567",
+    "object": "response",
+    "created_at": 1790000000,
+    "status": "completed",
+    "output": [
+        {
+            "id": "msg_0123456789abcdef01234567", "type": "message", "status": "completed", "role": "assistant",
+            "content": [{"type": "output_text", "text": "Paris.", "annotations": []}],
+        }
+    ],
+    "store": False,
+}  # fmt: skip
+RESPONSES_EVENTS = """event: response.output_text.delta
+data: {"type": "response.output_text.delta", "sequence_number": 4, "delta": "Paris", ...}
+
+event: response.completed
+data: {"type": "response.completed", ...}
+
+"""

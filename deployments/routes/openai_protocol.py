@@ -1,13 +1,13 @@
 """OpenAI's completion requests, as far as a text model serves them.
 
 Unknown fields are ignored and null means "not given", as OpenAI does it. A known field that this service cannot honour
-is refused by name, never dropped silently.
+is refused by name, never dropped silently: see openai_fields.py.
 """
 
+import json
 import math
 import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import (
@@ -23,6 +23,8 @@ from pydantic import (
 )
 
 from deployments.errors import ApiError, bad_request
+from deployments.routes.openai_fields import REFUSED
+from deployments.routes.openai_tools import CalledFunction, Functions, ToolCall, Tools, ToolUse, function_use, tool_use
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
@@ -61,6 +63,13 @@ def _stops(value: Any) -> Any:
 def _absent(value: Any) -> None:
     if value:
         raise ValueError("is not supported: this model reads and writes text only")
+
+
+def tool_choice_kind(value: Any) -> Any:
+    """A choice of tools is judged together with the tools; here it must only be of a kind that can be one."""
+    if value is not None and not isinstance(value, str | dict):
+        raise ValueError("must be a string or an object")
+    return value
 
 
 def _biases(value: dict[str, float] | None) -> dict[int, float] | None:
@@ -115,13 +124,10 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(Body):
-    """What both endpoints share."""
+class Sampling(Body):
+    """How an answer is drawn, on every endpoint."""
 
-    takes: ClassVar[frozenset[str]] = frozenset()  # fields of REFUSED that this endpoint serves after all
-
-    model: str
-    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    model: str | None = None  # there is one
     min_tokens: Annotated[Whole, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -138,17 +144,38 @@ class SamplingFields(Body):
     stop_token_ids: Annotated[list[Whole], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+    def check(self) -> None:
+        """What fields say together. Raises `ApiError`."""
+        if self.truncate_prompt_tokens == 0:
+            message = "truncate_prompt_tokens: must be at least 1, or -1 for as many as fit"
+            raise bad_request(message, "truncate_prompt_tokens")
+
+
+class SamplingFields(Sampling):
+    """What completions and chats share."""
+
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[Any] | None = None
     guided_grammar: str | None = None
-    structured_outputs: dict[str, Any] | None = None
-    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -168,7 +195,7 @@ class SamplingFields(Body):
         return self.max_tokens
 
     def check(self) -> None:
-        """What fields say together. Raises `ApiError`."""
+        super().check()
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", "stream_options")
 
@@ -208,13 +235,13 @@ class SamplingFields(Body):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"suffix", "best_of", "echo"})
-
     prompt: Annotated[str | list[Any], WithJsonSchema(PROMPT_SCHEMA)]
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[Whole, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None  # names of control tokens in the prompt are those tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -247,31 +274,64 @@ class CompletionRequest(SamplingFields):
             raise bad_request("echo: is not possible with a suffix", "echo")
 
 
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # kind -> its key
+
+
 class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Any] | None = None
-    tool_calls: Annotated[None, BeforeValidator(_absent)] = None
-    function_call: Annotated[None, BeforeValidator(_absent)] = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
     audio: Annotated[None, BeforeValidator(_absent)] = None
 
     @property
     def text(self) -> str:
         """Content as plain text. Raises `ApiError` for parts that are not text."""
         if self.content is None:
-            return ""
-        if isinstance(self.content, str):
-            return self.content
-        texts = []
-        for part in self.content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise bad_request(f"this model reads text only, not content parts of type {kind}", "messages")
-            texts.append(part["text"])
-        return "".join(texts)
+            return self.refusal or ""
+        return self.content if isinstance(self.content, str) else "".join(map(text_of_part, self.content))
 
     @property
-    def as_template_input(self) -> dict[str, str]:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+    def as_template_input(self) -> dict[str, Any]:
+        """In the form of today, in which every call and every result has an id."""
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        found: dict[str, Any] = {"role": role, "content": self.text}
+        if calls := self._calls():
+            found["tool_calls"] = calls
+        if role == "tool":
+            found["tool_call_id"] = self.tool_call_id or self.name or ""
+        if self.name is not None:
+            found["name"] = self.name
+        return found
+
+    def _calls(self) -> list[dict[str, Any]]:
+        calls = list(self.tool_calls or ())
+        if self.function_call is not None:
+            calls.append(ToolCall(id=self.function_call.name, function=self.function_call))
+        return [
+            {
+                "id": call.id or call.function.name,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _as_json(call.function.arguments)},
+            }
+            for call in calls
+        ]
+
+
+def text_of_part(part: Any) -> str:
+    """Raises `ApiError` for a part that is not text."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get(TEXT_PARTS.get(str(kind), "")) if isinstance(part, dict) else None
+    if not isinstance(text, str):
+        raise bad_request(f"this model reads text only, not content parts of type {str(kind)[:40]}", "messages")
+    return text
+
+
+def _as_json(arguments: str | dict[str, Any]) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 class ChatRequest(SamplingFields):
@@ -282,6 +342,14 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: Annotated[Any, BeforeValidator(tool_choice_kind)] = None
+    parallel_tool_calls: bool | None = None
+    functions: Functions | None = None
+    function_call: Annotated[Any, BeforeValidator(tool_choice_kind)] = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -295,37 +363,20 @@ class ChatRequest(SamplingFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_request("continue_final_message: not beside add_generation_prompt", "continue_final_message")
+        if self.tools and self.functions:
+            raise bad_request("functions: not beside tools, which is their newer name", "functions")
 
-
-# field -> values that mean "not asked for"; anything else is refused by name
-REFUSED: dict[str, Sequence[Any]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "use_beam_search": (False,),
-    "prompt_embeds": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "guided_whitespace_pattern": (),
-    "structural_tag": (),
-}
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call. Raises `ApiError`."""
+        if self.functions or self.function_call is not None:
+            return function_use(self.functions, self.function_call)
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 B = TypeVar("B", bound=Body)
-R = TypeVar("R", bound=SamplingFields)
+R = TypeVar("R", bound=Sampling)
 
 
 def parse_body(kind: type[B], body: Any) -> B:
@@ -340,13 +391,19 @@ def parse_body(kind: type[B], body: Any) -> B:
 
 def parse(kind: type[R], body: Any) -> R:
     """The same of a request to generate, which may also be refused for what this service cannot do."""
-    for name, harmless in REFUSED.items():
-        value = body.get(name) if isinstance(body, dict) else None
-        if value is not None and value not in harmless and name not in kind.takes:
-            raise bad_request(f"{name} is not supported by this service with this value", name)
+    if isinstance(body, dict):
+        refuse_fields(kind, body)
     request = parse_body(kind, body)
     request.check()
     return request
+
+
+def refuse_fields(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """Raise `ApiError` for what this service cannot do and a body asks for, unless `kind` serves it."""
+    for name in body.keys() & REFUSED.keys() - kind.model_fields.keys():
+        value, refused = body[name], REFUSED[name]
+        if value is not None and value not in refused.harmless:
+            raise bad_request(f"{name} is not supported by this service with this value: {refused.instead}", name)
 
 
 def _explain(error: ValidationError) -> ApiError:

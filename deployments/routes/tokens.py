@@ -13,8 +13,10 @@ from deployments.errors import bad_request
 from deployments.gateway.exchange import Json, read_json, tenant
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.pieces import token_name
+from deployments.gateway.prompts import Chat
 from deployments.gateway.tenants import Tenant
 from deployments.routes.openai_protocol import Body, ChatMessage, parse_body
+from deployments.routes.openai_tools import Tools, tool_use
 from deployments.routes.openapi import documented
 
 
@@ -24,7 +26,12 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
+    parse_special: bool | None = None  # names of control tokens are those tokens
     return_token_strs: bool | None = None
 
 
@@ -79,14 +86,42 @@ def router(gateway: Gateway) -> APIRouter:
         ids = gateway.prompts.ids(request.tokens, "tokens").token_ids if request.tokens else []
         return await written(http, len(ids), lambda: {"prompt": gateway.tokenizer.decode(ids)})
 
+    @routes.get("/tokenizer_info", summary="Names of the tokens that begin and end a text, and the chat template")
+    async def tokenizer_info() -> Json:
+        return _info(gateway)
+
     return routes
+
+
+def _info(gateway: Gateway) -> Json:
+    """As vLLM tells it to clients that have no files of the model, lm-eval for one."""
+    template, vocab_size = gateway.prompts.template, gateway.tokenizer.vocab_size
+    bos, eos = template.ends if template is not None else ("", "")
+    return {
+        "bos_token": bos or None,
+        "eos_token": eos or None,
+        "pad_token": None,
+        "chat_template": template.source if template is not None else None,
+        "vocab_size": vocab_size,
+        "model_max_length": gateway.bounds.max_model_len,
+    }
 
 
 async def _ids(gateway: Gateway, whose: Tenant, request: TokenizeRequest) -> list[int]:
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("prompt: send either prompt or messages", "prompt")
     if request.messages is not None:
-        return (await gateway.prompts.chat(whose, [m.as_template_input for m in request.messages])).token_ids
+        use = tool_use(request.tools, None, None)
+        chat = Chat(
+            messages=[m.as_template_input for m in request.messages],
+            tools=use.listed if use is not None else (),
+            instruction=use.instruction if use is not None else "",
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
+            variables=request.chat_template_kwargs or {},
+        )
+        return (await gateway.prompts.chat(whose, chat)).token_ids
     assert request.prompt is not None
-    add_bos = request.add_special_tokens is not False
-    return await gateway.prompts.encode(whose, request.prompt, add_bos=add_bos)
+    add_bos, names = request.add_special_tokens is not False, gateway.tokenizer.control_tokens
+    special = request.parse_special or (not add_bos and request.parse_special is None and request.prompt in names)
+    return await gateway.prompts.encode(whose, request.prompt, add_bos=add_bos, parse_special=bool(special))

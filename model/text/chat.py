@@ -106,6 +106,16 @@ class ChatTemplate:
         if not stop_tokens:
             self.stop_ids |= self._turn_ends()
 
+    @property
+    def source(self) -> str:
+        """The template for prompts without tools."""
+        return self._template.source
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """What the template knows as bos_token and eos_token."""
+        return self._variables["bos_token"], self._variables["eos_token"]
+
     def render(
         self,
         messages: Sequence[Message],

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from model.text import json_schema
 from model.text.constraint import Constraint
 from model.text.tokenizer import Tokenizer
+from model.text.tool_calls import MARKS
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,20 @@ class Grammars:
 
         self.vocab_size = tokenizer.vocab_size
         vocab = [tokenizer.token_bytes(i) for i in range(self.vocab_size)]
-        ends = sorted(tokenizer.eos_ids)
-        info = xgrammar.TokenizerInfo(
-            vocab, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=ends or None
-        )
         self._json = _without_control_characters(vocab)
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        ends = sorted(tokenizer.eos_ids) or None
+        marks = {i: name.encode() for name, i in tokenizer.control_tokens.items() if name in MARKS}
+
+        def compiler(words: list[bytes]) -> Any:
+            info = xgrammar.TokenizerInfo(
+                words, xgrammar.VocabType.RAW, vocab_size=self.vocab_size, stop_token_ids=ends
+            )
+            return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+
+        self._compiler = compiler(vocab)
+        # With calls of functions the names of some control tokens are text.
+        named = [marks.get(i, word) for i, word in enumerate(vocab)]
+        self._tag_compiler = compiler(named) if marks else self._compiler
 
     def matcher(self, constraint: Constraint, move_on: "MoveOn", owner: str = "") -> "Matcher":
         """At the beginning, its mask not made yet. Raises `ValueError` as `compile` does."""
@@ -71,7 +80,7 @@ class Grammars:
                 return (self._compiler.compile_lark if lark else self._compiler.compile_grammar)(constraint.text)
             given = json_schema.parsed(constraint.text)
             if constraint.kind == "structural_tag":
-                return self._compiler.compile_structural_tag(json.dumps(_prepared(given)))
+                return self._tag_compiler.compile_structural_tag(json.dumps(_prepared(given)))
             schema = json_schema.prepared(given)
             return self._compiler.compile_json_schema(json.dumps(schema), max_whitespace_cnt=MAX_WHITESPACE)
         except ValueError:

@@ -12,6 +12,7 @@ from typing import Any
 from model.text.string_formats import STRING_FORMATS
 
 MAX_DEPTH = 64
+MAX_COMPARISONS = 4096  # of parts of a oneOf: whoever asks is made to wait for them
 ANNOTATIONS = {
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
     "$defs", "definitions", "discriminator",
@@ -33,9 +34,12 @@ MAPS = {"properties", "$defs", "definitions"}
 ALL_TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
 
 
-def prepared(schema: Any) -> Any:
-    """The schema as the library is to get it. Raises `ValueError`, naming the place, if a part cannot be guaranteed."""
-    return _Preparing(schema).of(schema, "#", 0)
+def prepared(schema: Any, *, lenient: bool = False) -> Any:
+    """The schema as the library is to get it. Raises `ValueError`, naming the place, if a part cannot be guaranteed.
+
+    `lenient`: such a part may be any JSON instead.
+    """
+    return _Preparing(schema, lenient).of(schema, "#", 0)
 
 
 def parsed(text: str) -> Any:
@@ -49,10 +53,20 @@ def parsed(text: str) -> Any:
 class _Preparing:
     """One schema; `$ref`s are looked up in it where parts of a `oneOf` are compared."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, lenient: bool) -> None:
         self._root = root
+        self._lenient = lenient
+        self._comparisons = 0
 
     def of(self, schema: Any, path: str, depth: int) -> Any:
+        try:
+            return self._guaranteed(schema, path, depth)
+        except ValueError:
+            if not self._lenient:
+                raise
+            return {"type": "object", "additionalProperties": True} if depth == 0 else True
+
+    def _guaranteed(self, schema: Any, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
         if isinstance(schema, bool):
@@ -86,6 +100,9 @@ class _Preparing:
     def _exclude(self, a: Any, b: Any, depth: int) -> bool:
         """Whether no value can match both; False where that is not plain."""
         a, b = self._resolved(a), self._resolved(b)
+        self._comparisons += 1
+        if self._comparisons > MAX_COMPARISONS:
+            raise ValueError("has too many alternatives to compare")
         if depth > MAX_DEPTH or not isinstance(a, dict) or not isinstance(b, dict):
             return False
         for one, other in ((a, b), (b, a)):
@@ -169,6 +186,12 @@ def _check_neighbours(schema: dict[str, Any], path: str) -> None:
     for name in _of_type(schema.get("required", []), list, f"{path}/required"):
         if not isinstance(name, str) or name not in properties:
             raise ValueError(f"{path}: {name} is required but not one of the properties")
+    if "pattern" in schema and schema.keys() & {"minLength", "maxLength"}:
+        raise ValueError(f"{path}: pattern beside minLength or maxLength cannot be guaranteed: say the length in it")
+    if "multipleOf" in schema and schema.get("type") != "integer":
+        raise ValueError(f"{path}: multipleOf can be guaranteed of type integer only")
+    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
+        raise ValueError(f"{path}: allOf of several parts cannot be guaranteed: write them as one")
     if "propertyNames" in schema and schema.get("properties"):
         raise ValueError(f"{path}: propertyNames beside properties cannot be guaranteed by this service")
 

@@ -14,7 +14,7 @@ from tests.cluster.test_golden import decoders
 from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, running
 
-ARGS = {
+ARGS: dict[str, Any] = {
     "model": {"path": golden.MODEL, "name": "smol", "max_model_len": 256},
     "pipeline": {"device": "cpu"},
     "cache": {"memory_gb": 0.1},
@@ -28,9 +28,9 @@ class Service:
     def __init__(self, client: LocalEngine, gateway: dict[str, Any] | None = None) -> None:
         self.engine = client
         self.metrics = Recorded()
-        self.app = create_gateway(
-            parse_app_config(ARGS | {"gateway": gateway or ARGS["gateway"]}), client, self.metrics
-        )
+        model = ARGS["model"] | {"max_model_len": client.engine.scheduler.max_model_len}
+        config = parse_app_config(ARGS | {"model": model, "gateway": gateway or ARGS["gateway"]})
+        self.app = create_gateway(config, client, self.metrics)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway")
         self.openai = openai.AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=self.http)
@@ -46,15 +46,20 @@ class Service:
         return list((await self.post("/v1/completions", prompt=prompt, **body))["choices"])
 
 
-def with_service(test: Callable[[Service], Awaitable[None]], stages: int = 1, **options: Any) -> None:
+def with_service(
+    test: Callable[[Service], Awaitable[None]], stages: int = 1, max_model_len: int = 256, **options: Any
+) -> None:
     """Run `test`; afterwards the engine must be alive, its books right and its cache empty."""
+    with_engine(test, LocalEngine(decoders(stages), max_model_len, **options))
 
+
+def with_engine(test: Callable[[Service], Awaitable[None]], engine: LocalEngine) -> None:
     async def main() -> None:
-        with running(LocalEngine(decoders(stages), 256, **options)) as client:
-            service = Service(client)
+        with running(engine):
+            service = Service(engine)
             try:
                 await test(service)
-                assert await asyncio.to_thread(client.at_rest)
+                assert await asyncio.to_thread(engine.at_rest)
             finally:
                 service.app.state.gateway.close()
 

@@ -249,9 +249,17 @@ def test_compressed_bodies_are_refused(server: Server) -> None:
     ],
 )  # fmt: skip
 def test_other_methods_are_405_with_those_that_there_are(server: Server, path: str, allowed: str) -> None:
-    for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE"):
+    for method in ("OPTIONS", "PUT", "DELETE", "PATCH", "TRACE") + ("HEAD",) * (allowed == "POST"):
         response = server.http.request(method, path)
         assert (response.status_code, response.headers.get("allow")) == (405, allowed), method
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/version", "/tokenizer_info"])
+def test_head_is_get_without_its_body_and_a_slash_at_the_end_is_none(server: Server, path: str) -> None:
+    got, slash, asked = server.http.get(path), server.http.get(f"{path}/"), server.http.head(path)
+    assert (slash.status_code, slash.content) == (got.status_code, got.content)
+    assert (asked.status_code, asked.content) == (got.status_code, b"")
+    assert asked.headers["content-length"] == str(len(got.content))
 
 
 def test_expect_continue(server: Server) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field
 from deployments.errors import ApiError
 from deployments.gateway.exchange import Json, or_disconnect, tenant
 from deployments.gateway.gateway import Gateway, Generation
+from deployments.gateway.prompts import Chat
 from deployments.routes.hosted import aws
 from deployments.routes.hosted.tgi import EXAMPLE, TGI, GenerateRequest
 from deployments.routes.hosted.tgi import respond as respond_as_tgi
@@ -85,7 +86,8 @@ class SageMaker(TGI):
         top_p = DEFAULT_TOP_P if parameters.top_p is None else parameters.top_p
         requests = []
         for dialog in request.inputs:
-            prompt = await self.gateway.prompts.chat(tenant(http), [message.model_dump() for message in dialog])
+            dialog_as_chat = Chat(messages=[message.model_dump() for message in dialog])
+            prompt = await self.gateway.prompts.chat(tenant(http), dialog_as_chat)
             max_tokens = self.gateway.bounds.max_tokens(prompt, parameters.max_new_tokens, None, "inputs")
             stop_ids = self.gateway.prompts.stop_ids(prompt)
             sampling = sampling_params(max_tokens, stop_ids, seed=None, temperature=temperature, top_p=top_p)

@@ -76,14 +76,14 @@ def padded_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> list[int]:
     """Ids of a whole prompt as its writer means it: names of control tokens in it are those tokens.
 
-    Begin-of-text is put before it unless it is there. Only for prompts that no user's text could have slipped into
-    unseen by the writer; elsewhere a name in a text is text.
+    Begin-of-text is put before it with `add_bos`, unless it is there. Only for prompts that no user's text could have
+    slipped into unseen by the writer; elsewhere a name in a text is text.
     """
-    ids = encode_marked(tokenizer, clean(text))
-    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    ids, bos = encode_marked(tokenizer, clean(text)), tokenizer.bos_id
+    return ids if bos is None or not add_bos or ids[:1] == [bos] else [bos, *ids]
 
 
 def encode_marked(tokenizer: Tokenizer, text: str, mark: str = "") -> list[int]:

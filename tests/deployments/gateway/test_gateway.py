@@ -277,7 +277,7 @@ BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("complete", {"max_tokens": 0}, "max_tokens", "echo"),
     ("complete", {"echo": True, "suffix": "x"}, "echo", "suffix"),
     ("complete", {"use_beam_search": True}, "use_beam_search", "not supported"),
-    ("chat", {"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ("chat", {"tools": [{"type": "function"}]}, "tools", "function: is required"),
     ("chat", {"response_format": {"type": "xml"}}, "response_format", "json_schema"),
     ("chat", {"response_format": "json"}, "response_format", "dictionary"),
     ("chat", {"response_format": {"type": "json_schema"}}, "response_format", "schema in it"),
@@ -329,7 +329,7 @@ def test_bad_fields_are_400_and_named(run: Run, kind: str, body: dict[str, Any],
         (b'"x"', "a string"),
         (b"null", "null"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "not valid JSON"),
-        (b'{"messages": []}', "model"),
+        (b'{"messages": []}', "messages"),
     ],
 )
 def test_bodies_that_are_no_request(run: Run, content: bytes, word: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.gateway.guard import PAGE_FILES
 from deployments.gateway.tenants import Tenant
-from deployments.routes import openai_protocol, tokens
+from deployments.routes import openai_protocol, responses_protocol, tokens
 from deployments.routes.openapi import inlined
 from model.text.constraint import Constraint
 from tests.deployments.gateway.test_gateway import Run, Service, run  # noqa: F401  # a fixture
@@ -16,6 +16,7 @@ from tests.deployments.gateway.test_gateway import Run, Service, run  # noqa: F4
 BODIES = {
     "/v1/chat/completions": openai_protocol.ChatRequest,
     "/v1/completions": openai_protocol.CompletionRequest,
+    "/v1/responses": responses_protocol.ResponsesRequest,
     "/tokenize": tokens.TokenizeRequest,
     "/detokenize": tokens.DetokenizeRequest,
 }
