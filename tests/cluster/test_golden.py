@@ -14,6 +14,7 @@ from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from model.batch import Batch, TokenLogprobs
 from model.config import split_layers
+from model.group import DecoderGroup
 from model.llama import Decoder
 from model.stage import Stage
 from model.weights import open_checkpoint, resolve_path
@@ -25,11 +26,13 @@ BLOCK = 16
 
 
 @cache
-def decoders(stages: int, device: str = "cpu") -> tuple[Decoder, ...]:
+def decoders(stages: int, device: str = "cpu", shards: int = 1) -> tuple[DecoderGroup, ...]:
     checkpoint = open_checkpoint(resolve_path(golden.MODEL))
-    config, there = checkpoint.config, torch.device(device)
+    config, there = checkpoint.config, [torch.device(device)] * shards
     return tuple(
-        Decoder(config, part, checkpoint.tensors(part.tensor_names(config)), torch.float32, there, 2048)
+        DecoderGroup(
+            Decoder.sharded(config, part, checkpoint.tensors(part.tensor_names(config)), torch.float32, there, 2048)
+        )
         for part in split_layers(config, stages)
     )
 
@@ -40,8 +43,9 @@ def start(
     max_num_batched_tokens: int = 512,
     prefix_caching: bool = True,
     device: str = "cpu",
+    shards: int = 1,
 ) -> tuple[Engine, Collector]:
-    made = [Stage(decoder, num_blocks, BLOCK, 32) for decoder in decoders(stages, device)]
+    made = [Stage(group, num_blocks, BLOCK, 32) for group in decoders(stages, device, shards)]
     if device == "cuda":
         for stage in made:
             stage.capture(512, lambda done, total: None)
@@ -103,6 +107,13 @@ def test_more_stages(stages: int) -> None:
     check([0, 2, 8, 13], stages=stages)
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize(("stages", "shards"), [(1, 2), (2, 3), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_stages_of_several_devices(stages: int, shards: int) -> None:
+    """9 heads and 3 KV heads: two devices do not hold equally many."""
+    check([0, 2, 8, 13], stages=stages, shards=shards)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
@@ -149,7 +160,8 @@ def test_prefix_hit() -> None:
 
 def naive_logits(tokens: list[int]) -> torch.Tensor:
     """[1, V]: the last position of one forward pass over the whole sequence with an empty cache."""
-    (decoder,) = decoders(1)
+    (group,) = decoders(1)
+    decoder = group.leader
     n = len(tokens)
     stage = Stage(decoder, -(-n // BLOCK), BLOCK, 1)
     seen: list[torch.Tensor] = []

@@ -219,6 +219,22 @@ def test_requests_that_come_while_a_stage_is_replaced_hold_up_nobody(
 
 
 @pytest.mark.slow
+def test_a_stage_of_several_devices_is_one_unit_of_failure() -> None:
+    """Killed with all its devices, it is replaced with all of them, and gives the tokens of one device."""
+    engine, collector, group = launch(2, tensor_parallel=3)
+    try:
+        prompt, tokens = golden.load()[0]
+        before = pipeline(engine).stages
+        report = disturb(engine, collector, "tp", before[0].pid, signal.SIGKILL)
+        assert (report.cause, report.num_replaced) == ("killed", 1)
+        assert pipeline(engine).stages[1].pid == before[1].pid
+        engine.add(request("after", prompt, max_tokens=len(tokens)))
+        assert collector.wait(["after"]) == {"after": tokens}
+    finally:
+        engine.close()
+        remove_placement_group(group)
+
+
 def test_a_spare_takes_over() -> None:
     engine, collector, group = launch(2, spare=True)
     try:
