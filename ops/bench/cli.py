@@ -1,7 +1,7 @@
 """`caravan bench`: measure. Starts fast, as all of the command line does: each command imports what it needs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,10 @@ def bench_() -> None:
 def offline(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
     requests: Annotated[int, typer.Option(help="how many requests of the fixed list; 0: none")] = 1200,
+    which: Annotated[
+        Literal["mixed", "long", "shared"],
+        typer.Option("--list", help="mixed; long: 3,000 tokens in, 1,000 out; shared: four beginnings of 1,500 tokens"),
+    ] = "mixed",
     concurrency: Annotated[int, typer.Option(help="how many of them are open at a time; 0: all at once")] = 0,
     batch_sizes: Annotated[str, typer.Option(help="also ms per token of these batches, e.g. 1,64")] = "",
     steady: Annotated[str, typer.Option(help="also steady decode of sequences x tokens of context, e.g. 256x450")] = "",
@@ -56,7 +60,8 @@ def offline(
     app_config, batches = read_app_config(config, policy), sizes(batch_sizes, "--batch-sizes")
     shape = shape_of(steady, "--steady")
     try:
-        result = bench_offline(app_config, requests, batches, shape, max_tokens or workload.LONGEST, concurrency)
+        longest = max_tokens or workload.LONGEST
+        result = bench_offline(app_config, requests, batches, shape, longest, concurrency, which)
     except ValueError as error:
         fail(str(error))
     report(offline_table(f"{app_config.model.name}: {config}", result), result, output)
@@ -85,6 +90,23 @@ def kernels(
     except ValueError as error:
         fail(str(error))
     report(kernels_table(result), result, output)
+
+
+@bench.command(epilog="Example: caravan bench sums --rows 1,64,512")
+def sums(
+    rows: Annotated[str, typer.Option(help="how many rows are added up")] = "1,16,64,128,512,2048",
+    width: Annotated[int, typer.Option(help="values of a row: the model's width")] = 8192,
+    output: Output = None,
+) -> None:
+    """Two GPUs: what it takes to add up what they have computed, as tensor parallelism does twice a layer."""
+    import torch
+
+    from ops.bench.engine.sums import bench_sums, sums_table
+
+    if torch.cuda.device_count() < 2:
+        fail("caravan bench sums needs two CUDA devices")
+    result = {"device": torch.cuda.get_device_name(), "width": width, "sums": bench_sums(width, sizes(rows, "--rows"))}
+    report(sums_table(result), result, output)
 
 
 @bench.command(epilog="Example: caravan bench serve --concurrency 256 --requests 600 --processes 4")

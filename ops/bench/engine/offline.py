@@ -128,14 +128,6 @@ class Floor:
         return float(done["output_tokens"] / seconds)
 
 
-def list_requests(count: int, vocab_size: int, longest: int) -> list[Work]:
-    """The list of ops/bench/workload.py, its prompts and outputs cut to `longest`."""
-    return [
-        (workload.prompt(i, min(prompt, longest), vocab_size), min(new, longest))
-        for i, (prompt, new) in enumerate(workload.lengths(count))
-    ]
-
-
 def list_figures(engine: Engine, run: Run, floor: Floor, requests: list[Work], concurrency: int) -> Json:
     """The list at once, or so many of it."""
     done = serve_all(engine, run, requests, "list", concurrency)
@@ -233,6 +225,7 @@ def bench_offline(
     steady: tuple[int, int] | None,
     longest: int,
     concurrency: int = 0,
+    which: workload.ListName = "mixed",
 ) -> Json:
     """All that was asked for, in a Ray of its own. Raises `ValueError` for what the user must change."""
     model = read_model(config.model)
@@ -257,8 +250,8 @@ def bench_offline(
                 result["steady"] = steady_figures(engine, run, floor, vocab_size, *steady)
             if num_requests:
                 with progress_shown(run, num_requests):
-                    requests = list_requests(num_requests, vocab_size, longest)
-                    result["list"] = list_figures(engine, run, floor, requests, concurrency)
+                    requests = workload.requests(which, num_requests, vocab_size, longest)
+                    result["list"] = {"name": which, **list_figures(engine, run, floor, requests, concurrency)}
     return result
 
 
