@@ -250,6 +250,19 @@ def load(
     report(load_table(result), result, output)
 
 
+@bench.command(epilog="Example: caravan bench scheduler --sequences 256,4096")
+def scheduler(
+    sequences: Annotated[str, typer.Option(help="how many decode")] = "1,256,4096",
+    repeats: Annotated[int, typer.Option(help="measure so often; the least counts")] = 8,
+    output: Output = None,
+) -> None:
+    """What a decode step costs the scheduler itself, in processor time, without stages."""
+    from ops.bench.engine.scheduling import bench_scheduler, scheduler_table
+
+    results = bench_scheduler(sizes(sequences, "--sequences"), repeats)
+    report(scheduler_table(results), {"steps": results}, output)
+
+
 @bench.command(
     epilog="Example: caravan bench fairness --seconds 300\n\n"
     "Or over HTTP: caravan bench fairness --deploy ray_config.yaml --shares 0.2 --seconds 60"

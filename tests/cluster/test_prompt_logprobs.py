@@ -18,8 +18,8 @@ def naive(prompt: list[int]) -> torch.Tensor:
     """Log probabilities [n, V] of what follows each token, from one pass."""
     (stage,) = make_stages(num_blocks=64)
     hidden: list[torch.Tensor] = []
-    forward = stage.decoder.forward
-    stage.decoder.forward = lambda *a: hidden.append(forward(*a)) or hidden[0]  # type: ignore[func-returns-value,method-assign]
+    forward = stage.group.forward
+    stage.group.forward = lambda *a: hidden.append(forward(*a)) or hidden[0]  # type: ignore[func-returns-value,method-assign]
     stage.run(Batch.of_one(np.array(prompt, np.int32), stage.kv.block_size), None)
     return stage.decoder.logits(hidden[0]).log_softmax(-1)
 
