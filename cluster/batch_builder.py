@@ -76,14 +76,16 @@ def _new_blocks(
     running: Running, slots: Slots, start: Int32Array, counts: Int32Array, block_size: int
 ) -> tuple[Int32Array, list[int]]:
     """How many blocks each sequence is the first to use, and which."""
-    last = (start + counts - 1) // block_size  # the block of its last token; before, that of the one before its first
-    num_new: Int32Array = last - (start - 1) // block_size
-    if (first := running.last_step[slots] < 0).any():
-        num_new[first] = last[first] + 1  # those of a cached prefix too
+    at_end = start % block_size == 0  # of a block: one token more needs another one
+    num_new = at_end.astype(np.int32)
     blocks: list[int] = []
-    rows = places(num_new > 0)
-    for seq, stop, count in zip(running.sequences[slots[rows]], last[rows] + 1, num_new[rows], strict=True):
-        blocks += seq.block_table[stop - count : stop]
+    rows = places(at_end | (counts > 1))
+    stops = -(-(start[rows] + counts[rows]) // block_size)
+    known = -(-start[rows] // block_size)
+    known[running.last_step[slots[rows]] < 0] = 0  # a cached prefix is new too
+    num_new[rows] = stops - known
+    for seq, i, j in zip(running.sequences[slots[rows]].tolist(), known.tolist(), stops.tolist(), strict=True):
+        blocks += seq.block_table[i:j]
     return num_new, blocks
 
 

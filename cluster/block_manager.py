@@ -90,10 +90,9 @@ class BlockManager:
 
     def mark_computed(self, seq: Sequence, num_tokens: int) -> None:
         """Make the blocks that `seq` has filled with its first tokens, which are known, findable by their content."""
-        full = num_tokens // self.block_size if self.prefix_caching else 0
+        full, table = num_tokens // self.block_size if self.prefix_caching else 0, seq.block_table
         for i in range(seq.num_full_blocks, full):
-            before = int(self._contents[seq.block_table[i - 1]]) if i else NO_CONTENT
-            block_id = seq.block_table[i]
+            block_id, before = table[i], int(self._contents[table[i - 1]]) if i else NO_CONTENT
             key = (before, self._tokens(seq.token_ids, i))
             twin = self._cached.setdefault(key, block_id)
             # A twin with the same tokens may be cached already: ours then takes its content id, so that what

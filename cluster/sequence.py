@@ -31,7 +31,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return msgspec.structs.replace(self, output_ids=[*self.output_ids, *emitted])
 
 
-class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One token of one request. The last event of a request carries its `finish_reason`.
 
     If that is "error", something went wrong with this request alone: `error` says what, and there is no token.

@@ -120,3 +120,22 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
         scheduler.abort(name)
     scheduler.check()
     assert scheduler.stats().kv_blocks_used == 0
+
+
+def test_a_cached_prompt_that_waits_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until something changes: what is evicted is no longer found, what is computed meanwhile is."""
+    blocks, prompt = BlockManager(400, 4), [*range(1001)]
+    owner = computed(blocks, prompt)
+    waiting, lookups = sequence([*range(1000), 5, 6, 7]), [0]
+    table, tokens = owner.block_table, blocks._tokens
+    monkeypatch.setattr(blocks, "_tokens", lambda *a: (lookups.__setitem__(0, lookups[0] + 1), tokens(*a))[1])
+    blocks.look_up(waiting.found, waiting.token_ids)
+    assert (waiting.found.blocks.tolist(), lookups[0]) == (table[:250], 250)
+    for _ in range(10):
+        blocks.look_up(waiting.found, waiting.token_ids)
+    assert lookups[0] <= 260
+    blocks.free(owner)
+    thief = computed(blocks, [7] * 4 * 200)
+    blocks.look_up(waiting.found, waiting.token_ids)
+    assert waiting.found.blocks.tolist() == blocks.cached_prefix(waiting.token_ids) == table[:200]
+    blocks.free(thief)
