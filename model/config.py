@@ -17,6 +17,16 @@ PRODUCTS = {  # of a layer: tensors that read the same input are one product, fo
     "w13": ("feed_forward.w1", "feed_forward.w3"),
     "w2": ("feed_forward.w2",),
 }
+LARGEST = {  # beyond any Llama; a damaged file may say anything
+    "dim": 2**20,
+    "n_layers": 4096,
+    "n_heads": 2**16,
+    "n_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "hidden_dim": 2**22,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**32,
+}
 PRODUCT_OF = {f"{stem}.weight": product for product, stems in PRODUCTS.items() for stem in stems}
 
 
@@ -37,7 +47,7 @@ class RopeScaling:
     divisors: tuple[float, ...] = ()  # one for each pair of dimensions
 
     def __post_init__(self) -> None:
-        if self.factor < 1.0:
+        if not 1.0 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling: factor must be at least 1, got {self.factor}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
@@ -84,9 +94,14 @@ class ModelConfig:
     int4: Int4Layout | None = None  # layers' weights are in 4 bits; embedding, norms, head and biases never are
 
     def __post_init__(self) -> None:
-        for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model config: {field} must be positive, got {getattr(self, field)}")
+        for field, most in LARGEST.items():
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"model config: {field} must be a positive number up to {most}, got {value!r}")
+        for field in ("norm_eps", "rope_theta"):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"model config: {field} must be a positive number, got {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model config: {self.n_heads} heads do not share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.text.prompt_formats import PROMPT_FORMATS
+from model.text.template import BrokenTemplate, Render, Template
 from model.text.template import PromptFormatError as PromptFormatError
-from model.text.template import Template
+from model.text.template_worker import template_process
 from model.text.tokenizer import Tokenizer, added_tokens, clean, encode_marked
 from model.text.tokenizer.companions import read_companions
 from model.weights import find_gguf_vocabulary
-from model.weights.hf import read_json
+from model.weights.hf import read_json, read_text
 
 Message = Mapping[str, Any]  # role, content (a string, a list of parts, or None), and what else templates know of
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
@@ -56,9 +57,11 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         tools_source: str | None = None,
         stop_tokens: Sequence[str] = (),
+        render: Render | None = None,
     ) -> None:
         """`bos_token` and `eos_token` are what the template knows by these names; default: the tokenizer's own.
         `special_tokens`: further ones (`pad_token`, ...). `tools_source`: a template of its own for prompts with tools.
+        `render`: who renders them, for templates that are not ours; None: this process itself.
 
         Raises `PromptFormatError` if the tokenizer lacks one of `stop_tokens`, or the template is not valid Jinja.
         """
@@ -71,9 +74,9 @@ class ChatTemplate:
                 "name another model.prompt_format"
             )
         self.stop_ids = frozenset(tokenizer.control_tokens[token] for token in stop_tokens)
-        self._template = Template(source)
-        self._tools_template = Template(tools_source) if tools_source is not None else self._template
-        self.takes_tools = "tools" in self._tools_template.variables
+        self._template = Template(source, render)
+        self._tools_template = Template(tools_source, render) if tools_source is not None else self._template
+        self.takes_tools = "tools" in self._tools_template.names
         self.tool_format = _tool_format(self._tools_template) if self.takes_tools else None
         added = added_tokens(tokenizer)
         # Tokens that are not special stand for control tokens where the template itself writes them (as transformers'
@@ -229,6 +232,8 @@ class ChatTemplate:
             given = {**self._variables, "messages": chat, "add_generation_prompt": True}
             try:
                 return PROBE.lower() in self._template.render(given, MAX_GROWTH * 4).lower()
+            except BrokenTemplate:
+                raise
             except PromptFormatError:
                 return False
 
@@ -332,6 +337,7 @@ def load_chat_template(path: Path, tokenizer: Tokenizer, prompt_format: str = "a
             eos_token=eos,
             special_tokens=names,
             tools_source=sources.get("tool_use"),
+            render=template_process().render,
         )
     return named_template("orca2", tokenizer) if tokenizer.control_tokens.keys() >= CHATML_MARKS else None
 
@@ -377,5 +383,5 @@ def _sources(path: Path) -> dict[str, str]:
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     sources = given if isinstance(given, dict) else {"default": given}
     files = {"default": path / "chat_template.jinja", "tool_use": path / "additional_chat_templates/tool_use.jinja"}
-    sources |= {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    sources |= {name: read_text(file) for name, file in files.items() if file.is_file()}
     return {str(name): source for name, source in sources.items() if isinstance(source, str)}

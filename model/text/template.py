@@ -7,48 +7,82 @@ utils/chat_template_utils.py, which templates are written for.
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.errors import CheckpointError
+
+MAX_SOURCE = 200_000  # characters; the longest that are in use have a tenth of that
+Render = Callable[[str, Mapping[str, Any], int], str]  # of a source, its variables, and the most characters
 
 
 class PromptFormatError(ValueError):
     """These messages do not fit the model's chat format; the message says why."""
 
 
-class Template:
-    """One Jinja source, compiled."""
+class BrokenTemplate(PromptFormatError, CheckpointError):
+    """No messages would: the template itself cannot be used, or makes too much of whatever it is given."""
 
-    def __init__(self, source: str) -> None:
-        """Raises `PromptFormatError` if it is not valid Jinja."""
+
+class Template:
+    """What stands in one Jinja source, and how it is rendered: by whom is said. It is not run to find out."""
+
+    def __init__(self, source: str, render: Render | None = None) -> None:
+        """`render`: None compiles and renders it here. Raises `BrokenTemplate` if it is not valid Jinja."""
+        if len(source) > MAX_SOURCE:
+            raise BrokenTemplate(f"the model's chat template has {len(source)} characters, at most {MAX_SOURCE} may be")
         self.source = source
-        environment = _environment()
         try:
-            tree = environment.parse(source)
-            self.variables = frozenset(meta.find_undeclared_variables(tree))
+            tree = _environment().parse(source)
+            self.names = frozenset(name.name for name in tree.find_all(nodes.Name))  # that it looks at
             self.literals = "\0".join(_literals(tree))  # all text that it writes itself
-            self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise PromptFormatError(f"the model's chat template is not valid Jinja: {error}") from error
+            raise _not_jinja(error) from error
+        self._render = CompiledTemplate(source).render if render is None else partial(render, source)
 
     def render(self, variables: Mapping[str, Any], most: int) -> str:
         """The text, of at most `most` characters. Raises `PromptFormatError` for whatever goes wrong."""
+        return self._render(variables, most)
+
+
+class CompiledTemplate:
+    """One Jinja source as code of this process."""
+
+    def __init__(self, source: str) -> None:
+        """Raises `BrokenTemplate` if it is not valid Jinja."""
+        try:
+            self._template = _environment().from_string(source)
+        except MemoryError as error:  # constants are worked out when it is compiled
+            raise BrokenTemplate("the model's chat template needs too much memory") from error
+        except Exception as error:
+            raise _not_jinja(error) from error
+
+    def render(self, variables: Mapping[str, Any], most: int) -> str:
+        """See `Template.render`."""
         pieces = []
         try:
             for piece in self._template.generate(**variables):
                 pieces.append(piece)
                 most -= len(piece)
                 if most < 0:
-                    raise PromptFormatError("the model's chat template makes far more text than the messages hold")
+                    raise BrokenTemplate("the model's chat template makes far more text than the messages hold")
         except PromptFormatError:
             raise
+        except (MemoryError, RecursionError) as error:
+            raise BrokenTemplate(f"the model's chat template needs too much memory ({type(error).__name__})") from error
         except Exception as error:  # whatever the template's code runs into
             raise PromptFormatError(f"the model's chat template cannot render these messages: {error}") from error
         return "".join(pieces)
+
+
+def _not_jinja(error: Exception) -> BrokenTemplate:
+    return BrokenTemplate(f"the model's chat template is not valid Jinja: {error}")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

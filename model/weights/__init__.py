@@ -8,7 +8,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
@@ -174,6 +174,18 @@ def gguf_file(path: Path) -> Path:
     file = find_gguf(path)
     assert file is not None
     return file
+
+
+def member(directory: Path, name: Any, said_by: Path) -> Path:
+    """The file of a checkpoint that another of its files names. What climbs out of the directory is refused; a link
+    that whoever put the files there made leads where it leads.
+
+    Raises `CheckpointError`.
+    """
+    parts = name.split("/") if isinstance(name, str) else [".."]
+    if not all(0 < len(part) < 256 and part not in (".", "..") and "\0" not in part for part in parts):
+        raise CheckpointError(f"{said_by} names the file {str(name)[:100]!r}: it must be one beside it")
+    return directory.joinpath(*parts)
 
 
 def check_shape(file: Path, stored_name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -39,6 +39,7 @@ LAYER_NAMES = {
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }
+MOST_FILES = 99_999  # their numbers have five digits
 ROPE_DIVISORS = "rope_freqs.weight"
 
 # Metadata that changes what is computed, and the values that leave it as we compute it.
@@ -180,7 +181,9 @@ def split_files(path: Path) -> list[Path]:
 
     llama.cpp names them name-00001-of-00003.gguf, and says in each how many there are.
     """
-    count = int(field(path, "split.count", 0))
+    count = field(path, "split.count", 0)
+    if type(count) is not int or count > MOST_FILES:
+        raise CheckpointError(f"{path}: split.count = {count} is no number of files: it is damaged")
     if count <= 1:
         return [path]
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
@@ -191,7 +194,7 @@ def split_files(path: Path) -> list[Path]:
     files = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{path} is one of {count} files, of which {', '.join(missing)} is not beside it")
+        raise CheckpointError(f"{path} is one of {count} files, of which {', '.join(missing[:5])} is not beside it")
     return files
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from model.config import PART_BYTES, ModelConfig, RopeScaling
 from model.errors import CheckpointError
-from model.weights import check_shape, interleave_rotary, is_rotary
+from model.weights import check_shape, interleave_rotary, is_rotary, member
 from model.weights.int4 import STORED_PARTS, Int4Format, int4_format
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ SAFETENSORS_BITS = {  # all that a file may hold beside what we read
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
 MAX_READ = 64_000_000  # bytes in one call
+MAX_TEXT = 64_000_000  # bytes of a JSON file or template; the largest vocabularies have half of that
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 QUANTISED_SINGLE = "gptq_model-4bit-*.safetensors"  # what one file is called by GPTQ's first tools
@@ -49,20 +50,33 @@ QUANTISATIONS = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint. Raises `CheckpointError` naming the file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
 
 
+def read_text(path: Path) -> str:
+    """Of one of a checkpoint's small files. Raises `CheckpointError` naming it."""
+    try:
+        if (size := path.stat().st_size) > MAX_TEXT:
+            raise CheckpointError(f"{path} has {size} bytes, far more than such a file needs")
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def read_config(path: Path) -> ModelConfig:
     """The model's shape from config.json. Raises `CheckpointError` for what is not a Llama."""
     file = path / "config.json"
     raw = read_json(file)
-    if "LlamaForCausalLM" not in (raw.get("architectures") or []):
-        raise CheckpointError(f"{file}: architectures is {raw.get('architectures')}, not LlamaForCausalLM")
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or "LlamaForCausalLM" not in architectures:
+        raise CheckpointError(f"{file}: architectures is {architectures}, not LlamaForCausalLM")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{file}: hidden_act = {raw['hidden_act']} is not supported, only silu is")
     try:
@@ -88,7 +102,7 @@ def read_config(path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{file} lacks {error}") from error
-    except (ArithmeticError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
 
 
@@ -110,7 +124,8 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: {key} = {value} is not an object")
         given |= value
-    theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    said = [value for value in (given.get("rope_theta"), raw.get("rope_theta"), 10000.0) if value is not None]
+    theta = float(said[0])
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -298,6 +313,8 @@ class HFCheckpoint:
         self._opened = opened
         self._single = path / single
         self._files = self._read_index(path / index) if (path / index).is_file() else None
+        if self._files is not None and self._single.is_file():
+            self._files = self._whole_or_parts(path / index, self._files)
         if self._files is None:
             with opened(self._single):  # damage is found now, not in the middle of loading
                 pass
@@ -307,11 +324,21 @@ class HFCheckpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map: it is damaged")
-        files = {name: self.path / file for name, file in weight_map.items()}
+        files = {name: member(self.path, file, index) for name, file in weight_map.items()}
         missing = sorted({str(f) for f in files.values() if not f.is_file()})
-        if missing:
-            raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}")
+        if missing and not self._single.is_file():
+            raise CheckpointError(f"{index} names files that are not there: {', '.join(missing[:5])}")
         return files
+
+    def _whole_or_parts(self, index: Path, files: dict[str, Path]) -> dict[str, Path] | None:
+        """Which of both is meant where one file with everything is there too: what is whole, if only one is."""
+        others = set(files.values()) - {self._single}
+        if others and all(file.is_file() for file in others):
+            raise CheckpointError(
+                f"{self.path} holds {self._single.name}, and {index.name} names other files that are there: nobody can "
+                "say which are the model's; remove the older ones"
+            )
+        return files if not others else None
 
     def nbytes(self, names: Sequence[str]) -> int:
         total = 0

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from model.config import CODE_LLAMA_THETA, ModelConfig
 from model.errors import CheckpointError
 from model.weights import check_shape
+from model.weights.hf import read_text
 
 if TYPE_CHECKING:
     import torch
 
+MOST_PARTS = 1024
 LLAMA_2_CONTEXT, CODE_LLAMA_TRAINED_CONTEXT = 4096, 16_384  # params.json does not say
 
 
@@ -26,7 +28,7 @@ def read_config(path: Path) -> ModelConfig:
     """The model's shape from params.json, as Meta's code derives it. Raises `CheckpointError`."""
     file = path / "params.json"
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        raw = json.loads(read_text(file))
         dim, heads = raw["dim"], raw["n_heads"]
         theta = float(raw.get("rope_theta", 10000.0))
         return ModelConfig(
@@ -44,7 +46,7 @@ def read_config(path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{file} lacks {error}") from error
-    except (OSError, ArithmeticError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} cannot be used: {error}") from error
@@ -83,6 +85,8 @@ class MetaCheckpoint:
         found = {int(m[1]): f for f in path.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", f.name))}
         if not found:
             raise CheckpointError(f"{path} holds params.json but no consolidated.00.pth: copy the weights there")
+        if max(found) >= MOST_PARTS:
+            raise CheckpointError(f"{path} holds {found[max(found)].name}: no checkpoint has so many parts")
         missing = [i for i in range(max(found) + 1) if i not in found]
         if missing:
             names = ", ".join(f"consolidated.{i:02d}.pth" for i in missing)

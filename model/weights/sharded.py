@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import PART_BYTES, Int4Layout, ModelConfig, RopeScaling, StageLayers
 from model.errors import CheckpointError
-from model.weights import MANIFEST, Checkpoint, check_shape, find_gguf
+from model.weights import MANIFEST, Checkpoint, check_shape, find_gguf, member
+from model.weights.hf import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def read_manifest(path: Path) -> Manifest:
     """Raises `CheckpointError` if it is damaged or newer than this code."""
     file = path / MANIFEST
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        raw = json.loads(read_text(file))
         if (raw["format"], raw["version"]) != (FORMAT, VERSION):
             raise CheckpointError(f"{file} is not of {FORMAT} version {VERSION}: shard the checkpoint again")
         scaling = raw["config"].pop("rope_scaling")
@@ -77,9 +78,9 @@ def read_manifest(path: Path) -> Manifest:
         int4 = raw["config"].pop("int4", None)
         stages = tuple(
             StageFile(
-                stage["file"],
-                (stage["layers"][0], stage["layers"][1]),
-                {name: StoredTensor(**entry) for name, entry in stage["tensors"].items()},
+                str(member(path, stage["file"], file).relative_to(path)),
+                (int(stage["layers"][0]), int(stage["layers"][1])),
+                {name: _stored_tensor(**entry) for name, entry in stage["tensors"].items()},
             )
             for stage in raw["stages"]
         )
@@ -87,10 +88,16 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(ModelConfig(**raw["config"], rope_scaling=scaling, int4=layout), stages)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is damaged ({type(error).__name__}: {error}): shard again, or copy it"
         ) from error
+
+
+def _stored_tensor(dtype: Any, sha256: Any) -> StoredTensor:
+    if dtype not in STORED_SIZES or not isinstance(sha256, str):
+        raise TypeError(f"a tensor of type {dtype!r} with the sum {sha256!r}")
+    return StoredTensor(dtype, sha256)
 
 
 class ShardedCheckpoint:

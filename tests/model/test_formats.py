@@ -74,9 +74,9 @@ META_PARTS = {
 GGUF_ROWS = [row for row in ROWS if row != "dynamic"]
 
 
-def make_llama(row: str) -> LlamaForCausalLM:
+def make_llama(row: str, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**{**PLAIN, **ROWS[row]})).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**{**PLAIN, **ROWS[row], **changes})).eval()
     for name, parameter in llama.named_parameters():
         if "norm" in name:  # ones and zeros would hide a mix-up
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -58,9 +58,9 @@ SAME_CUT: tuple[tuple[tuple[str, ...], pre_tokenizers.PreTokenizer], ...] = (
     (("qwen2", "stablelm2", "hunyuan", "megrez", "deepseek-r1-qwen", "solar-open"), _cut(r"\p{N}")),
 )
 PRE_TOKENIZERS = {name: cut for names, cut in SAME_CUT for name in names}
-WHOLE_WORDS = frozenset(
-    SAME_CUT[2][0]
-)  # a word that is a token is one, whatever merges say; and a text begins with bos
+# A word that is a token is one, whatever merges say; and a text begins with bos.
+WHOLE_WORDS = frozenset(SAME_CUT[2][0])
+MAX_GROWTH = 64  # of a text by normalising
 
 
 class BPETokenizer:
@@ -83,7 +83,8 @@ class BPETokenizer:
     def encode_chunk(self, text: str, at_start: bool) -> list[int]:
         # The library's `encode` holds the interpreter: seconds, for a long text, in which no stream moves.
         bpe = self._bpe if at_start else self._later
-        ids: list[int] = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with library_errors("this model's tokenizer cannot cut this text"):
+            ids: list[int] = bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -156,7 +157,9 @@ class JSONTokenizer(BPETokenizer):
         byte_level = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
         if companions.tokenizer_class in LLAMA_CLASSES and not byte_level:
             raw |= {"normalizer": None, "pre_tokenizer": _metaspace(companions.space)}
-            model |= {"fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "dropout": None}
+            model |= {"fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+        model["dropout"] = None  # of merges, by chance: for training
+        _check_growth(raw.get("normalizer"), path)
         self.adds_space = '"Prepend"' in json.dumps(raw.get("normalizer")) or _metaspace_prepends(raw)
         entries = {entry["id"]: entry for entry in raw.get("added_tokens") or []}
         own = check_ids(path, {i: added_token(entry) for i, entry in entries.items()})
@@ -211,6 +214,22 @@ def library_errors(what: str) -> Iterator[None]:
 def without(names: Set[str], merges: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
     """The merges that neither need nor make one of these tokens."""
     return [(left, right) for left, right in merges if not {left, right, left + right} & names]
+
+
+def _check_growth(normalizer: Any, path: Path) -> None:
+    """Raise `CheckpointError` for a normaliser that may make a text much longer than it is."""
+    steps, growth = [normalizer], 1
+    while steps:
+        step = steps.pop()
+        if not isinstance(step, dict):
+            continue
+        steps += step["normalizers"] if step.get("type") == "Sequence" else []
+        more = step.get("content") or step.get("prepend") or ""
+        pattern = step.get("pattern") or {}
+        replaced = len(pattern.get("String", "")) if isinstance(pattern, dict) else 0
+        growth *= 1 + len(more) if len(more) > replaced else 1
+        if growth > MAX_GROWTH:
+            raise CheckpointError(f"{path}: its normaliser may make a text more than {MAX_GROWTH} times as long")
 
 
 def _metaspace(space: SpaceRule) -> dict[str, Any]:
