@@ -42,7 +42,7 @@ def warn_if_open() -> None:
     if not is_token_auth_enabled():
         log.warning(
             "Ray runs without token authentication: whoever reaches its ports can run code on this cluster. Start all "
-            "nodes with RAY_AUTH_MODE=token (see ops/security.md)"
+            "nodes with RAY_AUTH_MODE=token (see ops/SECURITY.md)"
         )
 
 

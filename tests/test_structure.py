@@ -141,6 +141,13 @@ def test_files_and_tests_that_documents_name_exist(document: str) -> None:
         assert found or path in USERS_FILES, path
 
 
+def test_every_threat_has_its_test() -> None:
+    text = (ROOT / "ops/SECURITY.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.*) \|$", text.partition("## Threat model")[2].partition("Not protected")[0], re.MULTILINE)
+    assert len(rows) > 15
+    assert [row for row in rows[2:] if "`test_" not in row.split(" | ")[-1]] == []
+
+
 def test_what_the_api_does_is_tested() -> None:
     assert len(set(re.findall(r"`(test_\w+)`", (ROOT / "deployments/README.md").read_text("utf-8")))) > 20
 

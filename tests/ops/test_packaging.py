@@ -104,7 +104,7 @@ def test_the_wheel_holds_what_a_node_needs(wheel: Installed) -> None:
     where = Path(wheel.run("python", "-c", "import ops; print(ops.__file__)").strip())
     assert wheel.directory in where.parents, "not the source's"
     names = {str(file.relative_to(where.parents[1])) for file in where.parents[1].rglob("*") if file.is_file()}
-    assert {"ops/runbook.md", "ops/security.md", "ops/tls/haproxy.cfg", "deployments/configs/schema.json"} <= names
+    assert {"ops/runbook.md", "ops/SECURITY.md", "ops/tls/haproxy.cfg", "deployments/configs/schema.json"} <= names
     assert {f"deployments/configs/{f.name}" for f in (ROOT / "deployments/configs").glob("*.yaml")} <= names
     assert not [name for name in names if name.startswith(("tests/", "ops/results/"))]
     assert any(re.fullmatch(r"caravan-.*dist-info/licenses/LICENSE", name) for name in names)

