@@ -404,6 +404,22 @@ def scaling(
         draw(result, plot)
 
 
+@bench.command(epilog="Example: caravan bench rules ray_config.yaml --streams 32 --output-tokens 48")
+def rules(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose model to take")],
+    streams: Annotated[int, typer.Option(min=1, help="at once, on the engine")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=1, help="of each stream")] = 48,
+    turns: Annotated[int, typer.Option(min=1, help="of each kind, one after another")] = 3,
+    arrivals: Annotated[int, typer.Option(min=1, help="how many ways of arriving are simulated")] = 8,
+    output: Output = None,
+) -> None:
+    """Penalties, logit_bias, logprobs and sampling on every stream, beside greedy streams of the same run."""
+    from ops.bench.engine.rules import bench_rules, rules_table
+
+    result = bench_rules(read_app_config(config), streams, output_tokens, turns, arrivals)
+    report(rules_table(result), result, output)
+
+
 @bench.command(epilog="Example: caravan bench perplexity ray_config.yaml --tokens 20000 --quantizations none,fp8")
 def perplexity(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose model to look at")],
