@@ -318,8 +318,10 @@ class Scheduler:
         if any(step.sequences[0].num_deaths > 1 for step in self._in_flight.values()):
             return NOBODY, []  # it has the pipeline to itself
         suspects = self._running.apart()
-        if any(seq.num_deaths > 1 and seq.mask is not None for seq in suspects):  # for that the pipeline runs dry
-            chunks = [] if self._in_flight else self._schedule_apart([seq for seq in suspects if seq.num_deaths > 1])
+        twice = [seq for seq in suspects if seq.num_deaths > 1 and seq.mask is not None]
+        if twice and self._in_flight:  # the pipeline runs dry for it
+            return NOBODY, []
+        if twice and (chunks := self._schedule_apart(twice)):
             return NOBODY, chunks
         if suspects and self._next_step % 2 and (chunks := self._schedule_apart(suspects)):
             return NOBODY, chunks
@@ -336,7 +338,9 @@ class Scheduler:
         """The next tokens of the first suspect that can have some now."""
         running = self._running
         for seq in suspects:
-            if not running.num_pending[seq.slot] and seq.mask is not None and self._make_room(seq, None, set()):
+            if not seq.is_running or running.num_pending[seq.slot] or seq.mask is None:
+                continue  # it made room for another one, or waits for its token or its mask
+            if self._make_room(seq, None, set()):
                 count = min(int(running.num_left[seq.slot]), self.max_num_batched_tokens)
                 seq.charge(int(running.num_computed[seq.slot]), count)
                 return [(seq, count)]

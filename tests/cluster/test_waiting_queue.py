@@ -305,3 +305,28 @@ def test_nobody_is_preempted_for_who_is_not_admitted_then(monkeypatch: pytest.Mo
     bare.steps(600)
     assert bare.scheduler.stats().preemptions > 0
     assert not wasted, f"{len(wasted)} preempted for nothing"
+
+
+def test_who_makes_way_is_said_before_anything_is_done() -> None:
+    """As many as are needed, the youngest first, of who holds most; or None if the last of them may not be taken."""
+    bare = Bare(max_num_seqs=8, num_blocks=60)
+    for i in range(7):
+        bare.scheduler.add(of("many", f"m{i}", tokens=16, max_tokens=100))
+    bare.steps(4)
+    running, queue, fairness = bare.scheduler._running, bare.scheduler._waiting, bare.scheduler._fairness
+    before = [seq.request_id for seq in running]
+    assert len(before) == 7
+
+    def plan(tokens: int, priority: int = 0) -> list[str] | None:
+        seq = Sequence(of("few", "f", tokens=tokens, priority=priority), 99)
+        queue.add(seq)
+        victims = fairness.victims(seq, running.vacancy_for(seq), running, queue.accounts)
+        queue.remove("f")
+        return None if victims is None else [victim.request_id for victim in victims]
+
+    assert plan(16) == []
+    assert plan(100) == ["m6", "m5"]
+    assert plan(200) is None, "more than half of the cache"
+    assert plan(200, priority=-1) == ["m6", "m5", "m4", "m3", "m2", "m1"]
+    assert [seq.request_id for seq in running] == before
+    assert bare.scheduler.stats().preemptions == 0
