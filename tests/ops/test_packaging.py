@@ -129,9 +129,10 @@ def test_every_command_works_from_the_wheel_and_it_serves(wheel: Installed) -> N
         try:
             eventually(lambda: served.poll() is not None or is_ready(port), 240, "it serves")
             assert served.poll() is None
-            asked = {"prompt": "Once", "max_tokens": 3}
+            asked = {"model": config["applications"][0]["args"]["model"]["name"], "prompt": "Once", "max_tokens": 3}
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
-            assert answer.json()["usage"]["completion_tokens"] == 3
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] <= 3
         finally:
             served.send_signal(signal.SIGINT)
     assert served.returncode == 0
