@@ -55,6 +55,11 @@ class ModelArgs(Strict):
     prompt_format: Literal["auto", "none"] | PromptFormatName = Field(
         default="auto", description="of chats: the checkpoint's own template, or one of these: " + FORMAT_NAMES
     )
+    sampling_defaults: Literal["none", "checkpoint"] = Field(
+        default="none",
+        description="what a request in OpenAI's form does not say; none: OpenAI's (temperature 1); checkpoint: "
+        "temperature, top_p, top_k, min_p and repetition_penalty of generation_config.json",
+    )
 
 
 class PipelineArgs(Strict):

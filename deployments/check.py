@@ -15,6 +15,7 @@ from cluster.config import FLOAT8_NEEDS_CUDA, read_model
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config
 from deployments.gateway.tenants import KeyRing
 from model.config import ModelConfig, split_layers
+from model.sampling_defaults import read_sampling_defaults
 from model.shards import shards
 from model.text.chat import PromptFormatError, load_chat_template
 from model.text.tokenizer import check_fits, load_tokenizer
@@ -102,6 +103,8 @@ def _check_files(config: AppConfig, model: ModelConfig) -> Iterable[str]:
     path = resolve_path(config.model.path)
     if config.model.load_format == "auto":
         open_checkpoint(path).nbytes(split_layers(model, 1)[0].tensor_names(model))
+    if config.model.sampling_defaults == "checkpoint":
+        read_sampling_defaults(path)
     tokenizer = load_tokenizer(path)
     check_fits(tokenizer, model.vocab_size, path)
     try:

@@ -24,6 +24,7 @@ from deployments.gateway.request import GenerationRequest, RequestBounds, check_
 from deployments.gateway.resume import ResumingEngineClient
 from deployments.gateway.tenants import KeyRing
 from deployments.metrics import MetricsRecorder
+from model.sampling_defaults import read_sampling_defaults
 from model.text.chat import load_chat_template
 from model.text.tokenizer import Tokenizer, check_fits, load_tokenizer
 from model.weights import read_config, resolve_path
@@ -53,6 +54,8 @@ class Gateway:
         template = load_chat_template(path, self.tokenizer, config.model.prompt_format)
         longest = config.model.max_model_len or model.context_length
         self.prompts = Prompts(self.tokenizer, template, g.max_messages, longest)
+        own = config.model.sampling_defaults == "checkpoint"
+        self.sampling_defaults = read_sampling_defaults(path) if own else {}
         self.bounds = RequestBounds(config, self.tokenizer.vocab_size, longest)
         self.constraints = ConstraintChecker(config.model.path, g.constraint_timeout_s)
         self.keys = KeyRing(config.auth)

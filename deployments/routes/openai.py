@@ -136,7 +136,7 @@ class OpenAI:
         use: ToolUse | None = None,
     ) -> GenerationRequest:
         ends = self._gateway.prompts.stop_ids(prompt)
-        sampling = request.sampling(max_tokens, ends)
+        sampling = request.with_defaults(self._gateway.sampling_defaults).sampling(max_tokens, ends)
         found = await or_disconnect(http, self._constraint(tenant(http), request, ends, use))
         if found is not None:
             param, constraint = found
@@ -254,4 +254,5 @@ class OpenAI:
             "created": self._gateway.created,
             "owned_by": "caravan",
             "max_model_len": self._gateway.bounds.max_model_len,
+            "sampling_defaults": self._gateway.sampling_defaults,
         }

@@ -7,7 +7,8 @@ is refused by name, never dropped silently: see openai_fields.py.
 import json
 import math
 import secrets
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import msgspec
 from pydantic import (
@@ -198,6 +199,10 @@ class SamplingFields(Sampling):
         super().check()
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """The same, and what it does not say as the model's makers have it."""
+        return self.model_copy(update={name: v for name, v in defaults.items() if getattr(self, name) is None})
 
     def sampling(self, max_tokens: int, eos_ids: frozenset[int]) -> SamplingParams:
         """As the engine wants it. A request without a seed gets one, so that it can be resumed elsewhere.

@@ -162,6 +162,13 @@ def test_what_a_deployment_would_find_wrong_with_a_checkpoint_is_found_before(tm
     assert "has no tokenizer" in problems_with(tmp_path, checkpoint, load_format="dummy"), "weights are not needed"
 
 
+def test_sampling_defaults_of_the_checkpoint_must_be_possible(tmp_path: Path, checkpoint: Path) -> None:
+    rewrite(checkpoint / "generation_config.json", temperature=-3)
+    assert problems_with(tmp_path, checkpoint) == "", "they are not used"
+    said = problems_with(tmp_path, checkpoint, sampling_defaults="checkpoint")
+    assert "generation_config.json: temperature" in said
+
+
 @pytest.mark.parametrize(
     ("scaling", "longest"),
     [({"type": "linear", "factor": 4.0}, 16384), ({"type": "dynamic", "factor": 2.0}, 8192), (None, 4096)],

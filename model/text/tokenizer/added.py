@@ -28,7 +28,8 @@ class AddedTokens:
         self.tokens = tokens
         self._ids = {token.text: i for i, token in tokens.items()}
         self._words = frozenset(token.text for token in tokens.values() if token.single_word)
-        self._any = _pattern(tokens.values())
+        # A control token's name of one character could not be told apart from text, so it stays text.
+        self._any = _pattern(token for token in tokens.values() if not (token.special and len(token.text) == 1))
         self._plain = _pattern(token for token in tokens.values() if not token.special)
 
     @property

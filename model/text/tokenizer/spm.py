@@ -13,7 +13,7 @@ from model.errors import CheckpointError
 from model.text.tokenizer import check_id, clean, encode_parts
 from model.text.tokenizer.added import AddedToken, AddedTokens, with_added
 from model.text.tokenizer.companions import SpaceRule, read_companions
-from model.text.tokenizer.gguf import CONTROL, gguf_added, gguf_ends
+from model.text.tokenizer.gguf import CONTROL, USER_DEFINED, gguf_added, gguf_ends
 
 UNKNOWN, BYTE = 2, 6  # types of a piece
 INFILL_MARKS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
@@ -54,8 +54,9 @@ class SentencePieceTokenizer:
             if piece.piece in INFILL_MARKS:
                 piece.type = CONTROL
         tokens = with_added(_special_pieces(proto), _ids(proto), added, named, embeddings)
-        for i in tokens:  # found in text by us, so that the library must not
-            if i < len(proto.pieces) and proto.pieces[i].type not in (UNKNOWN, BYTE):
+        for i, token in tokens.items():  # found in text by us, so that the library must not
+            kind = proto.pieces[i].type if i < len(proto.pieces) else BYTE
+            if kind == USER_DEFINED or (token.special and kind not in (UNKNOWN, BYTE)):
                 proto.pieces[i].type = CONTROL
         self._proto, self._space = proto, space
         try:

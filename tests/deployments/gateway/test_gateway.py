@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ from deployments.engine.board import ReplicaStatus
 from model.text.tokenizer import Tokenizer, load_tokenizer
 from model.weights import resolve_path
 from tests import golden
+from tests.model.text.checkpoints import SIZE
+from tests.model.text.test_checkpoint_files import directory
 
 ARGS = {
     "model": {"path": golden.MODEL, "name": "tiny", "max_model_len": 256},
@@ -85,9 +88,10 @@ def tokenizer() -> Tokenizer:
 class Service:
     """The gateway with its engine and a client."""
 
-    def __init__(self, keepalive_s: float = 15.0) -> None:
+    def __init__(self, keepalive_s: float = 15.0, **model: Any) -> None:
         self.engine, self.metrics = ScriptedEngine(), Recorded()
-        config: AppConfig = parse_app_config({**ARGS, "gateway": {**ARGS["gateway"], "keepalive_s": keepalive_s}})
+        gateway, served = {**ARGS["gateway"], "keepalive_s": keepalive_s}, {**ARGS["model"], **model}
+        config: AppConfig = parse_app_config({**ARGS, "gateway": gateway, "model": served})
         self.app = create_gateway(config, self.engine, self.metrics)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
@@ -362,6 +366,38 @@ def test_context_overflow_in_the_words_clients_match(run: Run) -> None:
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
     run(test)
+
+
+@pytest.mark.parametrize(("switch", "drawn"), [("none", (1.0, 1.0, 0, 1.0)), ("checkpoint", (0.6, 0.9, 50, 1.1))])
+def test_sampling_defaults_of_the_checkpoint_are_used_if_the_configuration_says_so(
+    switch: str, drawn: tuple[float, ...], tmp_path: Path
+) -> None:
+    path = directory(tmp_path, chat_template="{{ messages[0].content }}")
+    shape = {
+        "vocab_size": SIZE,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "intermediate_size": 96,
+    }
+    (path / "config.json").write_text(json.dumps(shape | {"architectures": ["LlamaForCausalLM"]}))
+    given = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1, "max_new_tokens": 3}
+    (path / "generation_config.json").write_text(json.dumps(given))
+
+    async def main() -> None:
+        service = Service(path=str(path), sampling_defaults=switch)
+        (card,) = (await service.client.get("/v1/models")).json()["data"]
+        del given["max_new_tokens"]
+        assert card["sampling_defaults"] == (given if switch == "checkpoint" else {})
+        for ask in (service.chat, service.complete):
+            await ask()
+            one = service.engine.requests[-1].sampling
+            assert (one.temperature, one.top_p, one.top_k, one.repetition_penalty) == drawn
+            await ask(temperature=0, top_k=0)  # said is said
+            one = service.engine.requests[-1].sampling
+            assert (one.temperature, one.top_p, one.top_k) == (0, drawn[1], 0)
+
+    asyncio.run(main())
 
 
 def test_unknown_models_and_routes(run: Run) -> None:

@@ -253,8 +253,8 @@ class Generator:
         rng = self.rng
         templates = TEMPLATES | (HELD_OUT_TEMPLATES if self.held_out else {})
         template = rng.choice(sorted(HELD_OUT_TEMPLATES if self.held_out and rng.random() < 0.6 else templates))
-        size = SIZE if form != "bytes" else len(byte_level()["model"]["vocab"])
-        added = self._added(size, NAMES + (HELD_OUT_NAMES if self.held_out else ()))
+        vocab = vocabulary() if form != "bytes" else byte_level()["model"]["vocab"]
+        added = self._added(vocab, NAMES + (HELD_OUT_NAMES if self.held_out else ()))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast" if form in ("fast", "bytes") else
                                   rng.choice(["LlamaTokenizer", "LlamaTokenizerFast"])}  # fmt: skip
         config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if form != "bytes" else {}
@@ -288,14 +288,19 @@ class Generator:
         names = [entry["content"] for entry in added.values()] + ["<s>", "</s>", "<unk>", "<pad>", "<|im_end|>"]
         return Drawn(path, form, template, tuple(names), config)
 
-    def _added(self, size: int, names: Sequence[str]) -> dict[int, dict[str, Any]]:
+    def _added(self, vocab: Mapping[str, int], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """A name that the vocabulary has keeps its id, others are behind it without a gap."""
         rng = self.rng
         chosen = rng.sample(names, rng.randint(0, len(names))) if rng.random() < 0.8 else []
-        entries = {}
-        for i, name in enumerate(chosen):
-            flags = {flag: rng.random() < 0.15 for flag in ("lstrip", "rstrip", "single_word")}
-            special = rng.random() < 0.6 and not name.isspace()
-            entries[size + i] = _entry(name, special=special, normalized=rng.random() < 0.5 and not special, **flags)
+        entries, following = {}, len(vocab)
+        for name in chosen:
+            space = name.isspace()
+            flags = {flag: rng.random() < 0.15 and not space for flag in ("lstrip", "rstrip", "single_word")}
+            special = rng.random() < 0.6 and not space and name not in vocab
+            normalized = rng.random() < 0.5 and not special and name not in ("<|im_end|>", "<pad>")
+            entry = _entry(name, special=special, normalized=normalized, **flags)
+            entries[vocab.get(name, following)] = entry
+            following += name not in vocab
         return entries
 
     def _tokenizer_json(self, form: str, added: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

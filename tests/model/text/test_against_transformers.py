@@ -5,7 +5,9 @@ Differences that are meant, and why:
   runs of spaces in another order, and leaves out the space before a text that begins with one; models were trained on
   sentencepiece's. So here its merges are put in order, and texts that begin with a space go to sentencepiece itself.
 - ids of added tokens are those that are declared: transformers numbers them anew. Here they are declared in order.
-- names of special tokens in what users say stay text.
+- names of special tokens in what users say stay text, and no merges make a piece that is declared special.
+- a control token is found where the template writes it, even one that is declared "normalized": beside a normaliser
+  that puts a space before text the library looks for it with that space, and finds it nowhere else.
 - a special token that a template names and the tokenizer lacks is empty, which transformers fails at if it is added to
   something.
 - begin-of-text is put before plain text for `add_bos_token` beside a tokenizer.json too, as transformers 4 did; and an
