@@ -40,8 +40,14 @@ class Follower:
         with on(self.decoder.device):
             return prepare(batch, self._slots, self.decoder.kernels, self.decoder.config.groups)
 
-    def run(self, batch: Batch) -> None:
-        """A captured step."""
+    def fill(self, batch: Batch) -> None:
+        """As `StepGraphs.fill`."""
         assert self._graphs is not None
         with on(self.decoder.device):
-            self._graphs.run(batch, None)
+            self._graphs.fill(batch, None)
+
+    def replay(self, batch: Batch) -> None:
+        """As `StepGraphs.replay`."""
+        assert self._graphs is not None
+        with on(self.decoder.device):
+            self._graphs.replay(batch)

@@ -97,8 +97,8 @@ class StepGraphs:
         """Of so many tokens: what is left of each prompt is one more."""
         return size // self._piece_tokens + MIXED_PROMPTS
 
-    def run(self, batch: Batch, hidden: torch.Tensor | None) -> Decoded:
-        """One step, of which the slots have been told; hidden [T, C] on all stages but the first."""
+    def fill(self, batch: Batch, hidden: torch.Tensor | None) -> None:
+        """What a step needs, where graphs find it; slots know of it. hidden [T, C] on all stages but the first."""
         n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
         packed = torch.empty(1 + 4 * n, dtype=torch.int32, pin_memory=self._packed.is_cuda)
         np.concatenate(packed_tokens(batch), out=packed.numpy())
@@ -110,6 +110,10 @@ class StepGraphs:
             self._pieces.copy_(pieces, non_blocking=True)
         if hidden is not None:
             self._hidden[:n].copy_(hidden)
+
+    def replay(self, batch: Batch) -> Decoded:
+        """The step that was filled in. Launches one graph, and does nothing else that the host could wait in."""
+        n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
         graph, done = self._graphs[next(size for size in self._sizes[mixed] if size >= n), mixed]
         graph.replay()
         return Decoded(done.out[:n], done.likeliest[:n] if done.likeliest is not None else None)

@@ -33,9 +33,9 @@ class DecoderGroup:
         return [decoder.device for decoder in self.decoders]
 
     def connect(self, max_tokens: int, patience_s: float) -> None:
-        """Let kernels add up over the GPUs, of steps of up to `max_tokens`, waiting up to `patience_s` for each other.
+        """Let captured steps of up to `max_tokens` add up by themselves, waiting up to `patience_s` for each other.
 
-        Raises `ValueError` if they cannot. Until `ready` they wait for nothing, and their results are of no use.
+        Raises `ValueError` if the GPUs cannot reach each other's memory.
         """
         from model.kernels.peers import POLLS_PER_S, PeerKernels, connected
 
@@ -47,10 +47,7 @@ class DecoderGroup:
 
     @contextmanager
     def each_for_itself(self) -> Iterator[None]:
-        """Meanwhile kernels are loaded and steps captured, on one device after another: nothing waits for the others.
-
-        A device that waited would keep the others from loading what it waits for.
-        """
+        """Meanwhile steps are captured, on one device after another: nothing waits for the others."""
         self._be_patient(0)
         try:
             yield
@@ -74,22 +71,23 @@ class DecoderGroup:
                 raise RuntimeError(f"GPU {peers.rank} of this stage has waited in vain for what another one computes")
 
     def forward(self, x: torch.Tensor, kv: Sequence[KVCache], metadata: Sequence[AttentionMetadata]) -> torch.Tensor:
-        """x [T, C] on the first device through this stage's layers -> [T, C] there.
+        """x [T, C] on the first device through this stage's layers -> [T, C] there. For steps that are not captured.
 
-        Devices are given a part of their work in turns, between two sums: none waits long for what others lack.
+        Nothing that is launched waits for anything that is not: whatever a launch makes the host wait for (a kernel
+        that is loaded at its first use, memory), it ends. Kernels that wait for another GPU are for captured steps.
         """
         shares = [x, *(torch.zeros_like(x, device=decoder.device) for decoder in self.decoders[1:])]
         inputs = zip(self.decoders, shares, kv, metadata, strict=True)
-        steps = [decoder.steps(share, cache, about) for decoder, share, cache, about in inputs]
+        steps = [decoder.steps(share, cache, about, decoder.kernels) for decoder, share, cache, about in inputs]
         results: list[torch.Tensor] = []
         shares = [next(step) for step in steps]
         while not results:
             sums = self._sums(shares)
             shares = []
-            for decoder, step, share in zip(self.decoders, steps, sums, strict=True):
+            for decoder, step, total in zip(self.decoders, steps, sums, strict=True):
                 with on(decoder.device):
                     try:
-                        shares.append(step.send(share))
+                        shares.append(step.send(total))
                     except StopIteration as end:
                         results.append(end.value)
         return results[0]
@@ -105,10 +103,17 @@ class DecoderGroup:
         return torch.cat([part.to(x.device) for part in parts], dim=-1)
 
     def _sums(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the kernels of each device take for the sum."""
-        if len(shares) == 1 or self._peers:
+        """On each device, added up in the order of the devices: all get the same."""
+        if len(shares) == 1:
             return shares
-        return [torch.stack(shares).sum(0)] * len(shares)
+        sums: dict[torch.device, torch.Tensor] = {}
+        for device in set(self.devices):
+            with on(device):
+                total = shares[0].to(device)
+                for share in shares[1:]:
+                    total = total + share.to(device)
+                sums[device] = total
+        return [sums[device] for device in self.devices]
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

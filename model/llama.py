@@ -226,18 +226,20 @@ class Decoder:
         """[T] -> [T, C]; first device of the first stage only."""
         return embedding(token_ids, self.tok_embeddings)
 
-    def steps(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> Shares[torch.Tensor]:
+    def steps(
+        self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata, kernels: Kernels
+    ) -> Shares[torch.Tensor]:
         """A share of x [T, C] through this stage's layers -> [T, C], the whole of it."""
         residual = None
         for index, layer in enumerate(self.layers):
-            x, residual = yield from layer.steps(x, residual, self.sums, self.rotary, kv, index, metadata)
+            x, residual = yield from layer.steps(x, residual, kernels, self.rotary, kv, index, metadata)
         assert residual is not None
         x = yield x
-        return self.sums.add(x, residual)
+        return kernels.add(x, residual)
 
     def forward(self, x: torch.Tensor, kv: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
         """`steps` at once, where nothing is left to be done between them: on one device, or by kernels that add up."""
-        steps = self.steps(x, kv, metadata)
+        steps = self.steps(x, kv, metadata, self.sums)
         share = next(steps)
         try:
             while True:

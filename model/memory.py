@@ -80,9 +80,8 @@ def _activation_bytes(
         hidden = torch.zeros(stage.hidden_shape(batch), dtype=decoder.dtype, device=decoder.device)
     for device in group.devices:
         torch.cuda.reset_peak_memory_stats(device)
-    with group.each_for_itself():
-        stage.run(batch, hidden)
-        _synchronize(group)
+    stage.run(batch, hidden)
+    _synchronize(group)
     held = [bytes_ + cache.num_bytes for bytes_, cache in zip(before, stage.caches, strict=True)]
     return [int(torch.cuda.max_memory_allocated(d)) - h for d, h in zip(group.devices, held, strict=True)]
 

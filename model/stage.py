@@ -72,8 +72,8 @@ class Stage:
     @torch.inference_mode()
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
         """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
+        self._run_eagerly_once()
         with self.group.each_for_itself():
-            self._run_eagerly_once()
             self._graphs = StepGraphs(self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture)
             for follower in self._followers:
                 follower.capture(max_num_batched_tokens, on_capture)
@@ -102,20 +102,23 @@ class Stage:
         for follower in self._followers:
             follower.extend(batch)
         if self._graphs is not None and self._graphs.take(batch):
-            for follower in self._followers:
-                follower.run(batch)
-            return self._run_graph(self._graphs, batch, hidden)
+            return self._run_graphs(self._graphs, batch, hidden)
         x = self._eager(batch, hidden)
         if not self.layers.is_last:
             return x
         prompts = self._prompt_logprobs(batch, x)
         return Unsampled(batch, self.group.logits(x[_on(self.decoder.device, batch.sample_tokens)]), prompts)
 
-    def _run_graph(
+    def _run_graphs(
         self, graphs: StepGraphs, batch: Batch, hidden: torch.Tensor | None
     ) -> torch.Tensor | Sampled | Unsampled:
         """What is returned are copies: the next step overwrites what the graph gives."""
-        done = graphs.run(batch, hidden)
+        for follower in self._followers:
+            follower.fill(batch)
+        graphs.fill(batch, hidden)
+        for follower in self._followers:  # it waits for the others: nothing else comes between the launches
+            follower.replay(batch)
+        done = graphs.replay(batch)
         if done.likeliest is None:
             return done.out.clone()
         if not len(batch.draws) and len(batch.sample_rows) == batch.num_tokens:

@@ -9,7 +9,9 @@ Few rows travel as words of a value and the turn that it belongs to, each of whi
 LL protocol of NCCL); more rows as they are, with a flag per row behind them. Every wait has a limit: what waited longer
 counts as broken, and so does all that follows.
 
-All GPUs must take the same steps in the same order, and a step must be launched on all of them.
+All GPUs must take the same steps in the same order, and a step must be launched on all of them before the host waits
+for any: a GPU that waits in a kernel keeps the host from loading a kernel or freeing memory there, for as long as it
+waits. So these kernels are for captured steps alone.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from model.kernels.early import begin, early
 from model.kernels.fused import FusedKernels, _outputs, _store_row
 
 WORD_ROWS = 32  # up to so many rows travel as words
-POLLS_PER_S = 1_000_000  # about so often a kernel looks whether something has come
+POLLS_PER_S = 4_000_000  # about so often a kernel looks whether something has come
 CHUNK = 4096  # columns of logits that travel together
 
 
