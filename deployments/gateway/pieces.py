@@ -5,9 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.errors import RequestFailed
+from cluster.errors import RequestFailed, RequestRejected
 from cluster.sequence import TokenEvent
 from model.batch import TokenLogprobs
+from model.text.constraint import TOO_DEAR
 from model.text.tokenizer import Detokenizer, Tokenizer, padded_bytes
 from model.text.tool_calls import MARKS, CallDelta, CallReader, CallSyntax
 
@@ -94,7 +95,8 @@ async def pieces(
 ) -> AsyncGenerator[Piece, None]:
     """One piece per message of the engine; the last one has a finish_reason. Closing it cancels the request.
 
-    `prompt` are the ids that the events continue. Raises `RequestFailed`, beside what `events` raise.
+    `prompt` are the ids that the events continue. Raises `RequestFailed`, or `RequestRejected` if it is
+    its constraint that cannot go on, beside what `events` raise.
     """
     answer = _Answer(tokenizer, rules)
     try:
@@ -107,7 +109,7 @@ async def pieces(
                 piece.num_tokens, piece.finish_reason = 0, "length"
             for event in batch:
                 if event.error is not None:
-                    raise RequestFailed(event.error)
+                    raise RequestRejected(event.error) if event.error == TOO_DEAR else RequestFailed(event.error)
                 if piece.finish_reason is None:
                     answer.add(piece, event)
             yield piece

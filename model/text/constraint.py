@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 MAX_CONSTRAINT_CHARS = 65_536
+TOO_DEAR = "its constraint has come to take too long for each token: make it simpler"  # why an answer ended
 
 
 class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.text import json_schema
-from model.text.constraint import Constraint
+from model.text.constraint import TOO_DEAR, Constraint
 from model.text.tokenizer import Tokenizer
 from model.text.tool_calls import MARKS
 
@@ -163,7 +163,7 @@ class Matcher:
                 raise ValueError("no token may come next")
         except TooDear:
             self.mask = b""
-            self.failure = f"its constraint has come to take more than {MAX_MASK_S:g} s for a token: make it simpler"
+            self.failure = TOO_DEAR
         except Exception as error:
             log.exception("a constraint failed")
             self.mask = b""

@@ -316,6 +316,32 @@ def abuse(
         fail("not everything that must hold has held")
 
 
+@bench.command(epilog="Example: caravan bench soak ray_config.yaml --minutes 60 --plot soak.png")
+def soak(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration to deploy here")],
+    minutes: Annotated[float, typer.Option(min=0.5, help="for how long")] = 60.0,
+    haproxy: Annotated[bool, typer.Option("--haproxy", help="HAProxy is Serve's ingress")] = False,
+    seed: Annotated[int, typer.Option(help="of what clients do")] = 0,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Everything that clients do, for hours: do memory, descriptors, threads or KV blocks grow? By their slopes."""
+    from ops.bench.plot import over_time
+    from ops.bench.service.soak import bench_soak, soak_table
+    from ops.local import LocalError
+
+    check_plot(plot)
+    try:
+        result = bench_soak(config, 60 * minutes, haproxy, seed)
+    except LocalError as error:
+        fail(str(error))
+    if plot is not None:
+        over_time({n: (s["s"], s["v"]) for n, s in result["series"].items()}, f"{minutes:g} minutes of soak", plot)
+    report(soak_table(result), {"config": str(config), **result}, output)
+    if not result["passed"]:
+        fail("something grows, or was answered as it should not have been")
+
+
 @bench.command(epilog="Example: caravan bench recovery deployments/configs/llama2-70b-dummy.yaml --stage 1")
 def recovery(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to break")],

@@ -52,6 +52,21 @@ def throughput_latency(points: Sequence[Point], title: str, latency: str, path: 
     _finish(pyplot, figure, axes, path)
 
 
+def over_time(series: dict[str, tuple[Sequence[float], Sequence[float]]], title: str, path: Path) -> None:
+    """A small plot for each of `series`, seconds to the right."""
+    pyplot = _pyplot()
+    columns = 3
+    rows = -(-len(series) // columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(12, 2.2 * rows), layout="constrained", squeeze=False)
+    figure.suptitle(title)
+    for axes, (name, (seconds, values)) in zip(grid.flat, sorted(series.items()), strict=False):
+        axes.plot(seconds, values, linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def scaling(series: dict[str, dict[int, float]], title: str, unit: str, path: Path) -> None:
     """Throughput by number of stages for each of `series`, beside the line of its smallest pipeline multiplied."""
     pyplot = _pyplot()

@@ -7,14 +7,16 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.sequence import Request, TokenEvent
 from deployments.gateway.prompts import LONG_TEXT, Prompts
 from deployments.gateway.tenants import ANONYMOUS, add_key
+from model.text.constraint import TOO_DEAR
 from model.text.tokenizer import Tokenizer, longest_token
 from tests.deployments.gateway.test_gateway import tokenizer
 from tests.deployments.gateway.test_tenants import Guarded
@@ -272,5 +274,26 @@ def test_a_key_is_enough_whatever_the_page(tmp_path: Path) -> None:
         headers = {"Origin": "https://a.example", "Authorization": f"Bearer {key}"}
         response = await service.client.post("/v1/completions", json={"model": "tiny", "prompt": "hi"}, headers=headers)
         assert response.status_code == 200
+
+    asyncio.run(test())
+
+
+# -- constraints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("failure", "status"), [(TOO_DEAR, 400), ("its constraint failed: RuntimeError", 500)])
+def test_an_answer_whose_constraint_becomes_too_dear_says_so(failure: str, status: int) -> None:
+    async def test() -> None:
+        service = Guarded()
+
+        async def generate(request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+            yield [TokenEvent(request.request_id, 500, None, None, [], 0)]
+            yield [TokenEvent(request.request_id, 0, "error", error=failure)]
+
+        service.engine.generate = generate  # type: ignore[method-assign]
+        response = await service.chat()
+        assert response.status_code == status
+        assert (TOO_DEAR in response.text) == (status == 400)
+        assert (TOO_DEAR in (await service.chat(stream=True)).text) == (status == 400)
 
     asyncio.run(test())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from model.text import grammar
-from model.text.constraint import Constraint
+from model.text.constraint import TOO_DEAR, Constraint
 from model.text.grammar import DEAR_S, MAX_MASK_S, Masks, Matcher
 from tests.conftest import eventually
 from tests.model.text.test_grammar import tokenizer
@@ -119,6 +119,6 @@ def test_a_constraint_that_becomes_too_dear_ends_with_the_reason(
         made.step(letter)
         if made.failure is not None:
             break
-    assert made.failure == "its constraint has come to take more than 0.05 s for a token: make it simpler"
+    assert made.failure == TOO_DEAR
     assert made.mask == b""
     assert not caplog.records, "that is no fault of ours"
