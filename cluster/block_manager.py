@@ -80,13 +80,15 @@ class BlockManager:
         assert not seq.block_table
         for block_id in prefix:
             self._acquire(block_id)
-        seq.block_table = [*prefix, *(self._take() for _ in range(self.blocks_for(num_tokens) - len(prefix)))]
+        seq.block_table = [*prefix, *self.take(self.blocks_for(num_tokens) - len(prefix))]
         seq.num_full_blocks = len(prefix)
 
-    def grow(self, seq: Sequence, num_blocks: int) -> None:
-        """So many blocks more, which must be free."""
-        for _ in range(num_blocks):
-            seq.block_table.append(self._take())
+    def take(self, count: int) -> list[int]:
+        """So many blocks, which must be free: those whose content was used longest ago."""
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        self._evict(taken)
+        self._users[taken] = 1
+        return taken
 
     def mark_computed(self, seq: Sequence, num_tokens: int) -> None:
         """Make the blocks that `seq` has filled with its first tokens, which are known, findable by their content."""
@@ -116,8 +118,7 @@ class BlockManager:
     def forget(self) -> None:
         """Drop all cached content (the blocks' memory is new). Nothing may be in use."""
         assert self.num_free == self.num_blocks
-        for block_id in range(self.num_blocks):
-            self._evict(block_id)
+        self._evict(range(self.num_blocks))
 
     def check(self, sequences: list[Sequence]) -> None:
         """Assert that exactly the blocks of `sequences` are in use, each as often as it is referenced."""
@@ -137,15 +138,9 @@ class BlockManager:
         self._free.pop(block_id, None)
         self._users[block_id] += 1
 
-    def _take(self) -> int:
-        block_id, _ = self._free.popitem(last=False)
-        self._evict(block_id)
-        self._users[block_id] = 1
-        return block_id
-
-    def _evict(self, block_id: int) -> None:
-        key = self._keys[block_id]
-        if key is not None:
-            del self._cached[key]
-            self._keys[block_id] = None
-        self._contents[block_id] = NO_CONTENT
+    def _evict(self, block_ids: list[int] | range) -> None:
+        for block_id in block_ids:
+            if (key := self._keys[block_id]) is not None:
+                del self._cached[key]
+                self._keys[block_id] = None
+        self._contents[block_ids] = NO_CONTENT

@@ -165,9 +165,18 @@ class Running:
         if missing > self._blocks.num_free:
             return False
         if missing > 0:
-            self._blocks.grow(seq, missing)
+            seq.block_table += self._blocks.take(missing)
             seq.account.num_blocks += missing
         return True
+
+    def grow_all(self, slots: Slots) -> None:
+        """A block for each of these whose blocks are full, which must be free."""
+        size, num_computed = self._blocks.block_size, self.num_computed[slots].tolist()
+        sequences = zip(self.sequences[slots].tolist(), num_computed, strict=True)
+        full = [seq for seq, computed in sequences if len(seq.block_table) * size <= computed]
+        for seq, block_id in zip(full, self._blocks.take(len(full)), strict=True):
+            seq.block_table.append(block_id)
+            seq.account.num_blocks += 1
 
     def advance(self, slots: Slots, counts: Int32Array, sampled: Slots, step_id: int) -> None:
         """What this step computes counts as computed from now on; of those at `sampled` it samples a token."""
@@ -178,9 +187,10 @@ class Running:
         if self._blocks.prefix_caching:
             cacheable = np.minimum(self.num_computed[slots], self.num_known[slots])  # the newest may not be known yet
             full = places(cacheable >= self.num_cacheable[slots])
-            for slot, num_tokens in zip(slots[full].tolist(), cacheable[full].tolist(), strict=True):
-                self._blocks.mark_computed(self.sequences[slot], num_tokens)
-                self.num_cacheable[slot] = num_tokens - num_tokens % self._blocks.block_size + self._blocks.block_size
+            slots, cacheable, size = slots[full], cacheable[full], self._blocks.block_size
+            self.num_cacheable[slots] = cacheable - cacheable % size + size
+            for seq, num_tokens in zip(self.sequences[slots].tolist(), cacheable.tolist(), strict=True):
+                self._blocks.mark_computed(seq, num_tokens)
 
     def take(self, slots: Slots | int, token_ids: Int32Array | int) -> None:
         """Tokens that are known now, one of each."""

@@ -366,8 +366,7 @@ class Scheduler:
         if running.num_constrained or len(grows) > self.blocks.num_free:
             first = self._one_by_one(slots.tolist(), share)
         else:
-            for seq in running.sequences[grows].tolist():
-                running.grow(seq)
+            running.grow_all(grows)
         self._charge_decodes(first)
         return first
 
