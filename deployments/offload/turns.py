@@ -11,7 +11,9 @@ from typing import TypeVar
 from deployments.errors import too_many
 
 RETRY_S = 2.0
-MODEST = 10  # niceness: about a tenth of what others get of a processor that both want
+# Niceness: about a third of what others get of a processor that both want. Not less: between two calls of a library
+# such a thread holds the interpreter, and then the event loop waits for it.
+MODEST = 5
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 LONG_TEXT_BYTES, LONG_PROMPT_BYTES = 7_900_000, 1_000_000
+FITTING_CHARS, FITTING = 160_000, 8
 EXPRESSIONS, DEAR_STREAMS, CONNECTIONS, HALF_BODIES, RESETS = 40, 8, 2_000, 200, 20
 # 1 ms a mask at first and beyond any bound after a hundred tokens: what belongs to which side stays open until the end.
 DEAR_GRAMMAR = "root ::= [a-z ] root [a-z ]? | [a-z ]"
@@ -108,6 +109,17 @@ async def long_prompts(attacker: Attacker) -> None:
     await attacker.again(lambda: attacker.post("/v1/completions", {"prompt": text}), 3)
 
 
+async def fitting_texts(attacker: Attacker) -> None:
+    """Texts as long as may fit the default model's context, which have to become ids, with all their names."""
+    text = "12345 <|im_end|> " * (FITTING_CHARS // 17)
+    chat: Json = {"messages": [{"role": "user", "content": text}]}
+    names: Json = {"prompt": text, "return_token_strs": True}
+    await asyncio.gather(
+        attacker.again(lambda: attacker.post("/v1/chat/completions", chat), FITTING // 2),
+        attacker.again(lambda: attacker.post("/tokenize", names), FITTING // 2),
+    )
+
+
 async def long_lists(attacker: Attacker) -> None:
     """Millions of numbers where token ids belong."""
     body: Json = {"prompt": [7] * (LONG_TEXT_BYTES // 3)}
@@ -185,6 +197,7 @@ async def resets(attacker: Attacker) -> None:
 ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "long-texts": long_texts,
     "long-prompts": long_prompts,
+    "fitting-texts": fitting_texts,
     "long-lists": long_lists,
     "expressions": expressions,
     "dear-masks": dear_masks,
