@@ -1,6 +1,8 @@
 """A whole stage on a GPU: captured steps against the same steps launched one kernel after another, and both against the
 CPU in float32."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,63 @@ def difference(found: Stage, expected: Stage) -> float:
         stage.decoder.logits = logits  # type: ignore[method-assign]
         both.append(seen[0].double().cpu())
     return float((both[0] - both[1]).norm() / both[0].norm())
+
+
+def after_chunks(stage: Stage, prompts: list[list[int]], chunk: int) -> torch.Tensor:
+    """Logits after all prompts, of which `chunk` tokens at most are computed at once."""
+    n, seen = len(prompts), list[torch.Tensor]()
+    tables = np.arange(n * 8).reshape(n, 8).tolist()
+    logits = stage.decoder.logits
+    stage.decoder.logits = lambda x: seen.append(logits(x)) or seen[-1]  # type: ignore
+    for start in range(0, max(map(len, prompts)), chunk):
+        parts = [(i, prompt[start : start + chunk]) for i, prompt in enumerate(prompts) if len(prompt) > start]
+        parts.sort(key=lambda part: len(part[1]) > 1)
+        ids, lens = ints(*(t for _, part in parts for t in part)), ints(*(len(part) for _, part in parts))
+        seqs, none = ints(*(i for i, _ in parts)), ints(*[0] * len(parts))
+        ends = ints(*(row for row, (i, part) in enumerate(parts) if start + len(part) == len(prompts[i])))
+        batch = Batch(0, 0, ids, lens, none + start, seqs, none, none[:0], -1, ends)
+        stage.run(with_tables(batch, [tables[i] for i, _ in parts], BLOCK), None)
+    stage.decoder.logits = logits  # type: ignore[method-assign]
+    return torch.cat([x for x in seen if len(x)]).double().cpu()
+
+
+@pytest.mark.parametrize(("kv_dtype", "bound"), [(None, 2e-2), (FLOAT8, 6e-2)])
+@pytest.mark.parametrize("chunk", [7, 33, 64])
+@pytest.mark.parametrize("heads", HEADS)
+def test_prompts_in_chunks_in_bfloat16_are_near_the_float32_reference(
+    heads: tuple[int, int, int], chunk: int, kv_dtype: torch.dtype | None, bound: float
+) -> None:
+    """Contexts are read where they lie."""
+    config = shape(*heads)
+    expected = after_chunks(make(config, "cpu", torch.float32), PROMPTS, chunk)
+    found = after_chunks(make(config, "cuda", torch.bfloat16, kv_dtype=kv_dtype), PROMPTS, chunk)
+    assert float((found - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FLOAT8])
+def test_a_step_needs_no_more_memory_for_longer_contexts(kv_dtype: torch.dtype | None) -> None:
+    """60 questions about one cached document of 12,000 tokens."""
+    config = replace(shape(64, 8, 128), max_position_embeddings=16_384)
+    (part,) = split_layers(config, 1)
+    tensors = DummyCheckpoint(config).tensors(part.tensor_names(config))
+    decoder = Decoder(config, part, tensors, torch.bfloat16, torch.device("cuda"), 16_384)
+    stage = Stage(decoder, 1200, BLOCK, 60, kv_dtype)
+    n, now = 60, 32
+    document = list(range(750))
+    needed = []
+    for before in (0, 0, 12_000):  # the first time kernels are compiled
+        ids, lens, seqs = np.zeros(n * now, np.int32), np.full(n, now, np.int32), np.arange(n, dtype=np.int32)
+        batch = Batch(0, 0, ids, lens, lens * 0 + before, seqs, seqs, seqs[:0], -1, seqs)
+        own = [[750 + 2 * i, 751 + 2 * i] for i in range(n)]
+        tables = [[*document, *blocks] if before else blocks for blocks in own]
+        batch = with_tables(batch, tables, BLOCK)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        stage.run(batch, None)
+        torch.cuda.synchronize()
+        needed.append(torch.cuda.max_memory_allocated() - held)
+    assert needed[2] <= needed[1] + 2**20, needed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
