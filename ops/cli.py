@@ -72,6 +72,47 @@ def _ask() -> str:
         return ""
 
 
+@app.command(epilog="Example: caravan batch questions.jsonl answers.jsonl --at-once 64")
+def batch(
+    requests: Annotated[Path, typer.Argument(help="OpenAI's batch lines: custom_id, method, url, body")],
+    results: Annotated[Path, typer.Argument(help="where answers go; what stands there is not asked again")],
+    url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,
+    at_once: Annotated[int, typer.Option(help="requests at once", min=1)] = 32,
+    tries: Annotated[int, typer.Option(help="of a request that the service puts off", min=1)] = 10,
+    in_order: Annotated[bool, typer.Option(help="answers in the order of requests, not as they come")] = False,
+) -> None:
+    """Send a list of requests, behind those of people who wait. The key, if one is needed: CARAVAN_API_KEY."""
+    import asyncio
+    import os
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ops.batch import BatchError, Options, Summary, read_requests, run
+
+    try:
+        asked = read_requests(requests)
+    except (BatchError, OSError) as error:
+        fail(str(error))
+    options = Options(url, os.environ.get("CARAVAN_API_KEY"), at_once, tries, in_order)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=len(asked))
+
+        def show(so_far: Summary) -> None:
+            failed = so_far.failures.total()
+            bar.update(task, completed=so_far.earlier + so_far.answered + failed, description=f"{failed} failed")
+
+        summary = asyncio.run(run(asked, results, options, show))
+    typer.echo(
+        f"{summary.answered} answered, {summary.earlier} earlier, {summary.retries} sent again; "
+        f"{summary.prompt_tokens} prompt tokens, {summary.completion_tokens} generated"
+    )
+    for kind, count in summary.failures.most_common():
+        typer.echo(f"{count} failed: {kind}", err=True)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
 @app.command(
     epilog="Example: caravan top --metrics http://10.0.0.1:8080/metrics --metrics http://10.0.0.2:8080/metrics"
 )

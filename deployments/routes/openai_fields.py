@@ -85,7 +85,7 @@ REFUSED: Mapping[str, Refused] = {
     "store": Refused("nothing is kept here: leave it out or send false", (False,)),
     "moderation": Refused("nothing is moderated here: leave it out"),
     "access_programs": Refused("leave it out: it is OpenAI's own", ([],)),
-    "background": Refused("leave it out and read the stream, or send a list with the command caravan batch", (False,)),
+    "background": Refused("leave it out and read the stream, or send a list with `caravan batch`", (False,)),
     "background_options": Refused(_NOTHING_KEPT),
     "conversation": Refused("nothing is kept here: send the conversation so far as input"),
     "previous_response_id": Refused("nothing is kept here: send the conversation so far as input"),
