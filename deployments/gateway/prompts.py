@@ -70,7 +70,7 @@ class Prompts:
             raise bad_request(f"messages: {len(chat.messages)} messages, at most {most} are allowed", "messages")
         if template is None:
             raise bad_request("this model has no chat format: use /v1/completions", "messages")
-        size = sum(len(m.get("content") or "") for m in chat.messages)
+        size = sum(_length(value) for message in chat.messages for value in message.values())
         self.check_length(size, "messages")
         size += len(str(chat.tools))
         self.check_length(size, "tools")
@@ -171,3 +171,8 @@ def _encode(template: ChatTemplate, chat: Chat) -> list[int]:
             raise
         # some templates have no system message
         return encoded(with_tools_as_text(chat.messages, chat.tools, chat.instruction, listed_by="user"))
+
+
+def _length(value: Any) -> int:
+    """Characters of what stands in a message: text, or calls of functions."""
+    return len(value) if isinstance(value, str) else len(str(value))

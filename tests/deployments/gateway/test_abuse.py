@@ -4,6 +4,7 @@ Each test fails if the gateway stops listening to others, or lets through what i
 """
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -57,6 +58,12 @@ async def raw(service: Guarded, messages: Messages, **scope: Any) -> Messages:
     return sent
 
 
+PART = {"type": "text", "text": "9" * 600_000}
+ARGUMENTS = json.dumps({"text": "9" * 1_000_000})
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+CALLS = {"role": "assistant", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+
 # -- long texts -------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +74,8 @@ async def raw(service: Guarded, messages: Messages, **scope: Any) -> Messages:
         ("/v1/completions", {"model": "tiny", "prompt": ["hello", "9" * 1_000_000]}),
         ("/v1/completions", {"model": "tiny", "prompt": [7] * 200_000}),
         ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "9" * 600_000}] * 2}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": [PART, PART]}]}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}, CALLS, RESULT]}),
         ("/tokenize", {"prompt": "9" * 1_000_000}),
         ("/tokenize", {"messages": [{"role": "user", "content": "9" * 1_000_000}]}),
         ("/detokenize", {"tokens": [7] * 200_000}),
