@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model.attention import prepare
-from model.batch import SAMPLED, Batch, Int32Array, LateMasks, StepOutput
+from model.batch import SAMPLED, Batch, Int32Array, LateMasks, Rules, StepOutput
 from model.config import StageLayers
 from model.follower import Follower
 from model.graphs import StepGraphs
@@ -79,12 +79,18 @@ class Stage:
                 follower.capture(max_num_batched_tokens, on_capture)
 
     def _run_eagerly_once(self) -> None:
-        """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic."""
-        slots, none = np.full(2, self.slots.padding_slot, np.int32), np.zeros(2, np.int32)
-        lens, both = np.array([1, 2], np.int32), np.arange(2, dtype=np.int32)
-        batch = Batch(0, 0, np.zeros(3, np.int32), lens, none, slots, none, none[:0], -1, both)
-        hidden = torch.zeros(self.hidden_shape(batch), dtype=self.decoder.dtype, device=self.decoder.device)
-        self.run(batch, None if self.layers.is_first else hidden)
+        """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic.
+
+        A prompt from its beginning and one that goes on are computed by different kernels.
+        """
+        slots, lens = np.full(2, self.slots.padding_slot, np.int32), np.array([1, 2], np.int32)
+        both = np.arange(2, dtype=np.int32)
+        rules = Rules(self.slots.padding_slot, 0, 1.0, top_p=0.9, logprobs=1, logit_bias={0: 1.0}, counts=True)
+        for computed in (both * 0, both * 2):
+            ids = np.zeros(3, np.int32)
+            batch = Batch(0, 0, ids, lens, computed, slots, both * 0, both[:0], -1, both, both, [rules])
+            hidden = torch.zeros(self.hidden_shape(batch), dtype=self.decoder.dtype, device=self.decoder.device)
+            self.run(batch, None if self.layers.is_first else hidden)
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled:

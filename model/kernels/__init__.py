@@ -23,7 +23,8 @@ class Tokens:
 
     @staticmethod
     def empty(count: int, device: torch.device) -> "Tokens":
-        return Tokens(*torch.empty(7, count, dtype=torch.int64, device=device).unbind())
+        even = count + count % 2  # each begins at a multiple of 16 bytes: kernels are compiled for that
+        return Tokens(*torch.empty(7, even, dtype=torch.int64, device=device)[:, :count].unbind())
 
     def part(self, start: int, stop: int) -> "Tokens":
         return Tokens(*(getattr(self, field.name)[start:stop] for field in fields(self)))

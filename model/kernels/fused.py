@@ -319,7 +319,7 @@ def _rotate_and_write(
         tl.store(to_v, x, mask=inside & is_v[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cells"])
 def _dequantize(
     values, scales, cells, out,
     kv_heads: tl.constexpr, d: tl.constexpr, block_size: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
