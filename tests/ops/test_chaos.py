@@ -51,6 +51,16 @@ def test_streams_survive_a_stage_and_an_engine() -> None:
     assert json.loads(report.as_json())["passed"] is True
 
 
+@pytest.mark.faults
+def test_a_stopped_gateway_costs_no_engine() -> None:
+    """Long enough for Serve to replace an engine that does not answer it: three health checks of 10 s."""
+    plan = Plan(kinds=["gateway-stop"], faults=1, hold_s=45.0, seed=1, **SHORT)  # type: ignore[arg-type]
+    report = run(Setting(workers=2, gateways=2), plan)
+    assert [(fault.kind, fault.replaced) for fault in report.faults] == [("gateway-stop", 0)]
+    assert report.faults[0].streams_hit, "no stream was open where the fault hit"
+    assert report.passed, (report.details, report.left)
+
+
 @pytest.mark.slow
 def test_without_recovery_the_same_run_fails() -> None:
     plan = Plan(kinds=["engine"], faults=1, seed=1, **SHORT)  # type: ignore[arg-type]
