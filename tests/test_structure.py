@@ -129,6 +129,15 @@ def test_commands_that_documents_name_exist(document: str) -> None:
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
+def test_every_benchmark_is_in_the_readme() -> None:
+    readme = (ROOT / "ops/README.md").read_text("utf-8")
+    names = re.findall(
+        r"^@bench\.command\((?:.*\n)*?def (\w+)\(", (ROOT / "ops/bench/cli.py").read_text(), re.MULTILINE
+    )
+    assert len(names) > 10
+    assert [name for name in names if f"caravan bench {name}" not in readme] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_and_tests_that_documents_name_exist(document: str) -> None:
     tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
