@@ -27,7 +27,7 @@ assert whole.choices[0].finish_reason == "stop"
 assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 chunks = list(litellm.completion(messages=ask, stream=True, stream_options={"include_usage": True}, **chat))
-assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer
+assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer
 assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 text = litellm.text_completion(prompt="Once upon a time", **(chat | {"model": f"text-completion-openai/{name}"}))
