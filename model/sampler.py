@@ -127,7 +127,7 @@ class Sampler:
         self._seen = SeenTokens(num_slots, vocab_size, max_model_len, device)
 
     def sample(self, batch: Batch, logits: torch.Tensor, masks: dict[int, bytes]) -> Sampled:
-        """One token per row of logits [R, V] float32 (left as they are): the likeliest, or as its slot's rules say.
+        """One token per row of logits [R, V] float32 (which may be changed): the likeliest, or as its slot's rules say.
 
         `masks`: by row, bit i, lowest first: token i may be drawn. Logprobs are of the raw logits. A row that cannot be
         sampled is reported in `errors`; the others do not notice.
@@ -197,9 +197,11 @@ class Sampler:
         try:
             self._adjust(x, changes, slots, drawn, rules)
             chosen = self._choose(x, drawn, rules)
-        finally:
-            if whole:  # a few elements are put back, rather than all copied before
-                changes.undo()
+        except Exception:
+            changes.undo()  # each row is then drawn alone
+            raise
+        if (rules["logprobs"] >= 0).any():
+            changes.undo()
         logprobs = self._logprobs(logits, rows, chosen, drawn, rules)
         tokens[rows] = chosen
         if (counted := np.flatnonzero(rules["counts"])).size:
