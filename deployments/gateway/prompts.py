@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.tenants import Tenant
 from deployments.offload.turns import ModestThreads
+from model.heap import return_freed_memory
 from model.text.chat import ChatTemplate, PromptFormatError
 from model.text.infill import can_infill, encode_infill, infill_stop_ids
 from model.text.tokenizer import Tokenizer, encode_prompt, longest_token
 from model.text.tool_calls import SYNTAXES, CallSyntax
 from model.text.tool_prompt import with_calls_apart, with_short_ids, with_tools_as_text
 
+HUGE_TEXT = 50_000  # characters; what the library needs for it meanwhile, 200 bytes for each, is given back at once
 LONG_TEXT = 4_000  # characters; tokenising more than this would hold up other streams
 THREADS, EACH = 2, 1  # long texts at once, and of one tenant
 WAITING = 64  # long texts of one tenant that may wait
@@ -130,7 +132,9 @@ class Prompts:
 
         Raises what `work` raises, and `ApiError` 429 if too many long texts of this tenant wait.
         """
-        return work() if size <= LONG_TEXT else await self._threads.run(tenant.name, work)
+        if size <= LONG_TEXT:
+            return work()
+        return await self._threads.run(tenant.name, work if size <= HUGE_TEXT else lambda: _and_tidy_up(work))
 
     def check_length(self, chars: int, param: str) -> None:
         """Raise `ApiError` for a text that cannot fit, without looking at it: each token is some characters."""
@@ -171,6 +175,13 @@ def _encode(template: ChatTemplate, chat: Chat) -> list[int]:
             raise
         # some templates have no system message
         return encoded(with_tools_as_text(chat.messages, chat.tools, chat.instruction, listed_by="user"))
+
+
+def _and_tidy_up(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    finally:
+        return_freed_memory()
 
 
 def _length(value: Any) -> int:
