@@ -26,6 +26,7 @@ STATS_PERIOD_S = 0.1  # how old `Engine.stats` may be while there is work
 DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S = 2.5, 60.0
 DEFAULT_RECOVERY_ATTEMPTS = 3
 CLOSE_S = 5.0  # how long the loop gets to end, before its stages are killed under it, and again afterwards
+STEADY_STEPS = 16  # after a rebuild, with nobody suspect any more: then the next death is the first in a row again
 LINKED_AGAIN = 2  # rebuilds in a row that keep sound stages; the next one replaces them all
 
 
@@ -85,8 +86,11 @@ class InFlight:
 class Opened:
     """A request that is not done."""
 
+    request: Request
+    matcher: Matcher | None
     arrived: float
     is_admitted: bool = False
+    is_aborted: bool = False
 
 
 class Engine:
@@ -111,11 +115,11 @@ class Engine:
         self._recovery_attempts = recovery_attempts
         self._vocab_size = vocab_size
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
-        # A request to add with its matcher, or the id of one to abort.
-        self._inbox: deque[tuple[Request, Matcher | None] | str] = deque()
+        self._inbox: deque[Opened] = deque()  # to be added, or aborted
         self._open: dict[str, Opened] = {}
         self._in_flight: deque[InFlight] = deque()
-        self._deaths = 0  # since the last finished step
+        self._deaths = 0  # in a row: see `_count_step`
+        self._steps = 0  # finished since the last rebuild
         self._recovering: StageDied | None = None
         self._turned = time.monotonic()
         self._asked = 0.0  # when the stages were last asked whether they live
@@ -156,10 +160,10 @@ class Engine:
             raise EngineStopped(str(self._failure or "the engine is shutting down"))
         self.scheduler.validate(request)
         self._check_vocabulary(request)
-        opened = Opened(time.monotonic())
+        opened = Opened(request, matcher, time.monotonic())
         if self._open.setdefault(request.request_id, opened) is not opened:
             raise RequestRejected(f"a request with id {request.request_id} is open already")
-        self._inbox.append((request, matcher))
+        self._inbox.append(opened)
         self.pipeline.wake()
 
     def _check_vocabulary(self, request: Request) -> None:
@@ -169,9 +173,12 @@ class Engine:
                 raise RequestRejected(f"token ids are 0 to {size - 1} with this model: the request has others")
 
     def abort(self, request_id: str) -> None:
-        """Stop a request, whether it waits, runs or is done already."""
-        self._inbox.append(request_id)
-        self.pipeline.wake()
+        """Stop a request, whether it waits, runs or is done already. Its id is free again once it has left."""
+        opened = self._open.get(request_id)
+        if opened is not None:
+            opened.is_aborted = True
+            self._inbox.append(opened)
+            self.pipeline.wake()
 
     def close(self) -> None:
         """Stop the loop and end the pipeline. Requests still open get no more tokens. Waits only for seconds."""
@@ -216,12 +223,13 @@ class Engine:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, tuple):
-                self.scheduler.add(*item)
-            else:
-                self._open.pop(item, None)
-                self.scheduler.abort(item)
+            opened = self._inbox.popleft()
+            name = opened.request.request_id
+            if not opened.is_aborted:
+                self.scheduler.add(opened.request, opened.matcher)
+            elif self._open.get(name) is opened:  # and not another one by now
+                del self._open[name]
+                self.scheduler.abort(name)
 
     def _fill(self) -> None:
         """As many batches as may be under way."""
@@ -309,13 +317,17 @@ class Engine:
         if step is None or (output.epoch, output.step_id) != (step.batch.epoch, step.batch.step_id):
             raise StageDied(f"the last stage answered step {output.step_id} of epoch {output.epoch}, out of order")
         self._in_flight.popleft()
-        self._deaths = 0
+        self._count_step()
         started = time.monotonic()
         since_last = started - max(step.submitted, self.last_progress)
         self._patience.observe(step.batch.num_tokens, since_last)
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
+        self._emit(events)
+        self._listener.on_step(_report(step, seconds, since_last))
+
+    def _emit(self, events: list[TokenEvent]) -> None:
         for event in events:
             if event.finish_reason is not None:
                 self._open.pop(event.request_id, None)
@@ -323,33 +335,47 @@ class Engine:
                 log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
         if events:
             self._listener.on_tokens(events)
-        self._listener.on_step(_report(step, seconds, since_last))
+
+    def _count_step(self) -> None:
+        """One step proves little: what killed a stage may be about to be computed again."""
+        self._steps += 1
+        if self._deaths and self._steps >= STEADY_STEPS and not self.scheduler.has_suspects:
+            self._deaths = 0
 
     def _recover(self, death: StageDied) -> None:
         """Rebuild the pipeline and compute every open sequence again: its stream goes on with the same tokens."""
         started, running, cause = time.monotonic(), self.scheduler.stats().running, death.cause
-        self._recovering = death
-        while True:
-            if self._closing:
-                raise death
-            self._deaths += 1
-            self._in_flight.clear()
-            if self._deaths > self._recovery_attempts:
-                raise EngineStopped(f"{death} (rebuilt {self._recovery_attempts} times in a row)") from death
+        replaced: int | None = None
+        while replaced is None:
+            self._recovering = death
+            self._take_blame(death)
             log.error("%s; %d sequences are recomputed", death, running)
             self._listener.on_death(death)
-            self.scheduler.restart()
             try:
                 replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths > LINKED_AGAIN)
-                break
             except StageDied as again:
-                death = self._recovering = again
+                death = again
         self._patience.restart()
+        self._steps = 0
         self.last_progress = time.monotonic()
         report = RecoveryReport(cause, self.last_progress - started, replaced, running)
         self._recovering = None
         log.warning("recovered in %.1f s: %d stages replaced, %d sequences go on", report.seconds, replaced, running)
         self._listener.on_recovery(report)
+
+    def _take_blame(self, death: StageDied) -> None:
+        """Start over, without the request that is guilty if there is one. Raises what ends the engine if that is all.
+
+        A request ends before anybody hears of the death: nobody is to take it elsewhere.
+        """
+        if self._closing:
+            raise death
+        self._in_flight.clear()
+        guilty = self.scheduler.restart(accuse=death.cause != "link")
+        self._emit(guilty)
+        self._deaths = 1 if guilty else self._deaths + 1  # those before are explained
+        if self._deaths > self._recovery_attempts:
+            raise EngineStopped(f"{death} (rebuilt {self._recovery_attempts} times in a row)") from death
 
     def _fail(self, error: CaravanError) -> None:
         if self._closing:

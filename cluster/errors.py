@@ -3,6 +3,7 @@
 CaravanError
 ├── RequestRejected   the request can never run here (a `ValueError`: the client must change it)
 ├── RequestFailed     something went wrong with this request alone; trying again would not help
+│   └── RequestFatal  stages die of it: it was tried by itself, and must not be tried again anywhere
 ├── EngineStopped     the engine is closing or has failed; the request may run elsewhere
 │   └── EngineLeaving the engine goes as planned, or rebuilds its pipeline; another one is there for the request
 └── StageDied         a stage exited, hung past its deadline or answered nonsense
@@ -26,6 +27,10 @@ class RequestRejected(CaravanError, ValueError):
 
 class RequestFailed(CaravanError):
     """Handling this request failed, and no other one with it; the message is for the log."""
+
+
+class RequestFatal(RequestFailed):
+    """Stages died of this request, in the end with nothing else under way."""
 
 
 class EngineStopped(CaravanError):

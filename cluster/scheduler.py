@@ -33,6 +33,7 @@ MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer 
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
 MIN_PREFILL_CHUNK = 64
 GUILTY = 3  # stage deaths in a row
+FATAL = f"a stage died {GUILTY} times while computing it, in the end with nothing else under way"
 PREFILL_TURNS = 4  # of the pipeline, that prompts are spread over: fewer make steps less equal, more delay first tokens
 
 
@@ -131,6 +132,11 @@ class Scheduler:
             self._waiting.remove(request_id)
 
     @property
+    def has_suspects(self) -> bool:
+        """Whether anybody here was in flight when a stage died, and has not been computed as far since."""
+        return bool(self._running.apart) or any(seq.num_deaths for seq in self._waiting)
+
+    @property
     def has_work(self) -> bool:
         return len(self._waiting) > 0 or len(self._running) > 0
 
@@ -184,17 +190,16 @@ class Scheduler:
         running.num_pending[slots[live]] -= 1
         if running.num_suspects:
             self._reconsider(step)
-        if batch.prompt_rows:
-            self._take_prompt_logprobs(batch, output, step.sequences)
+        prompts = self._take_prompt_logprobs(batch, output, step) if batch.prompt_rows else []
         sequences, token_ids = step.sampled_sequences, output.token_ids
         plain = live & running.is_plain[slots]
         if output.errors or output.logprobs:
             plain[[*output.errors, *output.logprobs]] = False
         if plain.all():
-            return self._take_plain(sequences, slots, token_ids)
+            return prompts + self._take_plain(sequences, slots, token_ids)
         few = places(plain)
         events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[i] for i in few])
-        return events + self._take_others(sequences, places(live & ~plain).tolist(), output)
+        return prompts + events + self._take_others(sequences, places(live & ~plain).tolist(), output)
 
     def _take_plain(self, sequences: list[Sequence], slots: Slots, token_ids: list[int]) -> list[TokenEvent]:
         """Tokens of sequences of which nothing else is to be taken in, and nothing else said."""
@@ -232,24 +237,30 @@ class Scheduler:
         seq.token_ids.append(token_id)
         self._running.take(seq.slot, token_id)
         cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        seq.prompt_logprobs = None
         self._running.is_plain[seq.slot] = seq.is_plain
         finish_reason = seq.finish_reason
         if finish_reason is not None:
             self._running.release(seq)
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
-        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, prompt_logprobs)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached)
 
-    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, sequences: list[Sequence]) -> None:
-        """They are kept until the whole prompt's are there, and leave with the first token."""
+    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: _Step) -> list[TokenEvent]:
+        """Those of a chunk; what has gone out before a preemption, or from another engine, does not do so again."""
+        events: list[TokenEvent] = []
         for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
-            seq = sequences[row.row]
+            seq = step.sequences[row.row]
             if seq.prompt_logprobs is None or not seq.is_running:
                 continue
             if found is None:
                 seq.failure = "its prompt's logprobs could not be computed"
-            else:
-                seq.prompt_logprobs += found
+                continue
+            start = int(step.stops[row.row]) - int(batch.query_lens[row.row])
+            new = found[max(0, seq.prompt_logprobs - start) :]
+            if new or not found:  # a prompt of one token has none, which is worth knowing
+                seq.prompt_logprobs += len(new)
+                events.append(TokenEvent(seq.request_id, NO_TOKEN, prompt_logprobs=new))
+        return events
 
     def _reconsider(self, step: _Step) -> None:
         """Clear suspects that have lived through all that they were suspected for."""
@@ -282,19 +293,17 @@ class Scheduler:
         self._next_step = 0
         for seq in self._waiting:
             if seq.request_id in accused:
-                seq.num_deaths += 1
+                seq.num_deaths = max(seq.num_deaths, min(seq.request.deaths, 1)) + 1
                 seq.suspect_until = max(seq.suspect_until, accused[seq.request_id])
         guilty = [seq.request_id for seq in self._waiting if seq.num_deaths >= GUILTY]
-        return [
-            event for name in guilty for event in self.fail(name, f"a stage died {GUILTY} times while computing it")
-        ]
+        return [event for name in guilty for event in self.fail(name, FATAL, is_fatal=True)]
 
-    def fail(self, request_id: str, error: str) -> list[TokenEvent]:
+    def fail(self, request_id: str, error: str, is_fatal: bool = False) -> list[TokenEvent]:
         """End one request with an error: its last event, or none if it is not here (any more)."""
         if self._running.get(request_id) is None and self._waiting.get(request_id) is None:
             return []
         self.abort(request_id)
-        return [TokenEvent(request_id, NO_TOKEN, "error", error=error)]
+        return [TokenEvent(request_id, NO_TOKEN, "error", error=error, is_fatal=is_fatal)]
 
     def next_masks(self) -> LateMasks | None:
         """What the oldest batch that was sent without its masks lacks, once all of it is known; each only once."""

@@ -12,7 +12,7 @@ from model.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_PENDING_TOKENS = 2  # of a sequence: at most one token ahead of what is known
-NO_TOKEN = -1  # as the token of an event: a request that failed ends without one
+NO_TOKEN = -1  # as the token of an event that has none
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,6 +25,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tenant: str = ""  # whose it is: tenants share an engine fairly (see waiting_queue.py)
     weight: float = 1.0  # the tenant's share, compared with other tenants'
     priority: int = 0  # lower is more urgent, whoever's it is
+    num_prompt_logprobs: int = 0  # an earlier engine has given already
+    deaths: int = 0  # in a row, of the engines or stages that had it before: see Scheduler.restart
 
     def resume(self, emitted: list[int]) -> "Request":
         """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""
@@ -33,6 +35,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One token of one request. The last event of a request carries its `finish_reason`.
+
+    Before the first token come the prompt's logprobs, if asked for: in pieces, with the steps that compute it.
 
     If that is "error", something went wrong with this request alone: `error` says what, and there is no token.
     """
@@ -43,8 +47,13 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprob: float | None = None  # natural log of the probability before temperature and filters
     top_logprobs: list[tuple[int, float]] | None = None  # (token id, logprob), best first
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache; set on the first event only
-    prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first; on the first event only
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the next prompt tokens, from the second one on; no token
     error: str | None = None
+    is_fatal: bool = False  # of an error: stages died of this request
+
+    @property
+    def has_token(self) -> bool:
+        return self.token_id != NO_TOKEN
 
 
 class Matcher(Protocol):
@@ -120,11 +129,13 @@ class Sequence:
         self.num_full_blocks = 0  # blocks of `block_table` whose content is registered
         self.block_table: list[int] = []
         self.found = Found()  # while it waits
-        # Of the prompt's beginning, while it is computed; None: not asked for, or gone out already with a first token.
+        # How many have gone out; None: they are not asked for, or all have.
         wanted = sampling.prompt_logprobs is not None and not request.output_ids
-        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
+        self.prompt_logprobs = request.num_prompt_logprobs if wanted else None
         # Stage deaths at which it was in flight: it is suspect until this many tokens of it are computed once more.
-        self.num_deaths = self.suspect_until = 0
+        # One death elsewhere, which it shares with all that ran there, counts only once a stage dies here as well.
+        self.num_deaths = request.deaths if request.deaths > 1 else 0
+        self.suspect_until = self.num_tokens + MAX_PENDING_TOKENS if request.deaths else 0
         self.failure: str | None = None  # what went wrong with it; its next token is not taken any more
 
     def again(self, num_paid_tokens: int = 0) -> "Sequence":
@@ -137,7 +148,7 @@ class Sequence:
         successor.token_ids = self.token_ids
         successor.num_paid_tokens = max(self.num_paid_tokens, num_paid_tokens)
         successor.num_deaths, successor.suspect_until = self.num_deaths, self.suspect_until
-        successor.prompt_logprobs = None if self.prompt_logprobs is None else []
+        successor.prompt_logprobs = self.prompt_logprobs
         return successor
 
     @property

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from cluster.errors import CaravanError, EngineStopped, RequestRejected
+from cluster.errors import CaravanError, EngineStopped, RequestFatal, RequestRejected
 
 LONGEST_RETRY_S = 120.0  # openai-python does not retry at all if it is told to wait longer
 
@@ -58,6 +58,11 @@ def from_engine(error: Exception) -> ApiError:
         return ApiError(
             503, f"{error}; try again shortly", kind="server_error", code="engine_unavailable",
             headers={"Retry-After": "5"},
+        )  # fmt: skip
+    if isinstance(error, RequestFatal):
+        return ApiError(
+            500, "computing this request ended the process that did it, again and again: it is not tried any more",
+            kind="server_error", code="request_fatal", headers={"x-should-retry": "false"},
         )  # fmt: skip
     return ApiError(
         500, "internal error: see the server's log for this request id", kind="server_error", code="internal_error",

@@ -129,7 +129,7 @@ class Collector:
             self._changed.notify_all()
 
     def tokens(self, request_id: str) -> list[int]:
-        return [e.token_id for e in self.events.get(request_id, [])]
+        return [e.token_id for e in self.events.get(request_id, []) if e.has_token]
 
     def wait(self, request_ids: list[str], timeout: float = 120.0) -> dict[str, list[int]]:
         """Wait until all of these are finished; returns their tokens."""

@@ -23,7 +23,7 @@ class EngineMetrics:
         self._reports.append(report)
 
     def count(self, events: list[TokenEvent]) -> None:
-        self._generated += sum(not event.request_id.startswith(PROBE_PREFIX) for event in events)
+        self._generated += sum(event.has_token and not event.request_id.startswith(PROBE_PREFIX) for event in events)
 
     def record(self, engine: Engine | None, loaded: float, last_token: float) -> None:
         """`loaded` is a share of the weights, `last_token` a time of the monotonic clock."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -88,19 +88,24 @@ async def answer(
     """The response to a request under way. If the client leaves, the generation is closed."""
     if not stream:
         body = await or_disconnect(http, _whole(generation, written))
-        return Response(msgspec.json.encode(body), media_type="application/json")
+        return Response(body, media_type="application/json")
     # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
     first = await or_disconnect(http, anext(generation.pieces))
     parts = _events(first, gateway, generation, written)
     return EventStream(generation, parts, gateway.config.gateway.keepalive_s)
 
 
-async def _whole(generation: Generation, written: AnswerFormat) -> Json:
+async def _whole(generation: Generation, written: AnswerFormat) -> bytes:
     try:
         collected = [piece async for piece in generation.pieces]
     finally:
         await generation.pieces.aclose()
-    return written.whole(collected, generation.usage)
+    return await _made(collected, lambda: msgspec.json.encode(written.whole(collected, generation.usage)))
+
+
+async def _made(pieces: list[Piece], make: Callable[[], bytes]) -> bytes:
+    """What is written of these pieces: in a thread if a whole prompt's logprobs are among them, which takes a while."""
+    return await asyncio.to_thread(make) if any(piece.prompt_logprobs for piece in pieces) else make()
 
 
 async def _events(
@@ -109,7 +114,7 @@ async def _events(
     """Server-sent events. What fails under way, be it the engine or this request alone, is said in the stream."""
     usage = generation.usage
     try:
-        yield written.opening() + written.chunk(first, usage)
+        yield written.opening() + await _made([first], lambda: written.chunk(first, usage))
         unseen: dict[int, list[int]] = {}  # by answer: tokens that have added nothing to be shown yet
         async for piece in generation.pieces:
             unseen[piece.index] = piece.token_ids = unseen.get(piece.index, []) + piece.token_ids

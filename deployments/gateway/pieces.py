@@ -5,12 +5,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.errors import RequestFailed, RequestRejected
+from cluster.errors import CaravanError, RequestFailed, RequestFatal, RequestRejected
 from cluster.sequence import TokenEvent
 from model.batch import TokenLogprobs
 from model.text.constraint import TOO_DEAR
 from model.text.tokenizer import Detokenizer, Tokenizer, padded_bytes
 from model.text.tool_calls import MARKS, CallDelta, CallReader, CallSyntax
+
+AT_ONCE = 64  # logprobs of a prompt that are put into words before others have their turn
 
 
 class StopMatcher:
@@ -98,18 +100,23 @@ async def pieces(
     `prompt` are the ids that the events continue. Raises `RequestFailed`, or `RequestRejected` if it is
     its constraint that cannot go on, beside what `events` raise.
     """
-    answer = _Answer(tokenizer, rules)
+    answer, before = _Answer(tokenizer, rules), _PromptLogprobs(tokenizer, prompt)
     try:
         async for batch in events:
-            first = batch[0]
-            piece = Piece(num_tokens=len(batch), num_cached_tokens=first.num_cached_tokens)
-            if first.prompt_logprobs is not None:
-                piece.prompt_logprobs = _prompt_logprobs(tokenizer, prompt, first.prompt_logprobs)
-            if rules.prompt_only:
-                piece.num_tokens, piece.finish_reason = 0, "length"
             for event in batch:
                 if event.error is not None:
-                    raise RequestRejected(event.error) if event.error == TOO_DEAR else RequestFailed(event.error)
+                    raise _failure(event.error, event.is_fatal)
+                if event.prompt_logprobs is not None:
+                    await before.add(event.prompt_logprobs)
+            tokens = [event for event in batch if event.has_token]
+            if not tokens:
+                continue
+            piece = Piece(
+                num_tokens=len(tokens), num_cached_tokens=tokens[0].num_cached_tokens, prompt_logprobs=before.take()
+            )
+            if rules.prompt_only:
+                piece.num_tokens, piece.finish_reason = 0, "length"
+            for event in tokens:
                 if piece.finish_reason is None:
                     answer.add(piece, event)
             yield piece
@@ -117,6 +124,12 @@ async def pieces(
                 return
     finally:
         await events.aclose()
+
+
+def _failure(error: str, is_fatal: bool) -> CaravanError:
+    if is_fatal:
+        return RequestFatal(error)
+    return RequestRejected(error) if error == TOO_DEAR else RequestFailed(error)
 
 
 class _Answer:
@@ -168,12 +181,33 @@ class _Answer:
         return _token_logprob(self._tokenizer, event.token_id, found, text)
 
 
-def _prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], found: list[TokenLogprobs]) -> list[TokenLogprob]:
-    """Of every token of the prompt; nothing precedes the first one."""
-    detokenizer = Detokenizer(tokenizer)
-    first = TokenLogprob(prompt[0], token_name(tokenizer, prompt[0]), None, detokenizer.push(prompt[0]))
-    rest = zip(prompt[1:], found, strict=True)
-    return [first, *(_token_logprob(tokenizer, i, x, detokenizer.push(i)) for i, x in rest)]
+class _PromptLogprobs:
+    """Of every token of a prompt, in pieces as the engine computes them; nothing precedes the first token."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._detokenizer = Detokenizer(tokenizer)
+        self._whole: list[TokenLogprob] = []
+
+    async def add(self, found: list[TokenLogprobs]) -> None:
+        """Those that follow. Of a long prompt they are many: others have their turns meanwhile."""
+        if not self._whole:
+            first = self._prompt[0]
+            self._whole.append(
+                TokenLogprob(first, token_name(self._tokenizer, first), None, self._detokenizer.push(first))
+            )
+        for start in range(0, len(found), AT_ONCE):
+            for one in found[start : start + AT_ONCE]:
+                token_id = self._prompt[len(self._whole)]
+                text = self._detokenizer.push(token_id)
+                self._whole.append(_token_logprob(self._tokenizer, token_id, one, text))
+            await asyncio.sleep(0)
+
+    def take(self) -> list[TokenLogprob]:
+        """All of them, once."""
+        whole, self._whole = self._whole, []
+        assert len(whole) in (0, len(self._prompt)), "a prompt's logprobs come before its first token"
+        return whole
 
 
 def _token_logprob(tokenizer: Tokenizer, token_id: int, found: TokenLogprobs, text: str) -> TokenLogprob:

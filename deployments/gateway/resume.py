@@ -2,6 +2,9 @@
 
 A request resumes as a longer prompt, what was already sent being part of it, with the same seed and what is left of the
 budget. Draws depend on (seed, position) alone, so the client gets the tokens it would have got.
+
+A request may also be what its engines died of. It says to the next one how many it has lost in a row, so that the
+engine can tell it from those that were there by chance (`Scheduler.restart`), and end it.
 """
 
 import asyncio
@@ -13,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from cluster.errors import EngineLeaving, EngineStopped, MoveCause
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import MAX_PENDING_TOKENS, Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.gateway.engine_client import EngineClient
 from deployments.metrics import MetricsRecorder
@@ -51,10 +54,11 @@ class ResumingEngineClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         emitted: list[int] = []
-        lost = moves = 0
+        lost = moves = deaths = prompt_logprobs = 0
         search: Search | None = None  # for the next token, while an engine is being looked for
         while True:
-            stream = self._engine.generate(_attempt(request, lost + moves, emitted))
+            begun = len(emitted)
+            stream = self._engine.generate(_attempt(request, lost + moves, emitted, deaths, prompt_logprobs))
             try:
                 async with asyncio.timeout(search.remaining_s if search is not None else None):
                     events = await anext(stream)
@@ -63,7 +67,8 @@ class ResumingEngineClient:
                     self._recorder.observe("stream_pause_seconds", search.age_s)
                     search = None
                 while True:
-                    emitted += [event.token_id for event in events]
+                    emitted += [event.token_id for event in events if event.has_token]
+                    prompt_logprobs += sum(len(event.prompt_logprobs or ()) for event in events)
                     finished = events[-1].finish_reason is not None
                     yield events
                     if finished:
@@ -73,6 +78,7 @@ class ResumingEngineClient:
                 raise EngineStopped(f"no engine took the stream over within {self._timeout_s:g} s") from None
             except EngineLeaving as error:  # planned: nothing is wrong with the next one
                 moves += 1
+                deaths = _deaths(deaths, len(emitted) - begun) if error.cause == "rebuilding" else deaths
                 search = search or Search(error.cause, self._timeout_s)
                 log.info("%s; its stream moves on after %d tokens", error, len(emitted))
             except (EngineStopped, StopAsyncIteration) as error:
@@ -82,6 +88,7 @@ class ResumingEngineClient:
                 log.warning("a stream lost its engine (%s) after %d tokens; resuming it", error, len(emitted))
                 await asyncio.sleep(min(FIRST_PAUSE_S * 2**lost, LONGEST_PAUSE_S))
                 lost += 1
+                deaths = _deaths(deaths, len(emitted) - begun)
             finally:
                 await stream.aclose()
 
@@ -89,8 +96,18 @@ class ResumingEngineClient:
         return await self._engine.replicas()
 
 
-def _attempt(request: Request, attempt: int, emitted: list[int]) -> Request:
+def _attempt(request: Request, attempt: int, emitted: list[int], deaths: int, prompt_logprobs: int) -> Request:
     """Under an id of its own: should the lost engine still send something, nobody listens to it."""
     if attempt == 0:
         return request
-    return msgspec.structs.replace(request.resume(emitted), request_id=f"{request.request_id}-{attempt}")
+    return msgspec.structs.replace(
+        request.resume(emitted),
+        request_id=f"{request.request_id}-{attempt}",
+        num_prompt_logprobs=prompt_logprobs,
+        deaths=deaths,
+    )
+
+
+def _deaths(before: int, num_tokens: int) -> int:
+    """In a row, after one more; what was under way at the one before is done once an engine has given `num_tokens`."""
+    return before + 1 if num_tokens <= MAX_PENDING_TOKENS else 1

@@ -1,5 +1,6 @@
 """Logprobs of prompts: equal to one pass over the whole prompt, however the engine comes to them."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ def naive(prompt: list[int]) -> torch.Tensor:
     forward = stage.group.forward
     stage.group.forward = lambda *a: hidden.append(forward(*a)) or hidden[0]  # type: ignore[func-returns-value,method-assign]
     stage.run(Batch.of_one(np.array(prompt, np.int32), stage.kv.block_size), None)
-    return stage.decoder.logits(hidden[0]).log_softmax(-1)
+    return stage.group.logits(hidden[0]).log_softmax(-1)
 
 
 def check(prompt: list[int], found: list[TokenLogprobs] | None) -> None:
@@ -40,8 +41,11 @@ def asking(name: str, prompt: list[int], max_tokens: int = 4) -> Request:
 
 
 def only_on_the_first(events: list[TokenEvent]) -> list[TokenLogprobs] | None:
-    assert all(event.prompt_logprobs is None for event in events[1:])
-    return events[0].prompt_logprobs
+    """They come in pieces, before the first token."""
+    begun = next(i for i, event in enumerate(events) if event.has_token)
+    assert all(event.prompt_logprobs is None for event in events[begun:])
+    pieces = [event.prompt_logprobs or [] for event in events[:begun]]
+    return [one for piece in pieces for one in piece] if pieces else None
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,9 @@ def test_they_equal_one_pass(make_engine: MakeEngine, options: dict[str, int]) -
         check(PROMPTS[i], only_on_the_first(collector.events[str(i)]))
     engine.add(request("again", PROMPT))
     assert collector.wait(["again"])["again"] == collector.tokens("plain")
-    assert collector.events["again"][0].num_cached_tokens > 0, "what was computed for logprobs is reused as any other"
+    assert next(e for e in collector.events["again"] if e.has_token).num_cached_tokens > 0, (
+        "what was computed for logprobs is reused as any other"
+    )
 
 
 def test_after_preemption(make_engine: MakeEngine) -> None:
@@ -102,3 +108,25 @@ def test_a_resumed_request_does_not_ask_again(make_engine: MakeEngine) -> None:
     engine.add(msg := asking("rest", PROMPT).resume(tokens[:2]))
     assert collector.wait([msg.request_id])["rest"] == tokens[2:]
     assert only_on_the_first(collector.events["rest"]) is None
+
+
+def test_they_leave_with_the_steps_that_compute_them(make_engine: MakeEngine) -> None:
+    """A long prompt's are not one message: no event has more of them than a step has tokens."""
+    engine, collector = make_engine(stages=2, max_num_batched_tokens=16)
+    engine.add(asking("r", PROMPT))
+    collector.wait(["r"])
+    sizes = [len(event.prompt_logprobs) for event in collector.events["r"] if event.prompt_logprobs]
+    assert sum(sizes) == len(PROMPT) - 1
+    assert max(sizes) <= 16
+
+
+@pytest.mark.parametrize("had", [0, 1, 40, len(PROMPT) - 1])
+def test_what_another_engine_has_given_is_not_given_again(make_engine: MakeEngine, had: int) -> None:
+    engine, collector = make_engine(max_num_batched_tokens=16)
+    engine.add(msgspec.structs.replace(asking("r", PROMPT), num_prompt_logprobs=had))
+    collector.wait(["r"])
+    found = only_on_the_first(collector.events["r"]) or []
+    assert len(found) == len(PROMPT) - 1 - had
+    expected = naive(PROMPT)
+    for i, logprobs in enumerate(found, had):
+        assert logprobs.chosen == pytest.approx(float(expected[i, PROMPT[i + 1]]), abs=1e-4)

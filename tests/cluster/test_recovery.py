@@ -46,6 +46,17 @@ def test_an_id_that_is_open_is_refused_until_its_request_is_done(make_engine: Ma
     assert engine.scheduler.stats().kv_blocks_used == 0
 
 
+def test_an_abort_is_of_the_request_that_was_there(make_engine: MakeEngine) -> None:
+    """Clients end what is done already, and the next one may have its id."""
+    engine, collector = make_engine()
+    for i in range(50):
+        engine.add(request("r", PROMPTS[2], max_tokens=2))
+        while len(collector.tokens("r")) < 2 * i + 2:
+            time.sleep(0.0005)
+        engine.abort("r")
+    assert engine.failure is None
+
+
 @pytest.mark.parametrize("wrong", [TINY.vocab_size, -1])
 def test_a_token_beyond_the_vocabulary_is_refused_at_once(make_engine: MakeEngine, wrong: int) -> None:
     engine, _ = make_engine()

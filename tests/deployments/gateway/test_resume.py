@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from cluster.errors import EngineStopped, RequestRejected
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import NO_TOKEN, Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.gateway import resume
 from deployments.gateway.resume import ResumingEngineClient
+from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
 
 
@@ -119,3 +120,27 @@ def test_a_client_that_leaves_closes_the_engines_stream() -> None:
 
     asyncio.run(main())
     assert engine.closed == 2
+
+
+def test_logprobs_of_a_prompt_that_an_engine_has_given_are_not_asked_for_again() -> None:
+    """It is lost in the middle of the prompt: before any token."""
+    requests: list[Request] = []
+
+    class Losing(FailingEngine):
+        async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+            requests.append(request)
+            if len(requests) == 1:
+                yield [TokenEvent("r", NO_TOKEN, prompt_logprobs=[TokenLogprobs(-1.0, [])] * 3)]
+                raise EngineStopped("a node went down")
+            yield [TokenEvent("r", NO_TOKEN, prompt_logprobs=[TokenLogprobs(-2.0, [])])]
+            yield [TokenEvent("r", 5, "length")]
+
+    assert run(Losing()) == [NO_TOKEN, NO_TOKEN, 5]
+    assert [(one.num_prompt_logprobs, one.output_ids) for one in requests] == [(0, []), (3, [])]
+
+
+def test_a_request_says_how_many_engines_it_has_lost_in_a_row() -> None:
+    """Whatever was under way when one was lost is done once the next has given some tokens: then it counts anew."""
+    engine = FailingEngine(0, 2, 1, 4)
+    run(engine, attempts=5)
+    assert [request.deaths for request in engine.requests] == [0, 1, 2, 3, 1]
