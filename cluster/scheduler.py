@@ -17,7 +17,6 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.awaited_masks import AwaitedMasks
 from cluster.batch_builder import build_batch, in_order
@@ -26,8 +25,9 @@ from cluster.errors import RequestRejected
 from cluster.fairness import Fairness, Policy
 from cluster.running import Running, Slots, places
 from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
+from cluster.step import Step
 from cluster.waiting_queue import WaitingQueue
-from model.batch import Batch, Int32Array, LateMasks, StepOutput, TokenLogprobs
+from model.batch import Batch, LateMasks, StepOutput, TokenLogprobs
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
@@ -55,21 +55,6 @@ class SchedulerStats:
     prefix_hit_tokens: int  # since the start
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What is in flight of a batch: its sequences, who may have left since, in its order."""
-
-    sequences: list[Sequence]
-    slots: Slots
-    serials: NDArray[np.int64]  # of the slots' owners then
-    stops: Int32Array  # how many tokens of each are computed with it
-    sampled: Slots  # places of those that a token is sampled of
-
-    @property
-    def sampled_sequences(self) -> list[Sequence]:
-        return self.sequences if len(self.sampled) == len(self.sequences) else [self.sequences[i] for i in self.sampled]
-
-
 class Scheduler:
     """Continuous batching with chunked prefill under one token budget, balanced cohorts, preemption by recompute."""
 
@@ -93,7 +78,7 @@ class Scheduler:
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._waiting = WaitingQueue(self._fairness)
         self._running = Running(blocks, max_num_seqs)
-        self._in_flight: dict[int, _Step] = {}  # by step id
+        self._in_flight: dict[int, Step] = {}  # by step id
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
         self._next_step = 0
@@ -175,7 +160,7 @@ class Scheduler:
         sampled = batch.sample_rows.astype(np.intp)
         running.advance(slots, counts, sampled, batch.step_id)
         sequences, stops = running.sequences[slots].tolist(), running.num_computed[slots]
-        self._in_flight[batch.step_id] = _Step(sequences, slots, running.serials[slots], stops, sampled)
+        self._in_flight[batch.step_id] = Step(sequences, slots, running.serials[slots], stops, sampled)
         self._next_step += 1
         return batch
 
@@ -245,7 +230,7 @@ class Scheduler:
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
         return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached)
 
-    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: _Step) -> list[TokenEvent]:
+    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
         """Those of a chunk; what has gone out before a preemption, or from another engine, does not do so again."""
         events: list[TokenEvent] = []
         for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
@@ -262,7 +247,7 @@ class Scheduler:
                 events.append(TokenEvent(seq.request_id, NO_TOKEN, prompt_logprobs=new))
         return events
 
-    def _reconsider(self, step: _Step) -> None:
+    def _reconsider(self, step: Step) -> None:
         """Clear suspects that have lived through all that they were suspected for."""
         running = self._running
         for seq in step.sequences:
