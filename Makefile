@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients/.ready
+AGENTS := .venv/agents/.ready
 XLLAMACPP := 2026.10.11549
 CHAOS = $(BIN)/python -m ops.chaos --requests 1000 --streams 64
 DAY = $(shell date +%F)
@@ -35,10 +36,16 @@ demo: $(READY)  ## deploy the default model on this machine, ask it something, l
 serve: $(READY)  ## the same, but serve until Ctrl-C
 	@$(BIN)/python -m ops.local
 
-clients: $(CLIENTS)  ## clients that the tests run in processes of their own: they do not fit beside the pinned packages
+clients: $(CLIENTS) $(AGENTS)  ## clients that the tests run in processes of their own: they do not fit beside the pinned packages
 
 $(CLIENTS): tests/clients/requirements.lock $(READY)
 	@echo "installing clients for the tests (LiteLLM, watsonx.ai, text-generation)"
+	@rm -rf $(dir $@)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
+	@touch $@
+
+$(AGENTS): tests/clients/agents.lock $(READY)
+	@echo "installing clients for the long tests (instructor, Pydantic AI, OpenAI Agents)"
 	@rm -rf $(dir $@)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
@@ -52,7 +59,7 @@ test-golden: $(READY)  ## the default model's tokens in chunks, on three stages,
 test-faults: $(READY)  ## a deployed service through faults and an update, and what is left of commands that are ended (4 minutes)
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
-test-long: $(READY) $(CLIENTS)  ## all tests
+test-long: $(READY) $(CLIENTS) $(AGENTS)  ## all tests
 	@$(BIN)/python -m pytest -q
 
 chaos: $(READY)  ## break the deployed service under load: kill and stop stages, engines and nodes, 1,000 requests each

@@ -79,7 +79,10 @@ OPENAI = [
     "include_stop_str_in_output", "stream", "stream_options", "n", "best_of", "echo", "suffix", "logprobs",
     "top_logprobs", "user", "ignore_eos", "priority", "tools", "tool_choice", "functions", "function_call",
     "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-    "modalities", "audio", "prediction", "chat_template", "unheard_of",
+    "modalities", "audio", "prediction", "chat_template", "parallel_tool_calls", "regex", "ebnf", "grammar",
+    "json_schema", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "skip_special_tokens",
+    "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side", "parse_special",
+    "add_special_tokens", "store", "unheard_of",
 ]  # fmt: skip
 TGI = [
     "adapter_id", "best_of", "decoder_input_details", "details", "do_sample", "frequency_penalty", "grammar",
@@ -91,13 +94,42 @@ WATSONX = [
     "repetition_penalty", "return_options", "include_stop_sequence", "stop_sequences", "temperature", "time_limit",
     "top_k", "top_p", "truncate_input_tokens", "unheard_of",
 ]  # fmt: skip
-TOKENIZE = ["model", "prompt", "messages", "add_special_tokens", "return_token_strs"]
+RESPONSES = [
+    "model", "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "parallel_tool_calls",
+    "top_logprobs", "include", "truncation", "metadata", "stream", "stream_options", "store", "structured_outputs",
+    "temperature", "stop", "logit_bias", "seed", "min_tokens", "truncate_prompt_tokens", "previous_response_id",
+]  # fmt: skip
+TOKENIZE = [
+    "model", "prompt", "messages", "tools", "add_special_tokens", "parse_special", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs", "return_token_strs",
+]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+CALLING = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "tools": TOOLS}
+FLAT = {"model": NAME, "input": "hi", "max_output_tokens": 8}
+ITEMS: list[Any] = [
+    [{"type": kind, **item}]
+    for kind in ("function_call", "function_call_output", "message", "reasoning", "item_reference", "x", None, 5)
+    for item in (
+        {}, {"call_id": "1", "name": "f", "arguments": "{"}, {"call_id": 5, "name": 5, "arguments": 5},
+        {"role": "user", "content": None}, {"role": "x"}, {"output": [], "call_id": None}, {"output": {"a": []}},
+    )
+]  # fmt: skip
+TOOL_VALUES: list[Any] = [
+    *([{"type": "function", "function": {"name": "f", "parameters": schema}}] for schema in SCHEMAS),
+    *([{"type": "function", "name": "f", "parameters": schema, "strict": False}] for schema in SCHEMAS),
+    *([{"type": "function", "function": {"name": name}}] for name in ("", "a b", "\ud800", "x" * 200, None, 5)),
+    TOOLS * 2, TOOLS * 200, [{"type": "custom", "custom": {"name": "x"}}], [{"type": "function", "function": None}],
+]  # fmt: skip
 VERSION = "?version=2024-01-01"
 
 # path, a body that is good, its fields, and those of its "parameters"
 ROUTES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("/v1/chat/completions", CHAT, ["messages", *OPENAI], []),
     ("/v1/chat/completions", {**CHAT, "stream": True}, ["messages", *OPENAI], []),
+    ("/v1/chat/completions", CALLING, OPENAI, []),
+    ("/v1/chat/completions", {**CALLING, "tool_choice": "required", "stream": True}, OPENAI, []),
+    ("/v1/responses", FLAT, RESPONSES, []),
+    ("/v1/responses", {**FLAT, "stream": True, "tools": [{"type": "function", "name": "f"}]}, RESPONSES, []),
     ("/v1/completions", COMPLETION, ["prompt", *OPENAI], []),
     ("/v1/completions", {**COMPLETION, "stream": True, "logprobs": 2}, ["prompt", *OPENAI], []),
     ("/tokenize", {"prompt": "hi"}, TOKENIZE, []),

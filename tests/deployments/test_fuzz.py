@@ -30,12 +30,14 @@ from tests.deployments.bad_inputs import (
     BODIES,
     CONSTRAINTS,
     HEADERS,
+    ITEMS,
     LONGEST_BODY,
     MESSAGES,
     METHODS,
     NAME,
     OTHER_PATHS,
     ROUTES,
+    TOOL_VALUES,
     VALUES,
     dumped,
 )
@@ -201,7 +203,8 @@ def matrix() -> Iterator[Case]:
         for name in fields:
             special = CONSTRAINTS if name == "model" and path.startswith("/v1") else []
             yield from (Case(path, dumped({**good, field: value})) for field, value in special)
-            for value in [*VALUES, *MESSAGES] if name in ("messages", "inputs") else VALUES:
+            more = {"messages": MESSAGES, "inputs": MESSAGES, "input": [*MESSAGES, *ITEMS], "tools": TOOL_VALUES}
+            for value in [*VALUES, *more.get(name, [])]:
                 yield Case(path, dumped({**good, name: value}))
             yield Case(path, dumped({key: value for key, value in good.items() if key != name}))
         for name in parameters:
