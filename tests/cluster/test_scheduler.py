@@ -235,7 +235,8 @@ class Run:
                 assert len(tokens) == count, f"{name} did not end as it should"
                 assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
                 assert (events[-1].error or "")[: len(error or "")] == (error or ""), f"{name}: {events[-1]}"
-        guilty = sum(not self.lethal.isdisjoint(cache[:-1]) for _, cache in self.expected.values())
+        # The last token of an answer counts: of one that ends with a stop token it may be computed ahead of that.
+        guilty = sum(not self.lethal.isdisjoint(cache) for _, cache in self.expected.values())
         assert self.deaths <= 3 * guilty, f"{self.deaths} deaths for {guilty} requests"
 
 
