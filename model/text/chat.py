@@ -29,6 +29,7 @@ CHATML_MARKS = {"<|im_start|>", "<|im_end|>"}
 CHECKPOINTS_OWN = "the checkpoint's own"  # name of a template that came with the weights
 MAX_GROWTH = 20_000  # characters that a template may add for each message
 ROLES = ("user", "system", "assistant", "tool")
+PROTOCOL_WORDS = frozenset({*ROLES, "text", "function", "object", "array", "string", "number", "integer", "boolean"})
 PROBE = "Qx7probeQx7"  # a text to look for in what a template makes
 # How templates that show calls of tools write them; the first one whose words stand in the template.
 TOOL_FORMATS: dict[ToolFormat, tuple[str, ...]] = {
@@ -165,11 +166,16 @@ class ChatTemplate:
         return before + start + core + end + after
 
     def _disarmed(self, value: Any, mark: str) -> Any:
-        """The same for every text in it; keys are the protocol's."""
+        """The same for every text in it, but for keys, and words of the protocol that templates compare with theirs."""
         if isinstance(value, str):
             return self._disarm(value, mark)
         if isinstance(value, Mapping):
-            return {key: self._disarmed(inner, mark) for key, inner in value.items()}
+            said = {
+                key: value[key]
+                for key in ("role", "type")
+                if isinstance(value.get(key), str) and value[key] in PROTOCOL_WORDS
+            }
+            return {key: self._disarmed(inner, mark) for key, inner in value.items()} | said
         return [self._disarmed(inner, mark) for inner in value] if isinstance(value, list | tuple) else value
 
     def _render(

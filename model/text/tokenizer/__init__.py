@@ -89,7 +89,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> l
 def encode_marked(tokenizer: Tokenizer, text: str, mark: str = "") -> list[int]:
     """Ids of a text in which names of added tokens are those tokens, but where `mark` stands inside a name; it is taken
     out again."""
-    parts: Iterable[str | int] = added_tokens(tokenizer).split(text, special=True)
+    parts: Iterable[str | int] = added_tokens(tokenizer).split(text, special=True, mark=mark)
     if mark:
         parts = (part.replace(mark, "") if isinstance(part, str) else part for part in parts)
     if isinstance(tokenizer, MarkedTokenizer):

@@ -7,7 +7,7 @@ tokenizers library: of several that begin at one place the longest wins, and eac
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class AddedToken:
     lstrip: bool = False  # takes the white space before it
     rstrip: bool = False  # and after it
     single_word: bool = False  # not inside a word
+    normalized: bool = False  # looked for in what the others leave over
 
 
 class AddedTokens:
@@ -29,26 +30,47 @@ class AddedTokens:
         self._ids = {token.text: i for i, token in tokens.items()}
         self._words = frozenset(token.text for token in tokens.values() if token.single_word)
         # A control token's name of one character could not be told apart from text, so it stays text.
-        self._any = _pattern(token for token in tokens.values() if not (token.special and len(token.text) == 1))
-        self._plain = _pattern(token for token in tokens.values() if not token.special)
+        names = [token for token in tokens.values() if not (token.special and len(token.text) == 1)]
+        self._any = _patterns(names)
+        self._plain = _patterns(token for token in names if not token.special)
 
     @property
     def control(self) -> dict[str, int]:
         """Ids of the special ones by name."""
         return {token.text: i for i, token in self.tokens.items() if token.special}
 
-    def split(self, text: str, *, special: bool) -> Iterator[str | int]:
-        """Ids of the tokens in `text` and what stands between them, in order; special ones only if asked for."""
-        pattern, end = self._any if special else self._plain, 0
-        for match in pattern.finditer(text) if pattern is not None else ():
-            if match["name"] in self._words and _inside_word(text, *match.span("name")):
+    def split(self, text: str, *, special: bool, mark: str = "") -> Iterator[str | int]:
+        """Ids of the tokens in `text` and what stands between them, in order; special ones only if asked for.
+
+        `mark`: a character that hides names (see model/text/chat.py) and is no text.
+        """
+        parts: Iterable[str | int] = [text] if text else []
+        for pattern in self._any if special else self._plain:
+            parts = self._cut(parts, pattern, mark)
+        yield from parts
+
+    def _cut(self, parts: Iterable[str | int], pattern: re.Pattern[str], mark: str) -> Iterator[str | int]:
+        for part in parts:
+            if isinstance(part, int):
+                yield part
                 continue
-            if match.start() > end:
-                yield text[end : match.start()]
-            yield self._ids[match["name"]]
-            end = match.end()
-        if end < len(text):
-            yield text[end:]
+            end = 0
+            for match in pattern.finditer(part):
+                if match["name"] in self._words and _inside_word(part, *match.span("name"), mark):
+                    continue
+                if match.start() > end:
+                    yield part[end : match.start()]
+                yield self._ids[match["name"]]
+                end = match.end()
+            if end < len(part):
+                yield part[end:]
+
+
+def _patterns(tokens: Iterable[AddedToken]) -> list[re.Pattern[str]]:
+    """In the order in which the library looks for them."""
+    both = list(tokens)
+    found = [_pattern(token for token in both if token.normalized == later) for later in (False, True)]
+    return [pattern for pattern in found if pattern is not None]
 
 
 def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
@@ -63,8 +85,12 @@ def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
     return re.compile(f"{before}(?P<name>{'|'.join(re.escape(token.text) for token in ordered)}){after}")
 
 
-def _inside_word(text: str, start: int, end: int) -> bool:
-    return any(_of_a_word(c) for c in (text[start - 1 : start], text[end : end + 1]) if c)
+def _inside_word(text: str, start: int, end: int, mark: str) -> bool:
+    while mark and text[start - 1 : start] == mark:
+        start -= 1
+    while mark and text[end : end + 1] == mark:
+        end += 1
+    return any(_of_a_word(c) for c in (text[max(0, start - 1) : start], text[end : end + 1]) if c)
 
 
 def _of_a_word(character: str) -> bool:
@@ -103,4 +129,4 @@ def with_added(
 def _as_special(token: AddedToken | None, text: str) -> AddedToken:
     if token is None or token.text != text:
         return AddedToken(text, special=True)
-    return AddedToken(text, True, token.lstrip, token.rstrip, token.single_word)
+    return replace(token, special=True)

@@ -184,7 +184,8 @@ class JSONTokenizer(BPETokenizer):
         self.added_tokens = AddedTokens({i: token for i, token in tokens.items() if i not in by_library})
         self.control_tokens = self.added_tokens.control
         hidden = self.control_tokens.keys() - {model.get("unk_token")}  # the library wants to know its unknown token
-        model["vocab"] = {text: i for i, text in texts.items() if text not in hidden}
+        there = ids.keys() | {tokens[i].text for i in by_library}  # others are found by us, and made by no merge
+        model["vocab"] = {text: i for i, text in texts.items() if text in there and text not in hidden}
         model["merges"] = without(
             hidden, (tuple(m.split(" ", 1)) if isinstance(m, str) else m for m in model["merges"])
         )

@@ -109,7 +109,8 @@ def added_token(entry: Mapping[str, Any]) -> AddedToken:
     if not isinstance(text, str):
         raise TypeError(f"the content of an added token is {text!r}")
     flags = {flag: bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(text, special=bool(entry.get("special", True)), **flags)
+    special = bool(entry.get("special", True))
+    return AddedToken(text, special, **flags, normalized=bool(entry.get("normalized", not special)))
 
 
 def _token(entry: Any) -> AddedToken:

@@ -295,7 +295,10 @@ class Generator:
         entries, following = {}, len(vocab)
         for name in chosen:
             space = name.isspace()
-            flags = {flag: rng.random() < 0.15 and not space for flag in ("lstrip", "rstrip", "single_word")}
+            plain = any(
+                chosen_name.isspace() for chosen_name in chosen
+            )  # who gets a space that both want is nobody's rule
+            flags = {flag: rng.random() < 0.15 and not plain for flag in ("lstrip", "rstrip", "single_word")}
             special = rng.random() < 0.6 and not space and name not in vocab
             normalized = rng.random() < 0.5 and not special and name not in ("<|im_end|>", "<pad>")
             entry = _entry(name, special=special, normalized=normalized, **flags)

@@ -22,8 +22,18 @@ import pytest
 from jinja2 import UndefinedError
 
 from model.text.chat import ChatTemplate, PromptFormatError, load_chat_template
-from model.text.tokenizer import Tokenizer, load_tokenizer
-from tests.model.text.checkpoints import Drawn, Generator, merges, sentencepiece, vocabulary
+from model.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
+from model.text.tokenizer.gguf import END_NAMES
+from tests.model.text.checkpoints import (
+    NAMES,
+    SIZE,
+    Drawn,
+    Generator,
+    merges,
+    sentencepiece,
+    vocabulary,
+    write_gguf,
+)
 
 FORMS = ("spm", "json", "fast", "bytes")
 
@@ -131,6 +141,39 @@ def judged(path: Path, seeds: range, held_out: bool, texts: int, chats: int) -> 
         compared += compare_chats(drawn, template, judge, generator, chats)
         compare_injections(drawn, template, tokenizer, generator, max(1, chats // 4))
     return compared
+
+
+def llama_cpp(text: str, tokens: dict[str, int]) -> list[int]:
+    """llama.cpp's rules, restated: names are cut out one after the other, the longest first, and every text between
+    them gets a space (src/llama-vocab.cpp, tokenizer_st_partition and the branch of LLAMA_VOCAB_TYPE_SPM)."""
+    parts: list[str | int] = [text]
+    for name in sorted(tokens, key=len, reverse=True):
+        cut: list[str | int] = []
+        for part in parts:
+            if isinstance(part, int):
+                cut.append(part)
+                continue
+            between = part.split(name)
+            for i, piece in enumerate(between):
+                cut += ([tokens[name]] if i else []) + ([piece] if piece else [])
+        parts = cut
+    return [i for part in parts for i in ([part] if isinstance(part, int) else sentencepiece().encode(part))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_of_a_gguf_follow_llama_cpp(seed: int, tmp_path: Path) -> None:
+    generator = Generator(seed)
+    names = generator.rng.sample(NAMES, 5)
+    kinds = [generator.rng.choice([3, 4]) for _ in names]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "model.gguf", list(zip(names, kinds, strict=True))))
+    every = {"<unk>": 0, "<s>": 1, "</s>": 2} | {name: SIZE + i for i, name in enumerate(names)}
+    found_in_text = {
+        name: every[name] for name, kind in zip(names, kinds, strict=True) if kind == 4 and name not in END_NAMES
+    }
+    for _ in range(100):
+        text = generator.text_with(list(every))
+        assert encode_prompt(tokenizer, text, add_bos=False) == llama_cpp(text, every), text
+        assert tokenizer.encode(text, add_bos=False) == llama_cpp(text, found_in_text), text
 
 
 def test_prompts_are_those_of_transformers(tmp_path: Path) -> None:

@@ -278,6 +278,15 @@ def test_content_reaches_templates_in_the_form_that_they_read(source: str, expec
     assert chat.render([says("system", "be"), {"role": "user", "content": content}]) == expected
 
 
+def test_words_of_the_protocol_are_what_templates_compare_with():
+    """Though a control token's name ends as they begin."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
+    )
+    chat = ChatTemplate(source + "{% endif %}{% endfor %}{% endif %}{% endfor %}", Characters("<t", "<u", "r>"))
+    assert chat.render([says("user", "te")]) == "te"
+
+
 def test_parts_that_are_no_text_are_refused():
     with pytest.raises(PromptFormatError, match="text only, not content parts of type image_url"):
         ChatTemplate("{{ messages[0].content }}", Characters()).render(

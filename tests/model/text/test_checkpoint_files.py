@@ -108,6 +108,29 @@ def test_a_special_token_without_an_embedding_is_no_reason_to_refuse(tmp_path: P
         check_fits(load_tokenizer(tmp_path), SIZE, tmp_path)
 
 
+@pytest.mark.parametrize("form", ["tokenizer.model", "tokenizer.json"])
+def test_a_token_of_whole_words_only_is_found_by_its_neighbours_in_the_prompt(form: str, tmp_path: Path) -> None:
+    """A message's end that is hidden from names beside it counts as what it is."""
+    word = {str(SIZE): {"content": "<end>", "special": True, "single_word": True}}
+    path = directory(tmp_path / "m", added_tokens_decoder=word, chat_template="{{ messages[0].content }}<end>")
+    path = path if form == "tokenizer.model" else as_json_only(path, tmp_path / "json")
+    tokenizer = load_tokenizer(path)
+    template = load_chat_template(path, tokenizer)
+    assert template is not None
+    ends = [
+        template.encode([{"role": "user", "content": text}]).count(SIZE) for text in ("a b", "a <", "é", "_", "x_<e")
+    ]
+    assert ends == [0, 1, 0, 0, 0]
+
+
+def test_a_token_of_one_character_is_made_by_no_lookup(tmp_path: Path) -> None:
+    """Only where it is found as a whole."""
+    letter = {str(SIZE): {"content": "𠮷", "special": False, "single_word": True}}
+    path = as_json_only(directory(tmp_path / "m", added_tokens_decoder=letter), tmp_path / "json")
+    tokenizer = load_tokenizer(path)
+    assert [SIZE in tokenizer.encode(text, add_bos=False) for text in ("a 𠮷 b", "a𠮷b")] == [True, False]
+
+
 # -- ends -------------------------------------------------------------------------------------------------------------
 
 
