@@ -276,7 +276,10 @@ class Generator:
         if form == "spm":
             (path / "tokenizer.model").write_bytes(sentencepiece_model())
         else:
-            files["tokenizer.json"] = self._tokenizer_json(form, added if rng.random() < 0.7 else {})
+            inside = rng.random() < 0.7
+            for entry in added.values() if not inside else ():
+                entry["normalized"] = False
+            files["tokenizer.json"] = self._tokenizer_json(form, added if inside else {})
         if added or rng.random() < 0.5:
             known = {0: "<unk>", 1: "<s>", 2: "</s>"} if form != "bytes" else {}
             entries = {i: _entry(text, special=True) for i, text in known.items()} | added

@@ -8,6 +8,8 @@ Differences that are meant, and why:
 - names of special tokens in what users say stay text, and no merges make a piece that is declared special.
 - a control token is found where the template writes it, even one that is declared "normalized": beside a normaliser
   that puts a space before text the library looks for it with that space, and finds it nowhere else.
+- not meant, and open: a token that only tokenizer_config.json declares, as "normalized", beside a tokenizer.json with
+  such a normaliser is found as it stands here, and with the space before it there. None is drawn.
 - a special token that a template names and the tokenizer lacks is empty, which transformers fails at if it is added to
   something.
 - begin-of-text is put before plain text for `add_bos_token` beside a tokenizer.json too, as transformers 4 did; and an
