@@ -219,10 +219,12 @@ def test_logprobs_equal_those_of_transformers() -> None:
         collector.wait(["r"])
     finally:
         engine.close()
-    (event,) = collector.events["r"]
-    assert event.prompt_logprobs is not None
+    *_, event = events = collector.events["r"]  # those of the prompt come with its chunks
     assert event.logprob is not None
-    found = [*event.prompt_logprobs, TokenLogprobs(event.logprob, event.top_logprobs or [])]
+    found = [
+        *(one for e in events for one in e.prompt_logprobs or []),
+        TokenLogprobs(event.logprob, event.top_logprobs or []),
+    ]
     for i, (logprobs, token) in enumerate(zip(found, [*prompt[1:], event.token_id], strict=True)):
         assert logprobs.chosen == pytest.approx(float(expected[i, token]), abs=1e-3)
         for alternative, value in logprobs.top:
