@@ -235,6 +235,7 @@ def last_stage(
 
     monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=span))
     stage: Any = SimpleNamespace(
+        group=SimpleNamespace(check=lambda: None),
         layers=SimpleNamespace(is_first=False, is_last=True),
         decoder=SimpleNamespace(device=CPU, dtype=torch.float32),
         hidden_shape=lambda batch: (1, 8),
@@ -252,7 +253,7 @@ def test_steps_are_launched_before_their_hidden_states_are_there(group: Group, m
     while len(group.works) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     assert len(group.works) == 2, "the second receive is launched although the first has not come"
-    assert loop.activity == "receiving"
+    assert loop.doing.activity == "receiving"
     assert orders.answered == []
     for work in group.works:
         work.done = True

@@ -68,6 +68,7 @@ def make_batch(step_id: int, **of_sampler: Any) -> Batch:
 
 def last_stage(**methods: Any) -> Any:
     return SimpleNamespace(
+        group=SimpleNamespace(check=lambda: None),
         layers=SimpleNamespace(is_first=False, is_last=True),
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
         hidden_shape=lambda batch: (1, 8),
@@ -155,6 +156,7 @@ def first_stage(batches: list[Batch], max_in_flight: int, monkeypatch: pytest.Mo
     happened: list[str] = []
     engine: Any = Timings(batches)
     stage: Any = SimpleNamespace(
+        group=SimpleNamespace(check=lambda: None),
         layers=SimpleNamespace(is_first=True, is_last=False),
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
         compute=lambda batch, hidden: happened.append(f"compute {batch.step_id}") or torch.zeros(1, 8),  # type: ignore[func-returns-value]
