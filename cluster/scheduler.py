@@ -119,7 +119,7 @@ class Scheduler:
     @property
     def has_suspects(self) -> bool:
         """Whether anybody here was in flight when a stage died, and has not been computed as far since."""
-        return bool(self._running.apart) or any(seq.num_deaths for seq in self._waiting)
+        return self._running.num_suspects > 0 or any(seq.num_deaths for seq in self._waiting)
 
     @property
     def has_work(self) -> bool:

@@ -97,6 +97,22 @@ def test_closing_does_not_wait_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) ->
     assert not engine._thread.is_alive()
 
 
+def test_deaths_with_work_between_them_are_not_in_a_row(make_engine: MakeEngine) -> None:
+    """Four of them, where three in a row end an engine."""
+    engine, collector = make_engine()
+    pipeline = engine.pipeline
+    assert isinstance(pipeline, LocalPipeline)
+    for i in range(4):
+        engine.add(request(f"r{i}", PROMPTS[2], max_tokens=60))
+        while len(collector.tokens(f"r{i}")) < 5:
+            time.sleep(0.001)
+        pipeline._death = StageDied("a test pulled the plug")
+        pipeline.wake()
+        collector.wait([f"r{i}"])
+    assert len(collector.recoveries) == 4
+    assert not engine.scheduler.has_suspects
+
+
 def test_the_loop_turns_about_once_a_step(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn looks at every sequence that runs. With six stages it was eight of them: one for every timing."""
     engine, collector = make_engine(stages=6)
