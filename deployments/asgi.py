@@ -99,7 +99,7 @@ class Normalised:
         scope["path"] = scope["path"].rstrip("/") or "/"
         if scope["method"] != "HEAD":
             return await self._app(scope, receive, send)
-        scope["method"] = "GET"
+        scope = {**scope, "method": "GET"}  # a copy: the server looks at its own, to see what length an answer has
 
         async def send_head(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
