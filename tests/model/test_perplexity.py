@@ -33,14 +33,14 @@ def test_it_is_that_of_transformers() -> None:
     ids = token_ids(150)
     with torch.inference_mode():
         losses = [float(transformers_llama()(x, labels=x).loss) for x in torch.tensor([ids]).split(100, dim=1)]
-    found = perplexity(decoders(1)[0], ids, window=100)
+    found = perplexity(decoders(1)[0].leader, ids, window=100)
     assert found.tokens == 99 + 49
     assert found.mean_nll == pytest.approx((99 * losses[0] + 49 * losses[1]) / 148, abs=1e-4)
 
 
 def test_a_text_of_one_token_predicts_nothing() -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        perplexity(decoders(1)[0], [1], window=100)
+        perplexity(decoders(1)[0].leader, [1], window=100)
 
 
 @pytest.mark.slow
