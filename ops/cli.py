@@ -250,7 +250,7 @@ def shard(
         fail(str(error))
     typer.echo(
         f"{out}: give it as model.path, with pipeline.stages: {stages} and "
-        f"split: {[part.stop - part.start for part in parts]}"
+        f"split: [{','.join(str(part.stop - part.start) for part in parts)}]"
     )
 
 
