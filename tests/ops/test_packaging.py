@@ -21,7 +21,13 @@ from tests.conftest import eventually
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMES = {"yaml": "pyyaml", "zmq": "pyzmq", "google": "protobuf", "prometheus_client": "prometheus-client"}
+NAMES = {
+    "grpc": "grpcio",
+    "yaml": "pyyaml",
+    "zmq": "pyzmq",
+    "google": "protobuf",
+    "prometheus_client": "prometheus-client",
+}
 BROUGHT = {  # by a dependency that is named
     "ray", "fastapi", "starlette", "protobuf",  # ray[serve]; sentencepiece's messages
     "triton",  # torch, where there is a GPU
