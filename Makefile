@@ -50,7 +50,7 @@ $(AGENTS): tests/clients/agents.lock $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
 
-test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 9 minutes on 2 cores)
+test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 14 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow and not faults and not golden"
 
 test-golden: $(READY)  ## the default model's tokens in chunks, on three stages, preempted, sampled, without a cache (2 minutes)
