@@ -456,9 +456,13 @@ def test_a_stream_survives_the_death_of_its_whole_pipeline(service: Service) -> 
 
 @pytest.mark.faults
 def test_an_update_hands_its_streams_to_the_new_replica(service: Service) -> None:
-    """`serve deploy` of a changed configuration with one replica: the new one is ready before the old one goes."""
+    """`serve deploy` of a changed configuration with one replica: the new one is ready before the old one goes.
+
+    Greedy: in 16 bits, what is computed again rounds otherwise, and one of 400 draws may fall on the other side.
+    Sampled streams that move are compared in float32 (`tests/deployments/gateway/test_resume.py`).
+    """
     body = {
-        "model": NAME, "prompt": "Long ago", "max_tokens": 400, "temperature": 0.8, "seed": 6, "ignore_eos": True,
+        "model": NAME, "prompt": "Long ago", "max_tokens": 400, "temperature": 0.0, "ignore_eos": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     url = f"{service.url}/v1/completions"
