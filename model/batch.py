@@ -1,6 +1,9 @@
 """The only messages between scheduler and stages: what to compute in one step, and what came out.
 
-Legend: T tokens in the batch, S sequences in the batch.
+Legend: T tokens in the batch, S runs of tokens, R rows of logits.
+
+A run is so many next tokens of one sequence. A sequence may have several in a batch, of one token each, one right after
+another: so a token can be drawn after each of them.
 
 Stages decide nothing. Of every running sequence they keep, by its slot, what they were told and what was sampled: a
 batch says what is new. There is no prefill/decode flag: a sequence that computes one token decodes, one that computes
@@ -62,14 +65,14 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
 
     epoch: int
     step_id: int
-    token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all sequences one after another; see SAMPLED
+    token_ids: np.ndarray[Any, np.dtype[np.int32]]  # [T] all runs one after another; see SAMPLED
     query_lens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens to compute now
     num_computed_tokens: np.ndarray[Any, np.dtype[np.int32]]  # [S] tokens whose KV is in the cache already
     slots: np.ndarray[Any, np.dtype[np.int32]]  # [S] where stages keep what they know of each sequence
     num_new_blocks: np.ndarray[Any, np.dtype[np.int32]]  # [S] how many of its KV blocks are used for the first time
     new_blocks: np.ndarray[Any, np.dtype[np.int32]]  # those, one sequence's after another's: each table's end
     tokens_from: int  # the newest step whose sampled tokens this one needs; -1: none
-    sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the sequences whose next token is sampled
+    sample_rows: np.ndarray[Any, np.dtype[np.int32]]  # [R] the runs after whose last token one is sampled
     # What follows is for the last stage. A row is an index into `sample_rows`, and so of the logits that are computed.
     draws: np.ndarray[Any, np.dtype[np.int32]] = msgspec.field(default_factory=_nothing)  # rows that follow rules
     rules: list[Rules] = []  # of sequences that follow rules for the first time
@@ -87,7 +90,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
 
     @property
     def sample_tokens(self) -> Int32Array:
-        """[R] the last token of each sequence in `sample_rows`: what its logits follow."""
+        """[R] the last token of each run in `sample_rows`: what its logits follow."""
         last: Int32Array = np.cumsum(self.query_lens, dtype=np.int32)[self.sample_rows] - 1
         return last
 

@@ -1,0 +1,94 @@
+"""What a step has brought: tokens for the sequences that were in it, and what is said of them."""
+
+import numpy as np
+
+from cluster.running import Running, Slots, places
+from cluster.sequence import NO_TOKEN, Matcher, Sequence, TokenEvent
+from cluster.step import Step
+from model.batch import Batch, StepOutput, TokenLogprobs
+
+
+class Results:
+    """Takes them in. Whose answer ends with a token no longer runs afterwards."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def take(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
+        """Those of the oldest batch in flight; who has left meanwhile is skipped."""
+        running = self._running
+        live = running.serials[step.slots] == step.serials
+        running.num_in_flight[step.slots[live]] -= 1
+        slots, live = step.slots[step.sampled], live[step.sampled]
+        running.num_pending[slots[live]] -= 1
+        prompts = self._take_prompt_logprobs(batch, output, step) if batch.prompt_rows else []
+        sequences, token_ids = step.sampled_sequences, output.token_ids
+        plain = live & running.is_plain[slots]
+        if output.errors or output.logprobs:
+            plain[[*output.errors, *output.logprobs]] = False
+        if plain.all():
+            return prompts + self._take_plain(sequences, slots, token_ids)
+        few = places(plain)
+        events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[i] for i in few])
+        return prompts + events + self._take_others(sequences, places(live & ~plain).tolist(), output)
+
+    def _take_plain(self, sequences: list[Sequence], slots: Slots, token_ids: list[int]) -> list[TokenEvent]:
+        """Tokens of sequences of which nothing else is to be taken in, and nothing else said."""
+        running = self._running
+        running.take(slots, np.array(token_ids, np.int32))
+        for seq, token_id in zip(sequences, token_ids, strict=True):
+            seq.token_ids.append(token_id)
+        events = list(map(TokenEvent, [seq.request_id for seq in sequences], token_ids))
+        may_end = places(running.num_known[slots] > running.max_computed[slots]).tolist()
+        for i in {*may_end, *running.is_stop(token_ids)}:
+            if (finish_reason := sequences[i].finish_reason) is not None:
+                events[i] = TokenEvent(sequences[i].request_id, token_ids[i], finish_reason)
+                running.release(sequences[i])
+        return events
+
+    def _take_others(self, sequences: list[Sequence], few: list[int], output: StepOutput) -> list[TokenEvent]:
+        """Tokens that come with more, need more, or are none: a few of those that were sampled."""
+        advanced: list[tuple[Matcher, int]] = []
+        events: list[TokenEvent] = []
+        for i in few:
+            seq, token_id = sequences[i], output.token_ids[i]
+            seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
+            if seq.failure is None:
+                events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
+                if seq.matcher is not None and events[-1].finish_reason is None:
+                    advanced.append((seq.matcher, token_id))
+            else:
+                self._running.release(seq)
+                events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
+        for matcher, token_id in advanced:  # in a row: their masks shall be ready together
+            matcher.advance(token_id)
+        return events
+
+    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        seq.token_ids.append(token_id)
+        self._running.take(seq.slot, token_id)
+        cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
+        seq.prompt_logprobs = None
+        self._running.is_plain[seq.slot] = seq.is_plain
+        finish_reason = seq.finish_reason
+        if finish_reason is not None:
+            self._running.release(seq)
+        chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached)
+
+    def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
+        """Those of a chunk; what has gone out before a preemption, or from another engine, does not do so again."""
+        events: list[TokenEvent] = []
+        for row, found in zip(batch.prompt_rows, output.prompt_logprobs, strict=True):
+            seq = step.sequences[row.row]
+            if seq.prompt_logprobs is None or not seq.is_running:
+                continue
+            if found is None:
+                seq.failure = "its prompt's logprobs could not be computed"
+                continue
+            start = int(step.stops[row.row]) - int(batch.query_lens[row.row])
+            new = found[max(0, seq.prompt_logprobs - start) :]
+            if new or not found:  # a prompt of one token has none, which is worth knowing
+                seq.prompt_logprobs += len(new)
+                events.append(TokenEvent(seq.request_id, NO_TOKEN, prompt_logprobs=new))
+        return events
