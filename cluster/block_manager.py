@@ -1,8 +1,7 @@
 """Which KV block belongs to whom.
 
-A full block of a sequence is known by (what came before it, its tokens): the key is compared by value, so two different
-prompts can never share a block by accident of a hash. A block whose last user left keeps its content until its room is
-needed (least recently used first), and is found again by its key.
+A full block of a sequence is known by a hash of its tokens and all before them (prefix.py). A block whose last user left
+keeps its content until its room is needed (least recently used first), and is found again by that hash.
 """
 
 from collections import OrderedDict
@@ -11,10 +10,10 @@ from collections.abc import Set
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.sequence import Found, Sequence
+from cluster.prefix import Digest, short
+from cluster.sequence import Sequence
 
-NO_CONTENT = 0  # the content id of "nothing before", and of a block that is not full
-Key = tuple[int, tuple[int, ...]]  # (content id of the block before, this block's tokens)
+NO_CONTENT = 0
 
 
 class BlockManager:
@@ -25,10 +24,12 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.num_blocks = num_blocks
         self._users = np.zeros(num_blocks, np.int32)  # of each block
-        self._contents = np.full(num_blocks, NO_CONTENT, np.int64)  # ids of its tokens and all tokens before them
-        self._keys: list[Key | None] = [None] * num_blocks  # under which it is cached
+        self._contents = np.full(num_blocks, NO_CONTENT, np.int64)  # of a cached block: never the same again
+        self._hashes: list[bytes | None] = [None] * num_blocks  # under which it is cached
+        self._shorts = np.zeros(num_blocks, np.uint32)  # of those
+        self._depths = np.zeros(num_blocks, np.int32)  # how many blocks of its sequence end with it; 0: not cached
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))  # oldest first
-        self._cached: dict[Key, int] = {}  # block ids
+        self._cached: dict[bytes, int] = {}  # block ids
         self._next_content = NO_CONTENT + 1
 
     @property
@@ -40,28 +41,28 @@ class BlockManager:
         """Blocks that hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
-    def cached_prefix(self, token_ids: list[int]) -> list[int]:
-        """Blocks that already hold the beginning of `token_ids`, at least one token short of all of them."""
-        found = Found()
-        self.look_up(found, token_ids)
-        blocks: list[int] = found.blocks.tolist()
-        return blocks
+    def look_up(self, seq: Sequence) -> None:
+        """Bring up to date which blocks hold its beginning, at least one token short of all.
 
-    def look_up(self, found: Found, token_ids: list[int]) -> None:
-        """Bring up to date what was found of `token_ids` before: who waits long is not walked again at every look."""
+        What was found before is not walked again: who waits long is looked up often.
+        """
+        found, size = seq.found, self.block_size
         if len(gone := np.flatnonzero(self._contents[found.blocks] != found.contents)):
             found.blocks, found.contents = found.blocks[: gone[0]], found.contents[: gone[0]]
         more: list[int] = []
-        count, before = len(found.blocks), int(found.contents[-1]) if len(found.contents) else NO_CONTENT
-        while self.prefix_caching and (count + len(more) + 1) * self.block_size < len(token_ids):
-            block_id = self._cached.get((before, self._tokens(token_ids, count + len(more))))
+        count = len(found.blocks)
+        while self.prefix_caching and (count + len(more) + 1) * size < seq.num_tokens:
+            block_id = self._cached.get(seq.chain.hash(seq.token_ids, count + len(more), size))
             if block_id is None:
                 break
             more.append(block_id)
-            before = int(self._contents[block_id])
         if more:
             found.blocks = np.append(found.blocks, np.array(more, np.int32))
             found.contents = self._contents[found.blocks]
+
+    def digest(self) -> Digest:
+        """What is cached. Any thread may ask: at worst it is a step old in one place and new in another."""
+        return Digest.of(self._shorts, self._depths)
 
     def num_users(self, block_id: int) -> int:
         return int(self._users[block_id])
@@ -94,16 +95,11 @@ class BlockManager:
         """Make the blocks that `seq` has filled with its first tokens, which are known, findable by their content."""
         full, table = num_tokens // self.block_size if self.prefix_caching else 0, seq.block_table
         for i in range(seq.num_full_blocks, full):
-            block_id, before = table[i], int(self._contents[table[i - 1]]) if i else NO_CONTENT
-            key = (before, self._tokens(seq.token_ids, i))
-            twin = self._cached.setdefault(key, block_id)
-            # A twin with the same tokens may be cached already: ours then takes its content id, so that what
-            # follows in our sequence is found behind either of them.
-            if twin == block_id:
-                self._contents[block_id], self._keys[block_id] = self._next_content, key
+            block_id, block_hash = table[i], seq.chain.hash(seq.token_ids, i, self.block_size)
+            if self._cached.setdefault(block_hash, block_id) == block_id:  # or a twin holds the same
+                self._contents[block_id], self._hashes[block_id] = self._next_content, block_hash
+                self._shorts[block_id], self._depths[block_id] = short(block_hash), i + 1
                 self._next_content += 1
-            else:
-                self._contents[block_id] = self._contents[twin]
         seq.num_full_blocks = max(full, seq.num_full_blocks)
 
     def free(self, seq: Sequence) -> None:
@@ -129,10 +125,8 @@ class BlockManager:
         for block_id, (users, count) in enumerate(zip(self._users.tolist(), counts, strict=True)):
             assert users == count, f"block {block_id}: {users} references, {count} users"
             assert (block_id in self._free) == (count == 0), f"block {block_id} is free and used, or lost"
-        assert all(self._keys[block_id] == key for key, block_id in self._cached.items())
-
-    def _tokens(self, token_ids: list[int], index: int) -> tuple[int, ...]:
-        return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
+        assert all(self._hashes[block_id] == block_hash for block_hash, block_id in self._cached.items())
+        assert np.count_nonzero(self._depths) == len(self._cached)
 
     def _acquire(self, block_id: int) -> None:
         self._free.pop(block_id, None)
@@ -140,7 +134,8 @@ class BlockManager:
 
     def _evict(self, block_ids: list[int] | range) -> None:
         for block_id in block_ids:
-            if (key := self._keys[block_id]) is not None:
-                del self._cached[key]
-                self._keys[block_id] = None
+            if (block_hash := self._hashes[block_id]) is not None:
+                del self._cached[block_hash]
+                self._hashes[block_id] = None
         self._contents[block_ids] = NO_CONTENT
+        self._depths[block_ids] = 0

@@ -131,7 +131,7 @@ class Running:
     def vacancy_for(self, seq: Sequence) -> Vacancy:
         """What there is for a waiting sequence."""
         if seq.prompt_logprobs is None:  # otherwise it must be computed, even if its keys and values are there
-            self._blocks.look_up(seq.found, seq.token_ids)
+            self._blocks.look_up(seq)
         return Vacancy(self._blocks, seq, len(self._free), len(self))
 
     def admit(self, seq: Sequence) -> None:

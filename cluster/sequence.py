@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.account import Account
+from cluster.prefix import Chain, root
 from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
 
@@ -27,6 +28,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     priority: int = 0  # lower is more urgent, whoever's it is
     num_prompt_logprobs: int = 0  # an earlier engine has given already
     deaths: int = 0  # in a row, of the engines or stages that had it before: see Scheduler.restart
+    cache_salt: str = ""  # only prompts with the same one share cached keys and values
+
+    @property
+    def chain_root(self) -> bytes:
+        """What its keys and values depend on beside its tokens, and who may share them: the one place that says it."""
+        return root(self.cache_salt)
 
     def resume(self, emitted: list[int]) -> "Request":
         """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""
@@ -90,6 +97,7 @@ class Sequence:
         "account",
         "arrival",
         "block_table",
+        "chain",
         "failure",
         "found",
         "is_greedy",
@@ -120,6 +128,7 @@ class Sequence:
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
+        self.chain = Chain(request.chain_root)  # of its full blocks
         self.num_prompt_tokens = len(request.token_ids)
         self.max_computed_tokens = self.num_prompt_tokens + sampling.max_tokens - 1  # the last token needs no room
         self.slot = -1  # see Batch.slots and Running; given and taken back with the blocks
@@ -145,7 +154,7 @@ class Sequence:
         """
         successor = Sequence(self.request, self.arrival, self.matcher)
         successor.account = self.account
-        successor.token_ids = self.token_ids
+        successor.token_ids, successor.chain = self.token_ids, self.chain
         successor.num_paid_tokens = max(self.num_paid_tokens, num_paid_tokens)
         successor.num_deaths, successor.suspect_until = self.num_deaths, self.suspect_until
         successor.prompt_logprobs = self.prompt_logprobs

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cluster.block_manager import BlockManager
+from cluster.prefix import Chain
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
 from model.batch import StepOutput
@@ -16,10 +17,17 @@ def sequence(token_ids: list[int]) -> Sequence:
     return Sequence(request("s", token_ids), 0)
 
 
+def cached_prefix(blocks: BlockManager, token_ids: list[int]) -> list[int]:
+    seq = sequence(token_ids)
+    blocks.look_up(seq)
+    found: list[int] = seq.found.blocks.tolist()
+    return found
+
+
 def computed(blocks: BlockManager, token_ids: list[int]) -> Sequence:
     """A sequence admitted as the scheduler does it, all of its tokens computed."""
     seq = sequence(token_ids)
-    prefix = blocks.cached_prefix(token_ids)
+    prefix = cached_prefix(blocks, token_ids)
     assert blocks.can_allocate(prefix, len(token_ids))
     blocks.allocate(seq, prefix, len(token_ids))
     blocks.mark_computed(seq, len(token_ids))
@@ -36,21 +44,21 @@ def test_equal_beginnings_share_blocks() -> None:
     assert blocks.num_free == 16 - 4
     blocks.free(first)
     blocks.check([second])
-    assert blocks.cached_prefix([*range(12)]) == second.block_table[:2]
+    assert cached_prefix(blocks, [*range(12)]) == second.block_table[:2]
 
 
 def test_at_least_one_token_is_left_to_compute() -> None:
     blocks = BlockManager(16, 4)
     seq = computed(blocks, [*range(8)])
-    assert blocks.cached_prefix([*range(8)]) == seq.block_table[:1]
-    assert blocks.cached_prefix([*range(9)]) == seq.block_table[:2]
+    assert cached_prefix(blocks, [*range(8)]) == seq.block_table[:1]
+    assert cached_prefix(blocks, [*range(9)]) == seq.block_table[:2]
 
 
 def test_the_same_tokens_after_other_tokens_are_another_block() -> None:
     blocks = BlockManager(16, 4)
     computed(blocks, [1, 2, 3, 4, 5, 6, 7, 8, 0])
-    assert blocks.cached_prefix([9, 9, 9, 9, 5, 6, 7, 8, 0]) == []
-    assert blocks.cached_prefix([5, 6, 7, 8, 0]) == []
+    assert cached_prefix(blocks, [9, 9, 9, 9, 5, 6, 7, 8, 0]) == []
+    assert cached_prefix(blocks, [5, 6, 7, 8, 0]) == []
 
 
 def test_freed_content_is_found_until_its_room_is_needed() -> None:
@@ -58,9 +66,9 @@ def test_freed_content_is_found_until_its_room_is_needed() -> None:
     old = computed(blocks, [*range(9)])
     blocks.free(old)
     assert blocks.num_free == 4
-    assert len(blocks.cached_prefix([*range(9)])) == 2
+    assert len(cached_prefix(blocks, [*range(9)])) == 2
     new = computed(blocks, [*range(100, 116)])
-    assert blocks.cached_prefix([*range(9)]) == []
+    assert cached_prefix(blocks, [*range(9)]) == []
     blocks.check([new])
     assert not blocks.can_allocate([], 1)
 
@@ -68,7 +76,7 @@ def test_freed_content_is_found_until_its_room_is_needed() -> None:
 def test_an_idle_prefix_counts_as_room_taken() -> None:
     blocks = BlockManager(4, 4)
     blocks.free(computed(blocks, [*range(16)]))
-    prefix = blocks.cached_prefix([*range(12), *range(50, 58)])
+    prefix = cached_prefix(blocks, [*range(12), *range(50, 58)])
     assert len(prefix) == 3
     assert not blocks.can_allocate(prefix, 20)
     assert blocks.can_allocate(prefix, 16)
@@ -77,7 +85,7 @@ def test_an_idle_prefix_counts_as_room_taken() -> None:
 def test_without_prefix_caching_nothing_is_found() -> None:
     blocks = BlockManager(8, 4, prefix_caching=False)
     computed(blocks, [*range(9)])
-    assert blocks.cached_prefix([*range(9)]) == []
+    assert cached_prefix(blocks, [*range(9)]) == []
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -127,15 +135,15 @@ def test_a_cached_prompt_that_waits_is_walked_once(monkeypatch: pytest.MonkeyPat
     blocks, prompt = BlockManager(400, 4), [*range(1001)]
     owner = computed(blocks, prompt)
     waiting, lookups = sequence([*range(1000), 5, 6, 7]), [0]
-    table, tokens = owner.block_table, blocks._tokens
-    monkeypatch.setattr(blocks, "_tokens", lambda *a: (lookups.__setitem__(0, lookups[0] + 1), tokens(*a))[1])
-    blocks.look_up(waiting.found, waiting.token_ids)
+    table, hashed = owner.block_table, Chain.hash
+    monkeypatch.setattr(Chain, "hash", lambda *a: (lookups.__setitem__(0, lookups[0] + 1), hashed(*a))[1])
+    blocks.look_up(waiting)
     assert (waiting.found.blocks.tolist(), lookups[0]) == (table[:250], 250)
     for _ in range(10):
-        blocks.look_up(waiting.found, waiting.token_ids)
+        blocks.look_up(waiting)
     assert lookups[0] <= 260
     blocks.free(owner)
     thief = computed(blocks, [7] * 4 * 200)
-    blocks.look_up(waiting.found, waiting.token_ids)
-    assert waiting.found.blocks.tolist() == blocks.cached_prefix(waiting.token_ids) == table[:200]
+    blocks.look_up(waiting)
+    assert waiting.found.blocks.tolist() == cached_prefix(blocks, waiting.token_ids) == table[:200]
     blocks.free(thief)
