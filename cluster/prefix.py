@@ -7,7 +7,6 @@ values. 128 bits of BLAKE2b: nobody finds two prompts that share one. Needs no t
 import hashlib
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -84,10 +83,13 @@ class Held:
 
     def __init__(self, digest: Digest) -> None:
         self._stride = digest.stride
-        self._shorts: NDArray[Any] = np.frombuffer(digest.shorts, np.uint32)
+        self._shorts: Shorts = np.frombuffer(digest.shorts, np.uint32)
 
     def num_blocks(self, prompt: Shorts) -> int:
         """How many of a prompt's first blocks are held."""
         asked = prompt[self._stride - 1 :: self._stride]
-        missing = np.flatnonzero(~np.isin(asked, self._shorts))
+        if not len(self._shorts) or not len(asked):
+            return 0
+        places = self._shorts.searchsorted(asked).clip(max=len(self._shorts) - 1)
+        missing = (self._shorts[places] != asked).nonzero()[0]
         return self._stride * int(missing[0] if len(missing) else len(asked))
