@@ -4,6 +4,7 @@ Legend: T tokens, S sequences, H query heads, D head dim, B block size, W blocks
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from model.batch import ALONE, SAMPLED_AFTER, Batch, Int32Array
 from model.kernels import PROMPT_QUERIES, Cache, Kernels, Pieces, PrefillMetadata, Tokens, piece_tokens
 from model.slots import Slots
 from model.transfer import Integers, all_to_device
+
+if TYPE_CHECKING:
+    from model.adapters.slots import StepAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class AttentionMetadata:
     num_decodes: int  # tokens of sequences that compute no other; they come first
     prefill: PrefillMetadata | None  # the other sequences
     pieces: Pieces | None = None  # of captured steps, where all tokens count as decodes
+    adapters: "StepAdapters | None" = None  # if any token has one
 
 
 def packed_tokens(batch: Batch) -> list[Int32Array]:
@@ -37,7 +42,9 @@ def packed_tokens(batch: Batch) -> list[Int32Array]:
     return [count, batch.token_ids, batch.positions, np.repeat(batch.slots, batch.query_lens), flags]
 
 
-def prepare(batch: Batch, slots: Slots, kernels: Kernels, groups: int) -> AttentionMetadata:
+def prepare(
+    batch: Batch, slots: Slots, kernels: Kernels, groups: int, adapters: "StepAdapters | None" = None
+) -> AttentionMetadata:
     """Of a step launched kernel by kernel. `slots` have been told of it; so many query heads share a KV head."""
     decodes = int(np.count_nonzero(batch.query_lens == 1))
     assert (batch.query_lens[:decodes] == 1).all(), "sequences that compute one token come first"
@@ -56,7 +63,7 @@ def prepare(batch: Batch, slots: Slots, kernels: Kernels, groups: int) -> Attent
         prompts = tokens.part(decodes, batch.num_tokens)
         pieces = Pieces(of_prompts[1], of_prompts[2], prompts.lone_lens)
         prefill = PrefillMetadata(lens.tolist(), contexts.tolist(), of_prompts[0], prompts, pieces)
-    return AttentionMetadata(tokens, slots.tables, decodes, prefill)
+    return AttentionMetadata(tokens, slots.tables, decodes, prefill, adapters=adapters)
 
 
 def pieces_of(query_lens: Int32Array, most: int) -> tuple[Integers, Integers]:

@@ -60,6 +60,13 @@ class PromptRow(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int  # the k best are reported beside the prompt's own
 
 
+class Placed(msgspec.Struct, frozen=True, array_like=True):
+    """From this step on the adapter of this digest is in this slot of adapters, in place of whichever was."""
+
+    slot: int
+    digest: str
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """One step for the whole pipeline."""
 
@@ -79,6 +86,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     masks: dict[int, bytes] = {}  # by row: bit i, lowest first: token i may be drawn, and none beyond the end
     awaited: list[int] = []  # rows whose mask is not known yet: it comes in a `LateMasks`
     prompt_rows: list[PromptRow] = []
+    # And this again for all stages:
+    adapters: np.ndarray[Any, np.dtype[np.int32]] = msgspec.field(default_factory=_nothing)  # [S] slots of adapters, 0:
+    placed: list[Placed] = []  # none; or [0] if no sequence has one
 
     @property
     def num_tokens(self) -> int:

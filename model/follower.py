@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from model.adapters.slots import AdapterSlots, StepAdapters
 from model.attention import AttentionMetadata, prepare
 from model.batch import Batch
 from model.graphs import StepGraphs
@@ -17,9 +18,15 @@ class Follower:
     """Its share of the decoder and of the KV cache, and the tables; newest tokens are the first device's affair."""
 
     def __init__(
-        self, decoder: Decoder, num_blocks: int, block_size: int, num_slots: int, kv_dtype: torch.dtype
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        kv_dtype: torch.dtype,
+        adapters: AdapterSlots | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self._adapters = decoder, adapters
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
         max_blocks = -(-len(decoder.rotary) // block_size)
         self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
@@ -28,7 +35,9 @@ class Follower:
     def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
         """As `Stage.capture`."""
         with on(self.decoder.device):
-            self._graphs = StepGraphs(self.decoder, self.kv, self._slots, max_num_batched_tokens, on_capture)
+            self._graphs = StepGraphs(
+                self.decoder, self.kv, self._slots, max_num_batched_tokens, on_capture, self._adapters
+            )
 
     def extend(self, batch: Batch) -> None:
         """As `Slots.extend`."""
@@ -38,7 +47,9 @@ class Follower:
     def prepare(self, batch: Batch) -> AttentionMetadata:
         """For a step that is launched part by part."""
         with on(self.decoder.device):
-            return prepare(batch, self._slots, self.decoder.kernels, self.decoder.config.groups)
+            kernels = self.decoder.kernels
+            adapters = StepAdapters.of(self._adapters, batch, kernels)
+            return prepare(batch, self._slots, kernels, self.decoder.config.groups, adapters)
 
     def fill(self, batch: Batch) -> None:
         """As `StepGraphs.fill`."""

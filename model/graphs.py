@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.adapters.slots import BLOCK, AdapterSlots, StepAdapters, blocks_of, most_blocks
 from model.attention import AttentionMetadata, packed_tokens, pieces_of
 from model.batch import Batch
-from model.kernels import PIECE_QUERIES, Pieces, Tokens, piece_tokens
+from model.kernels import PIECE_QUERIES, AdapterRows, Pieces, Tokens, piece_tokens
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.slots import Slots
+from model.transfer import all_to_device
 
 MIXED_TOKENS = 512  # of a step with tokens of prompts: a larger one takes the GPU longer than the host
 MIXED_PROMPTS = 64  # in such a step: each ends in a piece of its own
@@ -61,7 +63,9 @@ class StepGraphs:
         slots: Slots,
         max_num_batched_tokens: int,
         on_capture: Callable[[int, int], None] = lambda done, total: None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
+        self._adapters = adapters
         self._decoder, self._kv, self._slots = decoder, kv, slots
         self._piece_tokens = piece_tokens(decoder.config.groups, PIECE_QUERIES)
         sizes = {False: decode_buckets(slots.padding_slot), True: mixed_buckets(max_num_batched_tokens)}
@@ -72,13 +76,20 @@ class StepGraphs:
         self._tokens = Tokens.empty(n, decoder.device)
         self._hidden = torch.zeros(n, decoder.config.dim, dtype=decoder.dtype, device=decoder.device)
         self._sizes = sizes
-        self._graphs: dict[tuple[int, bool], tuple[Any, Decoded]] = {}
+        # Of the tokens with adapters: in which order they are taken, and blocks of them; see `AdapterRows`.
+        self._order = torch.zeros(n, dtype=torch.int32, device=decoder.device)
+        self._blocks = torch.zeros(
+            3, most_blocks(n, adapters.count if adapters else 0), dtype=torch.int32, device=decoder.device
+        )
+        self._graphs: dict[tuple[int, bool, bool], tuple[Any, Decoded]] = {}
         pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         # torch captures on the first GPU unless told otherwise
         self._capturing = _stream(decoder.device)
-        todo = sorted(((size, mixed) for mixed in sizes for size in sizes[mixed]), reverse=True)
-        for done, (size, mixed) in enumerate(todo):  # the largest first: the others share its memory
-            self._graphs[size, mixed] = self._capture(size, mixed, pool)
+        # Steps without adapters have graphs of their own, which know nothing of any.
+        kinds = [(mixed, adapted) for mixed in sizes for adapted in ([False, True] if adapters else [False])]
+        todo = sorted(((size, *kind) for kind in kinds for size in sizes[kind[0]]), reverse=True)
+        for done, step in enumerate(todo):  # the largest first: the others share its memory
+            self._graphs[step] = self._capture(*step, pool)
             on_capture(done + 1, len(todo))
 
     def take(self, batch: Batch) -> bool:
@@ -108,30 +119,40 @@ class StepGraphs:
             pieces = torch.zeros(self._pieces.shape, dtype=torch.int32, pin_memory=self._pieces.is_cuda)
             pieces.numpy()[:, : len(starts)] = starts, counts
             self._pieces.copy_(pieces, non_blocking=True)
+        if len(batch.adapters):
+            order, blocks = blocks_of(batch, BLOCK)
+            padded = np.zeros(self._blocks.shape, np.int32)
+            padded[:, : blocks.shape[1]] = blocks
+            order_there, blocks_there = all_to_device([order, padded.ravel()], torch.int32, self._order.device)
+            self._order[: len(order)].copy_(order_there)
+            self._blocks.copy_(blocks_there.view(3, -1))
         if hidden is not None:
             self._hidden[:n].copy_(hidden)
 
     def replay(self, batch: Batch) -> Decoded:
         """The step that was filled in. Launches one graph, and does nothing else that the host could wait in."""
         n, mixed = batch.num_tokens, batch.num_tokens > batch.num_seqs
-        graph, done = self._graphs[next(size for size in self._sizes[mixed] if size >= n), mixed]
+        size = next(size for size in self._sizes[mixed] if size >= n)
+        graph, done = self._graphs[size, mixed, len(batch.adapters) > 0]
         graph.replay()
         return Decoded(done.out[:n], done.likeliest[:n] if done.likeliest is not None else None)
 
-    def _capture(self, size: int, mixed: bool, pool: Any) -> tuple[Any, Decoded]:
-        self._step(size, mixed)  # compiles kernels and fills library caches outside the graph
+    def _capture(self, size: int, mixed: bool, adapted: bool, pool: Any) -> tuple[Any, Decoded]:
+        self._step(size, mixed, adapted)  # compiles kernels and fills library caches outside the graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._capturing):
-            done = self._step(size, mixed)
+            done = self._step(size, mixed, adapted)
         return graph, done
 
-    def _step(self, size: int, mixed: bool) -> Decoded:
+    def _step(self, size: int, mixed: bool, adapted: bool) -> Decoded:
         decoder, slots, tokens = self._decoder, self._slots, self._tokens.part(0, size)
         decoder.kernels.unpack_tokens(self._packed, slots.newest, slots.tables, slots.block_size, tokens)
         starts, counts = self._pieces[:, : self._most_pieces(size)].unbind()
         pieces = Pieces(starts, counts, tokens.lone_lens) if mixed else None
-        metadata = AttentionMetadata(tokens, slots.tables, size, None, pieces)
+        metadata = AttentionMetadata(
+            tokens, slots.tables, size, None, pieces, self._step_adapters(size) if adapted else None
+        )
         x = decoder.embed(tokens.ids) if decoder.embeds else self._hidden[:size].clone()
         x = decoder.forward(x, self._kv, metadata)
         if not decoder.stage.is_last:
@@ -141,6 +162,12 @@ class StepGraphs:
         if decoder.stage.is_first:
             slots.newest[tokens.sampled_slots] = likeliest
         return Decoded(logits, likeliest)
+
+    def _step_adapters(self, size: int) -> StepAdapters:
+        """As the host has filled them in; of all blocks that there can be the others are none."""
+        assert self._adapters is not None
+        blocks = self._blocks[:, : most_blocks(size, self._adapters.count)]
+        return StepAdapters(self._adapters, AdapterRows(self._order[:size], blocks, BLOCK), self._decoder.kernels)
 
 
 def _stream(device: torch.device) -> Any:

@@ -108,14 +108,22 @@ class Layer:
         Keys and values go to layer `index` of `kv`.
         """
         c, k_cache, v_cache = self.config, kv.k[index], kv.v[index]
+        wqkv, wo, w13, w2 = self._products(index, metadata)
         x = yield x
-        qkv, residual = self.wqkv.after_norm(kernels, x, residual, self.attention_norm, c.norm_eps)
+        qkv, residual = wqkv.after_norm(kernels, x, residual, self.attention_norm, c.norm_eps)
         tokens = metadata.tokens
         q = kernels.rotate_and_write(qkv, c.n_heads, rotary, tokens.positions, k_cache, v_cache, tokens.cells)
         attended = paged_attention(q, k_cache, v_cache, metadata, kernels)  # [T, H, D]
-        attended = yield self.wo(attended.flatten(1))
-        gate_up, residual = self.w13.after_norm(kernels, attended, residual, self.ffn_norm, c.norm_eps)
-        return self.w2.after_gate(kernels, gate_up), residual
+        attended = yield wo(attended.flatten(1))
+        gate_up, residual = w13.after_norm(kernels, attended, residual, self.ffn_norm, c.norm_eps)
+        return w2.after_gate(kernels, gate_up), residual
+
+    def _products(self, index: int, metadata: AttentionMetadata) -> list[Linear]:
+        """In the order of `PRODUCTS`, with what the step's adapters add to them if it has any."""
+        plain, adapters = (self.wqkv, self.wo, self.w13, self.w2), metadata.adapters
+        if adapters is None:
+            return list(plain)
+        return [adapters.on(linear, index, product) for linear, product in zip(plain, PRODUCTS, strict=True)]
 
 
 class Decoder:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from model.adapters.slots import AdapterSlots, StepAdapters
+from model.adapters.store import StageAdapters
 from model.attention import prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, Rules, StepOutput
 from model.config import StageLayers
@@ -42,11 +44,20 @@ class Stage:
         block_size: int,
         num_slots: int,
         kv_dtype: torch.dtype | None = None,  # of keys and values; default: the decoder's
+        adapters: StageAdapters | None = None,  # None: no sequence has one
     ) -> None:
         self.group = decoder if isinstance(decoder, DecoderGroup) else DecoderGroup([decoder])
         self.decoder = decoder = self.group.leader
         kv_dtype = kv_dtype or decoder.dtype
-        self._followers = [Follower(d, num_blocks, block_size, num_slots, kv_dtype) for d in self.group.decoders[1:]]
+        self.adapters = adapters
+        slots: list[AdapterSlots | None] = (
+            [*adapters.slots] if adapters is not None else [None] * len(self.group.decoders)
+        )
+        self._adapter_slots = slots[0]
+        self._followers = [
+            Follower(d, num_blocks, block_size, num_slots, kv_dtype, own)
+            for d, own in zip(self.group.decoders[1:], slots[1:], strict=True)
+        ]
         self.layers: StageLayers = decoder.stage
         self.kv = KVCache(decoder.config, len(decoder.layers), num_blocks, block_size, kv_dtype, decoder.device)
         max_blocks = -(-len(decoder.rotary) // block_size)
@@ -74,7 +85,9 @@ class Stage:
         """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
         self._run_eagerly_once()
         with self.group.each_for_itself():
-            self._graphs = StepGraphs(self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture)
+            self._graphs = StepGraphs(
+                self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture, self._adapter_slots
+            )
             for follower in self._followers:
                 follower.capture(max_num_batched_tokens, on_capture)
 
@@ -107,6 +120,14 @@ class Stage:
         self.slots.extend(batch)
         for follower in self._followers:
             follower.extend(batch)
+        if self.adapters is None:
+            return self._compute(batch, hidden)
+        self.adapters.place(batch.placed)
+        result = self._compute(batch, hidden)
+        self.adapters.mark_used(batch)
+        return result
+
+    def _compute(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor | Sampled | Unsampled:
         if self._graphs is not None and self._graphs.take(batch):
             return self._run_graphs(self._graphs, batch, hidden)
         x = self._eager(batch, hidden)
@@ -134,7 +155,9 @@ class Stage:
 
     def _eager(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """Hidden state [T, C]."""
-        metadata = prepare(batch, self.slots, self.decoder.kernels, self.decoder.config.groups)
+        kernels = self.decoder.kernels
+        adapters = StepAdapters.of(self._adapter_slots, batch, kernels)
+        metadata = prepare(batch, self.slots, kernels, self.decoder.config.groups, adapters)
         x = self.decoder.embed(metadata.tokens.ids) if self.layers.is_first else hidden
         assert x is not None, "only the first stage makes its own input"
         others = [follower.prepare(batch) for follower in self._followers]

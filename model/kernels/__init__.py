@@ -3,10 +3,14 @@
 `reference` is torch, runs anywhere and is what the other form is compared with; `fused` is Triton, for CUDA.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from model.adapters.layout import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,28 @@ class Int4Weight(NamedTuple):
     words: torch.Tensor  # [out, 16 * ceil(in / 128)] int32
     scales: torch.Tensor  # [G, out] floating point
     zeros: torch.Tensor  # [G, out] int16
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Which tokens of a step have which adapter, in blocks of tokens that have the same one; N of them."""
+
+    order: torch.Tensor  # [T] int32: the tokens, those of a block one after another
+    blocks: (
+        torch.Tensor
+    )  # [3, N] int32: slot of the adapter, where in `order` it begins, how many tokens; 0: it is none
+    most: int  # tokens of a block
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What all adapters on a device add to one product; see `model.adapters.layout`. Slot i is row i - 1 of each."""
+
+    values: torch.Tensor  # [slots, elements]
+    ranks: torch.Tensor  # [slots, parts of the stage] int32
+    widths: torch.Tensor  # [slots] int32
+    parts: "Sequence[Part]"
+    max_rank: int
 
 
 PIECE_QUERIES = 64  # of a piece in a captured step: small, for there are few
@@ -182,6 +208,14 @@ class Kernels(Protocol):
 
     def int4_linear(self, x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
         """x [T, in] times weight [out, in] transposed -> [T, out]; sums in float32."""
+        ...
+
+    def shrink(self, x: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        """x [T, in] times A of each token's adapter, of all parts of the product, as `expand` takes it."""
+        ...
+
+    def expand(self, y: torch.Tensor, shrunk: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        """y [T, out] plus B of each token's adapter times what `shrink` gave; y is changed in place."""
         ...
 
 

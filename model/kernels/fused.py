@@ -14,8 +14,10 @@ from model.kernels import (
     PIECE_QUERIES,
     PROMPT_QUERIES,
     Activations,
+    AdapterRows,
     Cache,
     Int4Weight,
+    LowRank,
     Pieces,
     PrefillMetadata,
     Quantized,
@@ -25,6 +27,7 @@ from model.kernels.decode_attention import decode_attention, tiling_for
 from model.kernels.device import has_warp_groups
 from model.kernels.early import begin, early
 from model.kernels.int4 import dequantize, int4_tiling, skinny_int4_linear
+from model.kernels.low_rank import expand, shrink
 from model.kernels.piece_attention import piece_attention
 from model.kernels.reference import ReferenceKernels, cache_shape
 from model.kernels.skinny import bfloat16_tiling, float8_tiling, skinny_linear, vector_after_gate, vector_after_norm
@@ -184,6 +187,12 @@ class FusedKernels:
         if tiling is not None:
             return skinny_int4_linear(x, weight, tiling)
         return linear(x, dequantize(weight, x.shape[1], x.dtype))
+
+    def shrink(self, x: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        return shrink(x, product, rows)
+
+    def expand(self, y: torch.Tensor, shrunk: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        return expand(y, shrunk, product, rows)
 
 
 def gathered_attention(

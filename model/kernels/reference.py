@@ -1,11 +1,27 @@
 """The kernels in plain torch: slow on a GPU, right anywhere."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from model.batch import ALONE, SAMPLED, SAMPLED_AFTER
-from model.kernels import Activations, Cache, Int4Weight, Pieces, PrefillMetadata, Quantized, Tokens
+from model.kernels import (
+    Activations,
+    AdapterRows,
+    Cache,
+    Int4Weight,
+    LowRank,
+    Pieces,
+    PrefillMetadata,
+    Quantized,
+    Tokens,
+)
 from model.packing import unpacked
+
+if TYPE_CHECKING:
+    from model.adapters.layout import Part
 
 FLOAT8_MAX = 448.0  # of e4m3
 
@@ -155,11 +171,35 @@ class ReferenceKernels:
         scales, zeros = (part.t().float().unsqueeze(-1) for part in (weight.scales, weight.zeros))
         return ((q - zeros) * scales).view(out, inputs).to(dtype)
 
+    def shrink(self, x: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        """[T, parts, rank]"""
+        shrunk = x.new_zeros(len(x), len(product.parts), product.max_rank)
+        for tokens, part, a, _ in _pairs(product, rows):
+            shrunk[tokens, part.place, : len(a)] = linear(x[tokens], a)
+        return shrunk
+
+    def expand(self, y: torch.Tensor, shrunk: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
+        for tokens, part, _, b in _pairs(product, rows):
+            y[tokens, part.start : part.start + part.outputs] += shrunk[tokens, part.place, : len(b)] @ b
+        return y
+
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[2j], x[2j + 1]) of x [T, heads, D] by rotation [T, D / 2, 2] (Meta's interleaved layout)."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation).unsqueeze(1)).flatten(-2).to(x.dtype)
+
+
+def _pairs(product: LowRank, rows: AdapterRows) -> "Iterator[tuple[torch.Tensor, Part, torch.Tensor, torch.Tensor]]":
+    """The tokens of each block, and of each part that their adapter changes A [r, in] and B transposed, [r, out]."""
+    for slot, start, count in rows.blocks.t().tolist():
+        for part in product.parts if count else ():
+            width, rank = int(product.widths[slot - 1]), int(product.ranks[slot - 1, part.index])
+            if rank:
+                room = product.values[slot - 1, width * part.a : width * (part.b + part.outputs)]
+                a, b = room[: width * part.inputs], room[width * part.inputs :]
+                tokens = rows.order[start : start + count].long()
+                yield tokens, part, a.view(width, -1)[:rank], b.view(width, -1)[:rank]
 
 
 def cache_shape(cache: Cache) -> torch.Size:

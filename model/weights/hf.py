@@ -147,6 +147,7 @@ class TensorFile(Protocol):
     """One open file of a checkpoint."""
 
     def __contains__(self, name: str) -> bool: ...
+    def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def item_size(self, name: str) -> int:
         """Bytes per element. Raises `CheckpointError` for types that are not weights."""
@@ -171,6 +172,9 @@ class SafetensorsFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
+
+    def names(self) -> list[str]:
+        return sorted(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._stored.get_slice(name).get_shape())
@@ -245,6 +249,9 @@ class TorchFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def names(self) -> list[str]:
+        return sorted(map(str, self._tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
