@@ -11,11 +11,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from cluster.errors import CaravanError, Cause, EngineStopped, RequestRejected, StageDied
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline, max_in_flight
 from cluster.scheduler import Scheduler
-from cluster.sequence import Matcher, Request, TokenEvent
+from cluster.sequence import Matcher, Request, Start, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class Opened:
     request: Request
     matcher: Matcher | None
     arrived: float
-    is_admitted: bool = False
+    admitted: float = 0.0  # when it was, for the first time; 0: not yet
     is_aborted: bool = False
 
 
@@ -117,6 +119,7 @@ class Engine:
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
         self._inbox: deque[Opened] = deque()  # to be added, or aborted
         self._open: dict[str, Opened] = {}
+        self._starting: dict[str, Opened] = {}  # admitted, and without a token yet
         self._in_flight: deque[InFlight] = deque()
         self._deaths = 0  # in a row: see `_count_step`
         self._steps = 0  # finished since the last rebuild
@@ -229,6 +232,7 @@ class Engine:
                 self.scheduler.add(opened.request, opened.matcher)
             elif self._open.get(name) is opened:  # and not another one by now
                 del self._open[name]
+                self._starting.pop(name, None)
                 self.scheduler.abort(name)
 
     def _fill(self) -> None:
@@ -246,9 +250,10 @@ class Engine:
 
     def _waits(self, now: float) -> list[float]:
         """Seconds that requests had waited which were just admitted for the first time."""
-        admitted = [self._open[i] for i in self.scheduler.admitted if not self._open[i].is_admitted]
+        admitted = [self._open[i] for i in self.scheduler.admitted if not self._open[i].admitted]
         for opened in admitted:
-            opened.is_admitted = True
+            opened.admitted = now
+            self._starting[opened.request.request_id] = opened
         return [now - opened.arrived for opened in admitted]
 
     def _send_masks(self) -> None:
@@ -328,13 +333,24 @@ class Engine:
         self._listener.on_step(_report(step, seconds, since_last))
 
     def _emit(self, events: list[TokenEvent]) -> None:
+        if self._starting:
+            events = [self._started(event) if event.request_id in self._starting else event for event in events]
         for event in events:
             if event.finish_reason is not None:
                 self._open.pop(event.request_id, None)
+                self._starting.pop(event.request_id, None)
             if event.error is not None:
                 log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
         if events:
             self._listener.on_tokens(events)
+
+    def _started(self, event: TokenEvent) -> TokenEvent:
+        """With how long it took until the first token, if it is the first token."""
+        if not event.has_token:
+            return event
+        opened = self._starting.pop(event.request_id)
+        start = Start(opened.admitted - opened.arrived, time.monotonic() - opened.admitted)
+        return msgspec.structs.replace(event, start=start)
 
     def _count_step(self) -> None:
         """One step proves little: what killed a stage may be about to be computed again."""

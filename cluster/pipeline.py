@@ -25,6 +25,15 @@ def max_in_flight(depth: int) -> int:
     return depth + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stage runs."""
+
+    node: str  # its address
+    gpus: tuple[str, ...]  # as Ray numbers them on that node; none on a CPU
+    pid: int = 0
+
+
 class Pipeline(Protocol):
     """Stages that execute batches strictly in order.
 
@@ -34,6 +43,11 @@ class Pipeline(Protocol):
     @property
     def depth(self) -> int:
         """Number of stages: how many batches can be computed at once."""
+        ...
+
+    @property
+    def places(self) -> list[Place]:
+        """Where each stage runs, as far as is known."""
         ...
 
     def submit(self, batch: Batch, timeout_s: float) -> None:
@@ -120,6 +134,10 @@ class ControlledPipeline(ABC):
     @property
     @abstractmethod
     def depth(self) -> int: ...
+
+    @property
+    def places(self) -> list[Place]:
+        return [Place("", ())] * self.depth
 
     def submit(self, batch: Batch, timeout_s: float) -> None:
         self._raise_if_dead()

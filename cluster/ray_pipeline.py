@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cluster.config import EngineConfig
 from cluster.errors import Cause, EngineStopped, LinkBroken, StageDied
-from cluster.pipeline import ControlledPipeline, Doing, at_fault
+from cluster.pipeline import ControlledPipeline, Doing, Place, at_fault
 from cluster.stage_actor import LoadReport, StageSpec
 from cluster.stage_handle import ASK_S, StageHandle, doing_of
 from cluster.transport import ControlServer, Ready, Wakeup, interface_address
@@ -81,6 +81,10 @@ class RayPipeline(ControlledPipeline):
     def stages(self) -> list[LoadReport]:
         """What each stage holds, and where."""
         return [stage.report for stage in self._stages if stage.report is not None]
+
+    @property
+    def places(self) -> list[Place]:
+        return [place_of(stage.report) for stage in self._stages]
 
     # -- the protocol -----------------------------------------------------------------------------------------------
 
@@ -270,3 +274,10 @@ class RayPipeline(ControlledPipeline):
             if not self._halted.is_set():
                 self._halted.set()
                 self._control.close()
+
+
+def place_of(report: LoadReport | None) -> Place:
+    """Of a stage that is being replaced nothing is known."""
+    if report is None:
+        return Place("", ())
+    return Place(report.node, tuple(gpu for gpu in (report.visible_devices or "").split(",") if gpu), report.pid)

@@ -40,6 +40,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return msgspec.structs.replace(self, output_ids=[*self.output_ids, *emitted])
 
 
+class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How long it took an engine to begin with a request, by its own clock."""
+
+    queue_s: float  # from its arrival to its first batch
+    prefill_s: float  # from there to its first token
+
+
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One token of one request. The last event of a request carries its `finish_reason`.
 
@@ -57,6 +64,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the next prompt tokens, from the second one on; no token
     error: str | None = None
     is_fatal: bool = False  # of an error: stages died of this request
+    start: Start | None = None  # with the first token
 
     @property
     def has_token(self) -> bool:

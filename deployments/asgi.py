@@ -22,6 +22,7 @@ from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs
+from deployments.telemetry.answers import Answers, create_series
 from deployments.version import package_version
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,17 @@ def create_gateway(
     `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
     """
     gateway = Gateway(config, engine, recorder)
+    create_series(recorder, config.gateway.routes)
     app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
     add_docs(app)
     app.state.gateway = gateway
+    app.state.drop_ins = drop_ins(gateway)  # errors are written in their forms too
+
+    def hosted(scope: Scope) -> str | None:
+        return next((drop_in.name for drop_in in app.state.drop_ins if drop_in.owns(scope)), None)
+
     app.add_middleware(Guard, gateway=gateway, respond=respond)
+    app.add_middleware(Answers, recorder=recorder, endpoint_of=hosted)
     app.add_middleware(RequestId, echo=echo_request_id)
     app.add_middleware(Normalised)
     app.add_exception_handler(ApiError, _api_error)
@@ -54,7 +62,6 @@ def create_gateway(
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
-    app.state.drop_ins = drop_ins(gateway)  # errors are written in their forms too
     for drop_in in app.state.drop_ins:
         app.include_router(drop_in.router)
 

@@ -3,29 +3,47 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cluster
 import model
+from cluster.config import EngineConfig
 from deployments.config import AppConfig
 from model.weights import SHAPE, resolve_path
 
 SAMPLES, SAMPLE_BYTES = 32, 65_536  # of each file: reading all of 140 GB at every start would not do
 
+LIBRARIES = ("torch", "triton", "tokenizers", "sentencepiece", "xgrammar")  # that compute, or say what a text is
+CHANGES_NO_TOKEN = {
+    "model": {"path", "name", "aliases"},  # of the path, what is there counts
+    "pipeline": {
+        "step_timeout_s", "hang_timeout_s", "recovery_attempts", "spare", "start_timeout_s", "link",
+        "network_interface",
+    },
+    "cache": {"memory_gb", "memory_fraction"},
+    "scheduler": {"max_num_seqs", "policy"},
+}  # fmt: skip
+
 
 def fingerprint(config: AppConfig) -> str:
     """A hash of the weights, of the code that computes, and of how the model is laid out.
 
+    A key of the engine's configuration counts unless it is known to change no token: block sizes, chunks and threads
+    decide in which order numbers are added.
     Of each weight file its size and samples of its content count, not its name or date: it is the same on every node.
     """
-    pipeline = config.pipeline
-    layout = {
-        "model": config.model.model_dump(exclude={"path", "name"}),
-        "pipeline": {"stages": pipeline.stages, "split": pipeline.split, "device": pipeline.device},
-    }
-    parts = [json.dumps(layout, sort_keys=True), _code(), _weights(config.model.path)]
+    layout = config.model_dump(mode="json", include=set(EngineConfig.model_fields), exclude=CHANGES_NO_TOKEN)
+    parts = [json.dumps(layout, sort_keys=True), *_libraries(), _code(), _weights(config.model.path)]
     return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _libraries() -> Iterator[str]:
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 FIELDS = (
     "request_id", "tenant", "endpoint", "outcome", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s",
-    "replica", "stage",
+    "status", "parts_s", "replica", "stage",
 )  # fmt: skip
 
 

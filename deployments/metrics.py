@@ -5,10 +5,14 @@ deployment and replica. The dashboard, the alerts and `caravan top` (ops/watch) 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
+
+from cluster.errors import Cause, MoveCause
 
 Kind = Literal["counter", "gauge", "histogram"]
 Owner = Literal["gateway", "engine"]
+# Of a request, in the order in which it meets them. `route`: the way to the engine and back, beside its queue there.
+Part = Literal["body", "tokenise", "grammar", "route", "queue", "prefill", "decode", "detokenise"]
 
 PREFIX = "caravan_"
 EXPORTED_PREFIX = "ray_" + PREFIX
@@ -18,6 +22,25 @@ TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+PART_BUCKETS = (
+    0.0001,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    120.0,
+    600.0,
+)
 HOST_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
 SIZE_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 
@@ -36,10 +59,13 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     slo: float | None = None
+    known: tuple[str, ...] = ()  # values of a counter's one label: series that begin at 0
 
 
-def counter(name: str, owner: Owner, unit: str, help: str, row: str, title: str, *labels: str) -> Metric:
-    return Metric(name, "counter", owner, unit, help, row, title, labels)
+def counter(
+    name: str, owner: Owner, unit: str, help: str, row: str, title: str, *labels: str, known: tuple[str, ...] = ()
+) -> Metric:
+    return Metric(name, "counter", owner, unit, help, row, title, labels, known=known)
 
 
 def gauge(name: str, owner: Owner, unit: str, help: str, row: str, title: str, *labels: str) -> Metric:
@@ -48,7 +74,7 @@ def gauge(name: str, owner: Owner, unit: str, help: str, row: str, title: str, *
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "ttft_seconds", "histogram", "gateway", "s", "Time from a request's arrival to its first token",
+        "ttft_seconds", "histogram", "gateway", "s", "Time from a request's first byte to its first token",
         "Latency", "Time to first token", (), TTFT_BUCKETS, 2.5,
     ),
     Metric(
@@ -60,12 +86,16 @@ METRICS: tuple[Metric, ...] = (
         "Latency", "Queue wait", (), TTFT_BUCKETS,
     ),
     Metric(
-        "e2e_seconds", "histogram", "gateway", "s", "Time from a request's arrival to its last token",
-        "Latency", "End to end", (), REQUEST_BUCKETS,
+        "e2e_seconds", "histogram", "gateway", "s", "Time from a request's first byte to its end, by how it ended",
+        "Latency", "End to end", ("outcome",), REQUEST_BUCKETS,
+    ),
+    Metric(
+        "request_part_seconds", "histogram", "gateway", "s", "Where the time of requests goes",
+        "Latency", "Parts of a request", ("part",), PART_BUCKETS,
     ),
     counter(
-        "requests_total", "gateway", "reqps", "Requests by how they ended", "Demand", "Requests by outcome",
-        "endpoint", "outcome",
+        "requests_total", "gateway", "reqps", "Answers by how they ended, with the status of HTTP",
+        "Demand", "Requests by outcome", "endpoint", "outcome", "status",
     ),
     counter("prompt_tokens_total", "gateway", "short", "Tokens in prompts", "Demand", "Prompt tokens/s"),
     counter("generated_tokens_total", "engine", "short", "Tokens generated", "Demand", "Output tokens/s"),
@@ -76,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
     counter(
         "streams_resumed_total", "gateway", "short",
         "Streams that went on with another engine: theirs was lost, leaves as planned, or rebuilds its pipeline",
-        "Recovery", "Resumed streams/s", "cause",
+        "Recovery", "Resumed streams/s", "cause", known=("lost", *get_args(MoveCause)),
     ),
     Metric(
         "stream_pause_seconds", "histogram", "gateway", "s", "Time a stream had no engine",
@@ -84,7 +114,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     counter(
         "recoveries_total", "engine", "short", "Pipelines rebuilt after a stage was killed, failed, hung or cut off",
-        "Recovery", "Rebuilt pipelines/s", "cause",
+        "Recovery", "Rebuilt pipelines/s", "cause", known=get_args(Cause),
     ),
     counter(
         "stages_replaced_total", "engine", "short", "Stages replaced; the others kept their weights",
@@ -153,6 +183,10 @@ METRICS: tuple[Metric, ...] = (
         "Pipeline", "Scheduler time per step", (), HOST_BUCKETS,
     ),
     gauge(
+        "stage_info", "engine", "short", "Where each stage runs: always 1, once for each of its GPUs",
+        "Pipeline", "Nodes and GPUs of stages", "stage", "node", "gpu",
+    ),
+    gauge(
         "last_token_age_seconds", "engine", "s", "Time since a token last came out of the last stage",
         "Pipeline", "Age of the last token",
     ),
@@ -173,6 +207,7 @@ class Backend(Protocol):
 class MetricsRecorder(Protocol):
     """What a gateway needs of `Recorder`."""
 
+    def create(self, name: str, **labels: str) -> None: ...
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
 
@@ -181,7 +216,13 @@ class Recorder:
     """The metrics of one owner. An unknown name is a `KeyError`, an unknown label a `ValueError`."""
 
     def __init__(self, backend: Backend, owner: Owner) -> None:
-        self._metrics = {m.name: self._make(backend, m) for m in METRICS if m.owner == owner}
+        own = [m for m in METRICS if m.owner == owner]
+        self._metrics = {m.name: self._make(backend, m) for m in own}
+        for metric in own:
+            if metric.kind == "counter" and not metric.labels:
+                self.create(metric.name)
+            for value in metric.known:
+                self.create(metric.name, **{metric.labels[0]: value})
 
     @staticmethod
     def _make(backend: Backend, metric: Metric) -> Any:
@@ -193,6 +234,13 @@ class Recorder:
         if metric.kind == "counter":  # Ray adds _total to counters by itself
             return backend.Counter(name.removesuffix("_total"), description=metric.help, tag_keys=metric.labels)
         return backend.Gauge(name, description=metric.help, tag_keys=metric.labels)
+
+    def create(self, name: str, **labels: str) -> None:
+        """Let a counter's series begin at 0: one that appears with its first event shows no increase.
+
+        Ray's own `inc` refuses 0; what stands behind it does not.
+        """
+        self._metrics[name]._record(0.0, tags=labels)
 
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         if value > 0:  # Ray's counters refuse 0

@@ -4,10 +4,18 @@ import time
 from collections import deque
 
 from cluster.engine import Engine, RecoveryReport, StepReport
+from cluster.pipeline import Place
 from cluster.sequence import TokenEvent
 from deployments.engine.health import PROBE_PREFIX
 from deployments.metrics import Recorder
 from model.batch import StageTiming
+
+STAGE_TOTALS = (
+    "stage_steps_total",
+    "stage_busy_seconds_total",
+    "stage_wait_seconds_total",
+    "stage_transfer_seconds_total",
+)
 
 
 class EngineMetrics:
@@ -18,6 +26,7 @@ class EngineMetrics:
         self._reports: deque[StepReport | StageTiming | RecoveryReport] = deque()
         self._generated = 0  # tokens for clients
         self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
+        self._created = False  # whether the series of all stages begin at 0 already
 
     def add(self, report: StepReport | StageTiming | RecoveryReport) -> None:
         self._reports.append(report)
@@ -61,8 +70,18 @@ class EngineMetrics:
         for wait in report.queue_waits:
             m.observe("queue_wait_seconds", wait)
 
+    def _record_places(self, places: list[Place]) -> None:
+        for stage, place in enumerate(places):
+            if not self._created:
+                for name in STAGE_TOTALS:
+                    self._recorder.create(name, stage=str(stage))
+            for gpu in place.gpus or ("",):
+                self._recorder.set("stage_info", 1.0, stage=str(stage), node=place.node, gpu=gpu)
+        self._created = True
+
     def _record_stats(self, engine: Engine) -> None:
         m, stats = self._recorder, engine.stats
+        self._record_places(engine.pipeline.places)
         m.set("running", stats.running)
         m.set("waiting", stats.waiting)
         m.set("waiting_tokens", stats.waiting_tokens)

@@ -1,10 +1,9 @@
-"""What is counted, charged, timed and logged of a request."""
+"""What is counted, charged and timed of a request that engines work on."""
 
-import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import CaravanError
 from deployments.errors import ApiError
@@ -14,9 +13,8 @@ from deployments.gateway.pieces import Piece
 from deployments.gateway.request import GenerationRequest
 from deployments.gateway.tenants import Tenant
 from deployments.metrics import MetricsRecorder
+from deployments.telemetry.record import Record
 from model.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -24,10 +22,10 @@ class Usage:
     """Counts and times of one request, for its answer, its metrics and its log line."""
 
     prompt_tokens: int
-    started: float
+    record: Record  # of the HTTP request
+    given: float = field(default_factory=time.monotonic)  # when it was to be given to an engine
     completion_tokens: int = 0
     cached_tokens: int = 0
-    first_token: float = 0.0
     outcome: str = "cancelled"  # until something else is known
     ticket: Ticket | None = None  # from when it is admitted
     answer: str = ""  # kept only to be logged, with `logging.log_prompts`
@@ -55,9 +53,9 @@ class Accounting:
             async for piece in stream:
                 now = time.monotonic()
                 usage.cached_tokens = max(usage.cached_tokens, piece.num_cached_tokens)
-                if not usage.first_token:
-                    usage.first_token = now
-                    self._recorder.observe("ttft_seconds", now - usage.started)
+                if not usage.record.first_token:
+                    self._first_token(piece, usage, now)
+                usage.record.spend("detokenise", piece.detokenise_s)
                 usage.ticket.grow(index, piece.num_tokens)
                 if piece.finish_reason in ("stop", "length"):
                     usage.ticket.end(index)
@@ -70,6 +68,15 @@ class Accounting:
         finally:
             await stream.aclose()
 
+    def _first_token(self, piece: Piece, usage: Usage, now: float) -> None:
+        record = usage.record
+        record.first_token = now
+        self._recorder.observe("ttft_seconds", now - record.started)
+        if piece.start is not None:
+            record.spend("queue", piece.start.queue_s)
+            record.spend("prefill", piece.start.prefill_s)
+            record.spend("route", max(0.0, now - usage.given - piece.start.queue_s - piece.start.prefill_s))
+
     def delivered(self, piece: Piece, usage: Usage) -> None:
         """This piece is on its way to the client: if it is the last one, how the request ended."""
         usage.outcome = piece.finish_reason or "cancelled"
@@ -77,7 +84,7 @@ class Accounting:
 
     @contextmanager
     def recorded(self, request: GenerationRequest, usage: Usage) -> Iterator[None]:
-        """The end of a whole request is recorded, whatever it is."""
+        """The end of a whole request is recorded, whatever it is; `telemetry.answers` counts and logs it."""
         try:
             yield
         except CaravanError as error:
@@ -90,24 +97,14 @@ class Accounting:
             self._record(request, usage)
 
     def _record(self, request: GenerationRequest, usage: Usage) -> None:
-        seconds = time.monotonic() - usage.started
-        self._recorder.inc("requests_total", endpoint=request.endpoint, outcome=usage.outcome)
+        record, tenant = usage.record, request.tenant.name
         self._recorder.inc("prompt_tokens_total", usage.prompt_tokens)
-        self._recorder.observe("e2e_seconds", seconds)
-        tenant = request.tenant.name
-        self._recorder.inc("tenant_requests_total", tenant=tenant, outcome=usage.outcome)
         self._recorder.inc("tenant_prompt_tokens_total", usage.prompt_tokens, tenant=tenant)
         self._recorder.inc("tenant_generated_tokens_total", usage.completion_tokens, tenant=tenant)
-        fields = {
-            "request_id": request.request_id,
-            "tenant": tenant,
-            "endpoint": request.endpoint,
-            "outcome": usage.outcome,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "ttft_s": round(usage.first_token - usage.started, 4) if usage.first_token else None,
-            "e2e_s": round(seconds, 4),
-        }
+        record.endpoint, record.outcome = request.endpoint, usage.outcome
+        if record.first_token:
+            record.spend("decode", time.monotonic() - record.first_token)
+        record.fields |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
         if self._prompts_in_log:
-            fields |= {"prompt": self._prompts_in_log.decode(request.prompt.token_ids), "answer": usage.answer}
-        log.info("request finished", extra=fields)
+            shown = self._prompts_in_log.decode(request.prompt.token_ids)
+            record.fields |= {"prompt": shown, "answer": usage.answer}

@@ -9,6 +9,7 @@ from deployments.errors import bad_request
 from deployments.gateway.tenants import Tenant
 from deployments.offload.grammar_judge import GrammarJudge, Patience
 from deployments.offload.turns import Turns
+from deployments.telemetry.record import spent
 from model.text.constraint import MAX_CONSTRAINT_CHARS, Constraint
 
 REMEMBERED = 1024  # verdicts
@@ -40,14 +41,18 @@ class ConstraintChecker:
         """
         key = (constraint.kind, constraint.text)
         if key not in self._verdicts:
-            try:
-                await self._quick.run(tenant.name, lambda: self._decide(constraint, self._quick_patience()))
-            except TimeoutError:
-                slow = Patience(self._timeout_s, SLOW_NICENESS)
-                await self._slow.run(tenant.name, lambda: self._decide(constraint, slow))
+            with spent("grammar"):
+                await self._judged(tenant, constraint)
         found = self._verdicts[key]
         if found is not None:
             raise bad_request(f"{param}: {found}", param)
+
+    async def _judged(self, tenant: Tenant, constraint: Constraint) -> None:
+        try:
+            await self._quick.run(tenant.name, lambda: self._decide(constraint, self._quick_patience()))
+        except TimeoutError:
+            slow = Patience(self._timeout_s, SLOW_NICENESS)
+            await self._slow.run(tenant.name, lambda: self._decide(constraint, slow))
 
     def _quick_patience(self) -> Patience:
         return Patience(min(QUICK_S, self._timeout_s), QUICK_NICENESS)

@@ -16,6 +16,7 @@ from deployments.gateway.accounting import Usage
 from deployments.gateway.gateway import Gateway, Generation
 from deployments.gateway.pieces import Piece
 from deployments.gateway.tenants import Tenant
+from deployments.telemetry.record import spent
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,11 @@ class AnswerFormat(Protocol):
 async def read_json(http: Request, limit: int) -> Any:
     """The body's JSON. Raises `ApiError`: 413 beyond `limit` bytes, 400 for what is no JSON or too much of it."""
     body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > limit:
-            raise ApiError(413, f"the body is longer than {limit} bytes", code="request_too_large")
+    with spent("body"):
+        async for part in http.stream():
+            body += part
+            if len(body) > limit:
+                raise ApiError(413, f"the body is longer than {limit} bytes", code="request_too_large")
     if not body:
         raise bad_request("the body is empty: send a JSON object")
     if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:

@@ -22,8 +22,10 @@ from deployments.gateway.pieces import Piece, TextRules, merged, pieces
 from deployments.gateway.prompts import Prompts
 from deployments.gateway.request import GenerationRequest, RequestBounds, check_priority
 from deployments.gateway.resume import ResumingEngineClient
-from deployments.gateway.tenants import KeyRing
+from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant
 from deployments.metrics import MetricsRecorder
+from deployments.telemetry.answers import create_tenant_series
+from deployments.telemetry.record import current
 from model.sampling_defaults import read_sampling_defaults
 from model.text.chat import load_chat_template
 from model.text.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -58,7 +60,8 @@ class Gateway:
         self.sampling_defaults = read_sampling_defaults(path) if own else {}
         self.bounds = RequestBounds(config, self.tokenizer.vocab_size, longest)
         self.constraints = ConstraintChecker(config.model.path, g.constraint_timeout_s)
-        self.keys = KeyRing(config.auth)
+        create_tenant_series(recorder, ANONYMOUS.name)
+        self.keys = KeyRing(config.auth, self._keys_changed)
         self.limits = Limits(g.replicas)
         self.accounting = Accounting(recorder, self.limits, self.tokenizer if config.logging.log_prompts else None)
         self.engine = ResumingEngineClient(engine, g.resume_attempts, g.resume_timeout_s, recorder)
@@ -69,6 +72,12 @@ class Gateway:
         self.constraints.close()
         self.prompts.close()
 
+    def _keys_changed(self, before: list[Tenant], after: list[Tenant]) -> None:
+        known = {tenant.name for tenant in before}
+        for tenant in after:
+            if tenant.name not in known:
+                create_tenant_series(self.recorder, tenant.name)
+
     def generate(self, *requests: GenerationRequest) -> Generation:
         """Start a request of one or several answers; `Piece.index` is an answer's place among `requests`.
 
@@ -78,7 +87,7 @@ class Gateway:
         """
         check_priority(requests[0])
         prompts = {id(request.prompt): len(request.prompt.token_ids) for request in requests}
-        usage = Usage(sum(prompts.values()), time.monotonic())
+        usage = Usage(sum(prompts.values()), current())
         streams = [self.accounting.counted(self._stream(one), i, one, usage) for i, one in enumerate(requests)]
         stream = streams[0] if len(streams) == 1 else merged(streams)
         return Generation(self._admitted(stream, requests, usage), usage)

@@ -1,12 +1,13 @@
 """From token events to the text a client sees: whole characters, and nothing from a stop string on."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.errors import CaravanError, RequestFailed, RequestFatal, RequestRejected
-from cluster.sequence import TokenEvent
+from cluster.sequence import Start, TokenEvent
 from model.batch import TokenLogprobs
 from model.text.constraint import TOO_DEAR
 from model.text.tokenizer import Detokenizer, Tokenizer, padded_bytes
@@ -77,6 +78,8 @@ class Piece:
     index: int = 0  # which of a request's answers it belongs to
     calls: list[CallDelta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    start: Start | None = None  # with the first piece
+    detokenise_s: float = 0.0  # what its text took
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +119,11 @@ async def pieces(
             )
             if rules.prompt_only:
                 piece.num_tokens, piece.finish_reason = 0, "length"
+            began = time.perf_counter()
             for event in tokens:
                 if piece.finish_reason is None:
                     answer.add(piece, event)
+            piece.start, piece.detokenise_s = tokens[0].start, time.perf_counter() - began
             yield piece
             if piece.finish_reason is not None:
                 return

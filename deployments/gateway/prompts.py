@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from deployments.errors import ApiError, bad_request
 from deployments.gateway.tenants import Tenant
 from deployments.offload.turns import ModestThreads
+from deployments.telemetry.record import spent
 from model.heap import return_freed_memory
 from model.text.chat import ChatTemplate, PromptFormatError
 from model.text.infill import can_infill, encode_infill, infill_stop_ids
@@ -132,9 +133,10 @@ class Prompts:
 
         Raises what `work` raises, and `ApiError` 429 if too many long texts of this tenant wait.
         """
-        if size <= LONG_TEXT:
-            return work()
-        return await self._threads.run(tenant.name, work if size <= HUGE_TEXT else lambda: _and_tidy_up(work))
+        with spent("tokenise"):
+            if size <= LONG_TEXT:
+                return work()
+            return await self._threads.run(tenant.name, work if size <= HUGE_TEXT else lambda: _and_tidy_up(work))
 
     def check_length(self, chars: int, param: str) -> None:
         """Raise `ApiError` for a text that cannot fit, without looking at it: each token is some characters."""

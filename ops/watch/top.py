@@ -32,6 +32,7 @@ class StageView:
     waiting: float = 0.0
     transfer: float = 0.0
     step_ms: float = 0.0
+    place: str = ""  # its node, and its GPUs there
 
 
 @dataclass(slots=True)
@@ -121,13 +122,17 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
     replicas: dict[tuple[str, str], ReplicaView] = {}
     stages: dict[tuple[str, str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     gauges: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    places: dict[tuple[str, str, str], list[tuple[str, str]]] = defaultdict(list)
     for (name, labels), value in current.items():
         by = dict(labels)
         who = by.get("application", ""), by.get("replica", "")
         if name == "prompt_tokens_total":
             view.prompt_tokens += rate((name, labels))
         elif name == "requests_total":
-            view.requests += rate((name, labels))
+            if by.get("endpoint") != "probe":  # load balancers that ask whether it lives
+                view.requests += rate((name, labels))
+        elif name == "stage_info":
+            places[(*who, by["stage"])].append((by["node"], by["gpu"]))
         elif name.startswith("stage_") and name.endswith("_total"):
             stages[(*who, by.get("stage", "?"))][name] += rate((name, labels))
         elif "le" not in by:
@@ -139,7 +144,8 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
             replicas[who] = _replica(who, values)
     for (application, replica, stage), rates in sorted(stages.items()):
         if (application, replica) in replicas:
-            replicas[application, replica].stages.append(_stage(stage, rates))
+            found = place_of(places[application, replica, stage])
+            replicas[application, replica].stages.append(_stage(stage, rates, found))
     view.ttft_p95 = quantile(0.95, "ttft_seconds", previous, current)
     view.replicas = [replicas[who] for who in sorted(replicas)]
     view.output_tokens = sum(replica.output_tokens for replica in view.replicas)
@@ -159,12 +165,20 @@ def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
     )
 
 
-def _stage(stage: str, rates: dict[str, float]) -> StageView:
+def place_of(info: Sequence[tuple[str, str]]) -> str:
+    """A stage's node, with the GPUs that it has there."""
+    node = max((node for node, _ in info), default="")
+    gpus = sorted(gpu for where, gpu in info if gpu and where == node)
+    return f"{node} GPU {','.join(gpus)}" if gpus else node
+
+
+def _stage(stage: str, rates: dict[str, float], place: str) -> StageView:
     busy, steps = rates["stage_busy_seconds_total"], rates["stage_steps_total"]
     waiting, transfer = rates["stage_wait_seconds_total"], rates["stage_transfer_seconds_total"]
     # A wait is reported with the step that ends it, so the parts of a short window rarely add up to the window.
     accounted = busy + waiting + transfer or 1.0
-    return StageView(stage, busy / accounted, waiting / accounted, transfer / accounted, 1000 * busy / (steps or 1.0))
+    step_ms = 1000 * busy / (steps or 1.0)
+    return StageView(stage, busy / accounted, waiting / accounted, transfer / accounted, step_ms, place)
 
 
 def quantile(q: float, name: str, previous: Sample, current: Sample) -> float:
@@ -188,7 +202,7 @@ def render(view: ClusterView) -> RenderableType:
     replicas = Table(
         "replica", "tok/s", "running", "waiting", "KV in use", "last token", "preempted/s", "weights", box=None
     )
-    stages = Table("replica", "stage", "busy", "waiting", "transfer", "step", "", box=None)
+    stages = Table("replica", "stage", "on", "busy", "waiting", "transfer", "step", "", box=None)
     for replica in view.replicas:
         age_style = "red" if replica.last_token_age > 30 and replica.running else ""
         replicas.add_row(
@@ -206,6 +220,7 @@ def render(view: ClusterView) -> RenderableType:
             stages.add_row(
                 replica.replica,
                 s.stage,
+                s.place,
                 bar(s.busy),
                 bar(s.waiting),
                 bar(s.transfer),

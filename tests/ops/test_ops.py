@@ -58,6 +58,9 @@ class Backend:
                     f"ray_{name}", description, [*tag_keys, *WHO], registry=outer.registry
                 )
 
+            def _record(self, value: float, tags: dict[str, str]) -> None:
+                self._metric.labels(**tags, **WHO).inc(value)
+
             def inc(self, value: float, tags: dict[str, str]) -> None:
                 assert value > 0
                 self._metric.labels(**tags, **WHO).inc(value)
@@ -102,13 +105,16 @@ def fill(backend: Backend, engine: Recorder, gateway: Recorder, seconds: int) ->
     engine.set("waiting_tokens", 100)
     if seconds:
         engine.inc("generated_tokens_total", 100 * seconds)
-        gateway.inc("requests_total", 2 * seconds, endpoint="chat", outcome="stop")
+        gateway.inc("requests_total", 9 * seconds, endpoint="probe", outcome="ok", status="200")
+        gateway.inc("requests_total", 2 * seconds, endpoint="chat", outcome="stop", status="200")
         for stage, busy in (("0", 0.9), ("1", 0.6)):
             engine.inc("stage_busy_seconds_total", busy * seconds, stage=stage)
             engine.inc("stage_wait_seconds_total", (0.95 - busy) * seconds, stage=stage)
             engine.inc("stage_transfer_seconds_total", 0.05 * seconds, stage=stage)
             engine.inc("stage_steps_total", 30 * seconds, stage=stage)
             engine.observe("stage_step_seconds", busy / 30, stage=stage)
+            for gpu in ("2", "3"):
+                engine.set("stage_info", 1.0, stage=stage, node=f"10.0.0.{stage}", gpu=gpu)
         for _ in range(100):
             gateway.observe("ttft_seconds", 0.3)
     return backend.text()
@@ -207,6 +213,7 @@ def test_the_view_shows_rates_shares_and_the_slowest_stage() -> None:
     lines = console.export_text().splitlines()
     assert ["slowest" in line for line in lines if " ms" in line] == [True, False]
     assert "100.0 tok/s" in lines[0]
+    assert ["10.0.0.0 GPU 2,3" in line for line in lines if "slowest" in line] == [True]
 
 
 def test_the_view_without_data() -> None:

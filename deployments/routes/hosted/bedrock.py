@@ -115,7 +115,7 @@ class BedrockFormat:
                 "inputTokenCount": usage.prompt_tokens,
                 "outputTokenCount": usage.completion_tokens,
                 "invocationLatency": self._milliseconds(time.monotonic()),
-                "firstByteLatency": self._milliseconds(usage.first_token),
+                "firstByteLatency": self._milliseconds(usage.record.first_token),
             }
         payload = {"bytes": base64.b64encode(msgspec.json.encode(body)).decode()}
         return aws.event("chunk", msgspec.json.encode(payload), "application/json")

@@ -24,6 +24,7 @@ MAKERS: dict[RouteName, list[tuple[Callable[[Gateway], APIRouter], Respond]]] = 
 class DropIn:
     """Routes, and how errors are written on them."""
 
+    name: RouteName
     router: APIRouter
     respond: Respond
 
@@ -34,4 +35,4 @@ class DropIn:
 def drop_ins(gateway: Gateway) -> list[DropIn]:
     """Those of `gateway.routes`."""
     wanted = gateway.config.gateway.routes
-    return [DropIn(make(gateway), respond) for name in dict.fromkeys(wanted) for make, respond in MAKERS[name]]
+    return [DropIn(name, make(gateway), respond) for name in dict.fromkeys(wanted) for make, respond in MAKERS[name]]

@@ -37,6 +37,9 @@ class Recorded:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, ...], float] = {}
 
+    def create(self, name: str, **labels: str) -> None:
+        pass
+
     def inc(self, name: str, value: float = 1.0, **labels: str) -> None:
         key = (name, *labels.values())
         self.counts[key] = self.counts.get(key, 0) + value
@@ -462,7 +465,7 @@ def test_a_broken_engine_is_503_before_the_stream_and_said_in_it_after(run: Run)
         *_, error = await service.stream("/v1/completions", prompt="x")
         assert error["error"]["type"] == "server_error"
         assert service.metrics.counts["streams_broken_total",] == 1
-        assert service.metrics.counts["requests_total", "completions", "error"] == 1
+        assert service.metrics.counts["requests_total", "completions", "error", "200"] == 1
 
     run(test)
 
@@ -496,7 +499,7 @@ def test_a_client_that_leaves_frees_the_sequence(run: Run, stream: bool) -> None
         for _ in range(100):
             await asyncio.sleep(0.001)
         assert service.engine.open == 0
-        assert service.metrics.counts["requests_total", "completions", "cancelled"] == 1
+        assert service.metrics.counts["requests_total", "completions", "cancelled", "200" if stream else "499"] == 1
 
     run(test)
 
@@ -574,5 +577,6 @@ def test_logs_hold_the_request_id_and_no_prompt_text(run: Run, caplog: pytest.Lo
         run(test)
     lines = [logs.JsonFormatter().format(record) for record in caplog.records]
     finished = [json.loads(line) for line in lines if "request finished" in line]
-    assert [(line["request_id"], line["outcome"]) for line in finished] == [("abc", "stop")]
+    assert [(line["outcome"], line["status"]) for line in finished] == [("stop", 200), *[("rejected", 400)] * 2]
+    assert finished[0]["request_id"] == "abc"
     assert "tangerine" not in "".join(lines)

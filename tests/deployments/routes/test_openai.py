@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cluster.config import EngineConfig
 from cluster.errors import EngineStopped
 from cluster.sequence import Request, TokenEvent
 from deployments import fingerprint as fingerprints
@@ -262,7 +263,7 @@ def test_a_fault_in_the_detokeniser(monkeypatch: pytest.MonkeyPatch, stream: boo
         assert "[DONE]" not in answer.text
         assert answer.status_code == (200 if stream else 500)
         assert service.engine.kv_blocks_used == 0
-        assert service.metrics.counts["requests_total", "chat", "error"] == 1
+        assert service.metrics.counts["requests_total", "chat", "error", "200" if stream else "500"] == 1
 
     with_service(test)
 
@@ -306,7 +307,7 @@ def test_a_client_that_leaves_frees_its_cache_within_two_steps(stream: bool, ans
         while service.engine.kv_blocks_used:
             await asyncio.sleep(0.001)
         assert 0 < service.engine.left_at <= service.engine.steps <= service.engine.left_at + 2
-        assert service.metrics.counts["requests_total", "completions", "cancelled"] == 1
+        assert service.metrics.counts["requests_total", "completions", "cancelled", "200" if stream else "499"] == 1
 
     with_service(test)
 
@@ -323,9 +324,28 @@ def test_the_fingerprint_changes_with_weights_code_and_layout(tmp_path: Path, mo
         return fingerprints.fingerprint(parse_app_config(args))
 
     seen = [of()]
-    assert of() == of(gateway={"replicas": 3}) == of(model={"name": "other"}) == seen[0]
-    seen += [of(pipeline={"stages": 2}), of(pipeline={"stages": 2, "split": [20, 10]}), of(model={"dtype": "float32"})]
-    seen += [of(model={"quantization": "fp8"}), of(model={"quantization": "fp8", "quantization_ignore": ["w2"]})]
+    assert of() == of(gateway={"replicas": 3}) == seen[0]
+    changes: dict[str, Any] = {
+        "split": [20, 10],
+        "quantization": "fp8",
+        "quantization_ignore": ["w2"],
+        "dtype": "float16",
+    }
+    changes |= {"load_format": "dummy", "prompt_format": "llama2", "sampling_defaults": "checkpoint", "device": "cuda"}
+    for section, fields in {name: info.annotation for name, info in EngineConfig.model_fields.items()}.items():
+        for key, field in fields.model_fields.items():  # type: ignore[union-attr]
+            silent = key in fingerprints.CHANGES_NO_TOKEN.get(section, ())
+            if key == "path" or (silent and key not in ("name", "memory_gb", "max_num_seqs")):
+                continue
+            value = changes.get(key, "other" if key == "name" else None)
+            if section == "cache" and key == "dtype":
+                value = "fp8"
+            if value is None:
+                default = field.default
+                value = not default if isinstance(default, bool) else 7
+            found = of(**{section: {key: value}})
+            assert (found == seen[0]) == silent, f"{section}.{key}"
+            seen += [] if silent else [found]
     weights.write_bytes(bytes(250_000) + b"\1" + bytes(249_999))
     seen += [of()]
     monkeypatch.setattr(fingerprints, "_code", lambda: "another version")
