@@ -36,7 +36,7 @@ def fingerprint(config: AppConfig) -> str:
     Of each weight file its size and samples of its content count, not its name or date: it is the same on every node.
     """
     layout = config.model_dump(mode="json", include=set(EngineConfig.model_fields), exclude=CHANGES_NO_TOKEN)
-    parts = [json.dumps(layout, sort_keys=True), *_libraries(), _code(), _weights(config.model.path)]
+    parts = [json.dumps(layout, sort_keys=True), *_libraries(), code_digest(), _weights(config.model.path)]
     return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -47,7 +47,7 @@ def _libraries() -> Iterator[str]:
 
 
 @cache
-def _code() -> str:
+def code_digest() -> str:
     """Of the packages that decide what is computed."""
     digest = hashlib.sha256()
     for package in (model, cluster):
@@ -68,12 +68,12 @@ def _weights(path: str) -> str:
         files = sorted(f for f in found.iterdir() if f.is_file())
     digest = hashlib.sha256()
     for file in files:
-        for part in _samples(file):
+        for part in samples(file):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _samples(file: Path) -> Iterator[bytes]:
+def samples(file: Path) -> Iterator[bytes]:
     """The size, and pieces from everywhere in the file."""
     size = file.stat().st_size
     yield str(size).encode()

@@ -10,6 +10,7 @@ from ops.bench.cli import bench
 from ops.bench.options import DEFAULT_URL, fail
 from ops.chaos.command import chaos
 from ops.interrupt import end_on_signals
+from ops.preflight.command import preflight
 
 app = typer.Typer(
     name="caravan",
@@ -21,6 +22,7 @@ app.add_typer(bench, name="bench")
 app.command(name="chaos", epilog="Example: caravan chaos --faults stage,engine,node --requests 1000 --streams 64")(
     chaos
 )
+app.command(name="preflight", epilog="Example: caravan preflight my_config.yaml, on a node of the cluster")(preflight)
 
 DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
 

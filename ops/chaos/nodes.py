@@ -186,8 +186,11 @@ class Nodes:
         node.start()
         self.await_head()
 
-    def add_worker(self, cpus: int, resources: Mapping[str, float]) -> Node:
+    def add_worker(self, cpus: int, resources: Mapping[str, float], setup: str = "") -> Node:
+        """`setup`: shell commands that come before `ray start` and hold for all of the node: limits, mounts."""
         node = self._add(f"worker-{len(self.all)}", cpus, resources)
+        if setup:
+            node.command = ["sh", "-ec", f'{setup}\nexec "$@"', "sh", *node.command]
         node.command += ["--address", f"{self.head.address}:{self._head_ports[0]}"]
         node.start()
         return node
