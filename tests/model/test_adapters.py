@@ -24,6 +24,7 @@ from model.weights import open_checkpoint
 from tests.conftest import DEVICES, ints
 from tests.model.lora_files import ALL, make_adapter, write_gguf_adapter
 from tests.model.test_formats import make_llama
+from tests.model.test_graphs import Uncaptured
 
 TOKENS = [(7 * i * i + 3 * i + 1) % 120 for i in range(24)]
 BLOCK_SIZE, WAIT_S = 4, 30
@@ -44,6 +45,7 @@ class Stages:
     def __init__(
         self, base: Path, stages: int = 1, on_device: int = 8, max_rank: int = 64, devices: int = 1,
         device: str = "cpu", dtype: torch.dtype = torch.float32, fp8: frozenset[str] = frozenset(),
+        captured: bool = False,
     ) -> None:  # fmt: skip
         checkpoint = open_checkpoint(base)
         config = checkpoint.config
@@ -56,6 +58,10 @@ class Stages:
             self.stages.append(Stage(group, 256, BLOCK_SIZE, 16, adapters=adapters))
             if device == "cuda":
                 self.stages[-1].capture(64, lambda done, total: None)
+            elif captured:
+                stage = self.stages[-1]
+                with torch.inference_mode():
+                    stage._graphs = Uncaptured(stage.decoder, stage.kv, stage.slots, 64, adapters=adapters.slots[0])
 
     def load(self, path: Path) -> str:
         """Raises what is wrong with it."""
@@ -149,12 +155,15 @@ def test_ranks_scales_and_patterns_on_stages(base: Path, config: str, stages: in
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stages", [1, 3])
-def test_eight_adapters_and_none_in_one_batch(base: Path, device: str, stages: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stages", "captured"), [(1, False), (3, False), (2, True)])
+def test_eight_adapters_and_none_in_one_batch(
+    base: Path, device: str, stages: int, captured: bool, tmp_path: Path
+) -> None:
+    """In steps that are launched operation by operation, and by way of what captured ones read."""
     ranks = [1, 4, 8, 16, 17, 32, 64, 5]
     for i, rank in enumerate(ranks):
         make_adapter(base, tmp_path / str(i), i, r=rank, target_modules=ALL if i % 2 else ["q_proj", "v_proj"])
-    served = Stages(base, stages, device=device)
+    served = Stages(base, stages, device=device, captured=captured)
     placed = [Placed(i + 1, served.load(tmp_path / str(i))) for i in range(8)]
     slots = [0, 8, 3, 1, 0, 2, 7, 4, 5, 6, 8, 3]
     expected = {i + 1: their_logits(base, tmp_path / str(i)) for i in range(8)} | {0: their_logits(base, None)}

@@ -87,8 +87,8 @@ class Recorder:
 class Uncaptured(StepGraphs):
     """The same steps on any device."""
 
-    def _capture(self, size: int, mixed: bool, pool: Any) -> tuple[Any, Decoded]:
-        recorder = Recorder(lambda: self._step(size, mixed))
+    def _capture(self, size: int, mixed: bool, adapted: bool, pool: Any) -> tuple[Any, Decoded]:
+        recorder = Recorder(lambda: self._step(size, mixed, adapted))
         return recorder, recorder.done
 
 
