@@ -1,9 +1,11 @@
 """What a step has brought: tokens for the sequences that were in it, and what is said of them."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.running import Running, Slots, places
 from cluster.sequence import NO_TOKEN, Matcher, Sequence, TokenEvent
+from cluster.speculation import Speculation
 from cluster.step import Step
 from model.batch import Batch, StepOutput, TokenLogprobs
 
@@ -11,8 +13,8 @@ from model.batch import Batch, StepOutput, TokenLogprobs
 class Results:
     """Takes them in. Whose answer ends with a token no longer runs afterwards."""
 
-    def __init__(self, running: Running) -> None:
-        self._running = running
+    def __init__(self, running: Running, speculation: Speculation | None) -> None:
+        self._running, self._speculation = running, speculation
 
     def take(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
         """Those of the oldest batch in flight; who has left meanwhile is skipped."""
@@ -21,16 +23,25 @@ class Results:
         running.num_in_flight[step.slots[live]] -= 1
         slots, live = step.slots[step.sampled], live[step.sampled]
         running.num_pending[slots[live]] -= 1
-        prompts = self._take_prompt_logprobs(batch, output, step) if batch.prompt_rows else []
-        sequences, token_ids = step.sampled_sequences, output.token_ids
-        plain = live & running.is_plain[slots]
+        events = self._take_prompt_logprobs(batch, output, step) if batch.prompt_rows else []
+        events += self._take_sampled(step, slots, live, output)
+        if self._speculation is not None:
+            self._speculation.look(slots[live])
+        return events
+
+    def _take_sampled(self, step: Step, slots: Slots, live: NDArray[np.bool_], output: StepOutput) -> list[TokenEvent]:
+        sequences, token_ids, rows = step.sampled_sequences, output.token_ids, step.first_rows()
+        plain = live & self._running.is_plain[slots]
         if output.errors or output.logprobs:
-            plain[[*output.errors, *output.logprobs]] = False
-        if plain.all():
-            return prompts + self._take_plain(sequences, slots, token_ids)
+            plain[rows.searchsorted([*output.errors, *output.logprobs], "right") - 1] = False
+        if step.guesses:
+            plain &= ~np.isin(slots, list(step.guesses))
+        elif plain.all():
+            return self._take_plain(sequences, slots, token_ids)
         few = places(plain)
-        events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[i] for i in few])
-        return prompts + events + self._take_others(sequences, places(live & ~plain).tolist(), output)
+        events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[rows[i]] for i in few])
+        others = [(sequences[i], int(rows[i])) for i in places(live & ~plain)]
+        return events + self._take_others(others, output, step.guesses)
 
     def _take_plain(self, sequences: list[Sequence], slots: Slots, token_ids: list[int]) -> list[TokenEvent]:
         """Tokens of sequences of which nothing else is to be taken in, and nothing else said."""
@@ -46,25 +57,44 @@ class Results:
                 running.release(sequences[i])
         return events
 
-    def _take_others(self, sequences: list[Sequence], few: list[int], output: StepOutput) -> list[TokenEvent]:
-        """Tokens that come with more, need more, or are none: a few of those that were sampled."""
+    def _take_others(
+        self, few: list[tuple[Sequence, int]], output: StepOutput, guesses: dict[int, list[int]]
+    ) -> list[TokenEvent]:
+        """Tokens that come with more, need more, are none, or several: of these, from these rows on."""
         advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
-        for i in few:
-            seq, token_id = sequences[i], output.token_ids[i]
-            seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
-            if seq.failure is None:
-                events.append(self._take_token(seq, token_id, output.logprobs.get(i)))
-                if seq.matcher is not None and events[-1].finish_reason is None:
+        for seq, row in few:
+            num_right = self._judge(seq, row, output, guess) if (guess := guesses.get(seq.slot)) else 0
+            for i in range(row, row + num_right + 1):
+                seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
+                if seq.failure is not None:
+                    self._running.release(seq)
+                    events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
+                    break
+                token_id = output.token_ids[i]
+                events.append(self._take_token(seq, token_id, output.logprobs.get(i), i < row + num_right))
+                if events[-1].finish_reason is not None:
+                    break
+                if seq.matcher is not None:
                     advanced.append((seq.matcher, token_id))
-            else:
-                self._running.release(seq)
-                events.append(TokenEvent(seq.request_id, NO_TOKEN, "error", error=seq.failure))
         for matcher, token_id in advanced:  # in a row: their masks shall be ready together
             matcher.advance(token_id)
         return events
 
-    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+    def _judge(self, seq: Sequence, row: int, output: StepOutput, guess: list[int]) -> int:
+        """How many of the guessed tokens are what was drawn."""
+        drawn = output.token_ids[row : row + len(guess)]
+        right = (a == b and i not in output.errors for i, (a, b) in enumerate(zip(guess, drawn, strict=True), row))
+        num_right = next((i for i, is_right in enumerate(right) if not is_right), len(guess))
+        self._running.settle(seq, num_right)
+        seq.charge(seq.num_tokens, num_right)
+        assert self._speculation is not None
+        self._speculation.judge(len(guess), num_right)
+        return num_right
+
+    def _take_token(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, was_guessed: bool = False
+    ) -> TokenEvent:
         seq.token_ids.append(token_id)
         self._running.take(seq.slot, token_id)
         cached, seq.num_cached_tokens = seq.num_cached_tokens, 0  # they leave with the first token
@@ -74,7 +104,7 @@ class Results:
         if finish_reason is not None:
             self._running.release(seq)
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
-        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, was_guessed=was_guessed)
 
     def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
         """Those of a chunk; what has gone out before a preemption, or from another engine, does not do so again."""

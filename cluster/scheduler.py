@@ -24,8 +24,9 @@ from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.fairness import Fairness, Policy
 from cluster.results import Results
-from cluster.running import Running, Slots
+from cluster.running import Running, Slots, places
 from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
+from cluster.speculation import Proposer, Speculation, most_decodes
 from cluster.step import Step
 from cluster.waiting_queue import WaitingQueue
 from model.batch import Batch, LateMasks, StepOutput
@@ -68,7 +69,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         policy: Policy = "fcfs",
+        proposer: Proposer | None = None,
+        num_guessed: int | None = None,
     ) -> None:
+        """With a `proposer` sequences are guessed, `num_guessed` tokens of each in a step; None: as many as pay."""
         self.blocks = blocks
         self.depth = depth  # number of stages: as many cohorts keep the pipeline full
         self.max_num_seqs = max_num_seqs
@@ -79,7 +83,9 @@ class Scheduler:
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._waiting = WaitingQueue(self._fairness)
         self._running = Running(blocks, max_num_seqs)
-        self._results = Results(self._running)
+        self._proposer = proposer
+        self.speculation = Speculation(self._running, num_guessed) if proposer is not None else None
+        self._results = Results(self._running, self.speculation)
         self._in_flight: dict[int, Step] = {}  # by step id
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
@@ -103,7 +109,8 @@ class Scheduler:
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        self._waiting.add(Sequence(request, self._arrivals, matcher))
+        guesser = self._proposer.guesser(request) if self._proposer is not None and matcher is None else None
+        self._waiting.add(Sequence(request, self._arrivals, matcher, guesser))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -154,17 +161,26 @@ class Scheduler:
         if not len(decodes) and not chunks:
             return None
         running = self._running
+        guesses = self._guess(decodes, chunks) if self.speculation is not None else {}
         slots, counts = in_order(running, decodes, chunks)
-        batch, unmasked = build_batch(self.epoch, self._next_step, running, slots, counts, self.blocks.block_size)
+        batch, unmasked = build_batch(
+            self.epoch, self._next_step, running, slots, counts, self.blocks.block_size, guesses
+        )
         self._awaited.expect(batch.step_id, unmasked)
         if len(decodes):
             self._cohorts.add(batch.step_id)
-        sampled = batch.sample_rows.astype(np.intp)
+        sampled = places(counts >= running.num_left[slots]) if guesses else batch.sample_rows.astype(np.intp)
         running.advance(slots, counts, sampled, batch.step_id)
         sequences, stops = running.sequences[slots].tolist(), running.num_computed[slots]
-        self._in_flight[batch.step_id] = Step(sequences, slots, running.serials[slots], stops, sampled)
+        self._in_flight[batch.step_id] = Step(sequences, slots, running.serials[slots], stops, sampled, guesses)
         self._next_step += 1
         return batch
+
+    def _guess(self, decodes: Slots, chunks: list[tuple[Sequence, int]]) -> dict[int, list[int]]:
+        """How the decoding sequences of a step go on, as far as there is room in it."""
+        assert self.speculation is not None
+        room = self.max_num_batched_tokens - len(decodes) - sum(count for _, count in chunks)
+        return self.speculation.guess(decodes, min(room, most_decodes(self.max_num_seqs) - len(decodes)))
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
@@ -281,7 +297,7 @@ class Scheduler:
         pending, last_step = running.num_pending[slots], running.last_step[slots]
         # As many as may be ahead of what is known are, or the last one is.
         can = (pending < MAX_PENDING_TOKENS) & (running.num_computed[slots] < running.max_computed[slots])
-        can &= (pending == 0) | (last_step <= latest)
+        can &= (pending == 0) | (last_step <= latest) & ~running.is_guessed[slots]
         slots = slots[can]
         slots = slots[last_step[can].argsort(kind="stable")]
         first = slots[:share]
@@ -414,8 +430,9 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
-        computed, last_step = self._running.num_computed[seq.slot], self._running.last_step[seq.slot]
-        paid = int(computed) if last_step >= 0 else 0  # not what only the prefix cache gave it
-        self._running.release(seq)
+        running, slot = self._running, seq.slot
+        paid = int(running.num_computed[slot] - running.num_guessed[slot])
+        paid = paid if running.last_step[slot] >= 0 else 0  # not what only the prefix cache gave it
+        running.release(seq)
         self._waiting.push(seq.again(paid))
         self._preemptions += 1

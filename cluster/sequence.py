@@ -65,6 +65,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
     is_fatal: bool = False  # of an error: stages died of this request
     start: Start | None = None  # with the first token
+    was_guessed: bool = False  # the token: it came with the one before it, see speculation.py
 
     @property
     def has_token(self) -> bool:
@@ -81,6 +82,17 @@ class Matcher(Protocol):
 
     def advance(self, token_id: int) -> None:
         """The sequence has one token more. Does not wait."""
+        ...
+
+
+class Guesser(Protocol):
+    """Follows a sequence, to say how it may go on; see speculation.py."""
+
+    def guess(self, token_ids: list[int], most: int) -> list[int]:
+        """Up to so many tokens that may follow these, all it has: those of the last call and what is new since.
+
+        It may take as long as the new ones take, and never waits.
+        """
         ...
 
 
@@ -108,6 +120,7 @@ class Sequence:
         "chain",
         "failure",
         "found",
+        "guesser",
         "is_greedy",
         "matcher",
         "max_computed_tokens",
@@ -127,13 +140,20 @@ class Sequence:
 
     account: "Account[Sequence]"  # its tenant's, given when it is added to the queue
 
-    def __init__(self, request: Request, arrival: int = 0, matcher: "Matcher | None" = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        arrival: int = 0,
+        matcher: "Matcher | None" = None,
+        guesser: "Guesser | None" = None,
+    ) -> None:
         self.request = request
         self.request_id = request.request_id
         sampling = request.sampling  # what every step asks of it is looked up once
         self.is_greedy = sampling.is_greedy
         self.stop_token_ids = sampling.stop_token_ids
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
+        self.guesser = guesser
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
         self.chain = Chain(request.chain_root)  # of its full blocks
@@ -160,7 +180,7 @@ class Sequence:
 
         An object of its own, so that what batches in flight still bring for this one is not taken for the other.
         """
-        successor = Sequence(self.request, self.arrival, self.matcher)
+        successor = Sequence(self.request, self.arrival, self.matcher, self.guesser)
         successor.account = self.account
         successor.token_ids, successor.chain = self.token_ids, self.chain
         successor.num_paid_tokens = max(self.num_paid_tokens, num_paid_tokens)

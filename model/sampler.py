@@ -64,14 +64,15 @@ class SeenTokens:
         ids = self._ids[:, : min(width, self._most)].index_select(0, slots).long()
         return ids, self._counts.view(-1)[slots.unsqueeze(1) * self._vocab + ids].int()
 
-    def count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """One token more for each of `slots` [N]."""
+    def count(self, slots: torch.Tensor, tokens: torch.Tensor, stays: torch.Tensor) -> None:
+        """One token more for each of `slots` [N] where it `stays` [N]."""
         where = slots * self._vocab + tokens
         before = self._counts.view(-1)[where].int()
         num_ids = self._num_ids[slots]
         self._ids.view(-1)[slots * (self._most + 1) + num_ids] = tokens.int()
-        self._num_ids[slots] = num_ids + (before == 0)
-        self._counts.view(-1)[where] = (before.clamp(min=1) + 1).clamp(max=MOST_TIMES).to(torch.int16)
+        self._num_ids[slots] = num_ids + (stays & (before == 0))
+        after = torch.where(stays, before.clamp(min=1) + 1, before)
+        self._counts.view(-1)[where] = after.clamp(max=MOST_TIMES).to(torch.int16)
 
 
 def _seen_before(rules: Rules, vocab_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -89,11 +90,48 @@ class Rows:
     rows: Int32Array  # [N] of the logits
     slots: Int32Array  # [N]
     positions: Int32Array  # [N] where the token that is drawn will stand
+    fed: Int32Array  # [N] the token that each follows, as the host knows it
+    places: Int32Array  # [N] among those of their sequence: what is behind the first follows guessed tokens
     masks: list[bytes]
 
-    def one(self, i: int) -> "Rows":
-        part = slice(i, i + 1)
-        return Rows(self.rows[part], self.slots[part], self.positions[part], self.masks[part])
+    @classmethod
+    def of(cls, batch: Batch, masks: dict[int, bytes]) -> "Rows":
+        runs = batch.sample_rows[batch.draws]
+        slots, number = batch.slots[runs], np.arange(len(runs), dtype=np.int32)
+        first = np.append(True, slots[1:] != slots[:-1])
+        places = number - np.maximum.accumulate(np.where(first, number, 0))
+        positions = (batch.num_computed_tokens + batch.query_lens)[runs]
+        fed = batch.token_ids[batch.sample_tokens[batch.draws]]
+        return cls(batch.draws, slots, positions, fed, places, [masks.get(row, b"") for row in batch.draws.tolist()])
+
+    def part(self, which: npt.NDArray[np.intp]) -> "Rows":
+        rows, slots, positions = self.rows[which], self.slots[which], self.positions[which]
+        masks = [self.masks[i] for i in which.tolist()]
+        return Rows(rows, slots, positions, self.fed[which], self.places[which], masks)
+
+    def turns(self, counts: npt.NDArray[np.bool_]) -> list["Rows"]:
+        """What is drawn together, in order: of those that look at what came each row after the one before it."""
+        if not self.places.any():
+            return [self]
+        turn = np.where(counts, self.places, 0)
+        return [self.part(np.flatnonzero(turn == i)) for i in range(int(turn.max()) + 1)]
+
+
+class Drawn:
+    """The tokens of a step, row by row."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens  # [R]
+        self.stays = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)  # [R] what is before it was right
+        self.logprobs: list[RowLogprobs] = []
+        self.errors: dict[int, str] = {}
+
+    def staying(self, rows: torch.Tensor, drawn: Rows) -> torch.Tensor:
+        """[N] Which of `rows`, those of `drawn`, follow tokens that were drawn: the others' are not taken."""
+        if drawn.places.any():
+            fed = to_device(drawn.fed, torch.int64, rows.device)
+            self.stays[rows] = self.stays[rows - 1] & (self.tokens[rows - 1] == fed)
+        return self.stays[rows]
 
 
 class Changes:
@@ -132,43 +170,41 @@ class Sampler:
         `masks`: by row, bit i, lowest first: token i may be drawn. Logprobs are of the raw logits. A row that cannot be
         sampled is reported in `errors`; the others do not notice.
         """
-        self._tell(batch.rules)
+        self._tell(batch)
         if not len(batch.draws):
             return Sampled(likeliest(logits))
-        seqs = batch.sample_rows[batch.draws]
-        ends = batch.num_computed_tokens + batch.query_lens
-        of_rows = [masks.get(row, b"") for row in batch.draws.tolist()]
-        drawn = Rows(batch.draws, batch.slots[seqs], ends[seqs], of_rows)
+        rows = Rows.of(batch, masks)
         all_draw = len(batch.draws) == len(logits)
         tokens = torch.zeros(len(logits), dtype=torch.int64, device=self._device) if all_draw else likeliest(logits)
+        drawn = Drawn(tokens)
+        for turn in rows.turns(self._kept["counts"][rows.slots]):
+            self._draw_turn(logits, drawn, turn)
+        return Sampled(tokens, drawn.logprobs, errors=drawn.errors)
+
+    def _draw_turn(self, logits: torch.Tensor, drawn: Drawn, turn: Rows) -> None:
+        """What goes wrong with a row stays its own; a device that has failed is nobody's own."""
         try:
-            if not any(slot in self._unusable for slot in drawn.slots.tolist()):
-                return Sampled(tokens, self._draw(logits, tokens, drawn))
+            if not any(slot in self._unusable for slot in turn.slots.tolist()):
+                self._draw(logits, drawn, turn)
+                return
         except torch.AcceleratorError:
             raise
         except Exception:
             log.exception("rows could not be sampled together: each is alone")
-        return self._draw_each(logits, tokens, drawn)
-
-    def _draw_each(self, logits: torch.Tensor, tokens: torch.Tensor, drawn: Rows) -> Sampled:
-        """What goes wrong with a row stays its own; a device that has failed is nobody's own."""
-        errors: dict[int, str] = {}
-        logprobs: list[RowLogprobs] = []
-        for i, (row, slot) in enumerate(zip(drawn.rows.tolist(), drawn.slots.tolist(), strict=True)):
+        for i, (row, slot) in enumerate(zip(turn.rows.tolist(), turn.slots.tolist(), strict=True)):
             if slot in self._unusable:
-                errors[row] = self._unusable[slot]
+                drawn.errors[row] = self._unusable[slot]
                 continue
             try:
-                logprobs += self._draw(logits, tokens, drawn.one(i))
+                self._draw(logits, drawn, turn.part(np.array([i])))
             except torch.AcceleratorError:
                 raise
             except Exception as error:
                 log.exception("a row could not be sampled")
-                errors[row] = f"{type(error).__name__} in the sampler"
-        return Sampled(tokens, logprobs, errors=errors)
+                drawn.errors[row] = f"{type(error).__name__} in the sampler"
 
-    def _tell(self, rules: list[Rules]) -> None:
-        for one in rules:
+    def _tell(self, batch: Batch) -> None:
+        for one in batch.rules:
             kept, slot = self._kept[one.slot], one.slot
             kept["seed"], kept["logprobs"], kept["banned_until"] = one.seed % 2**64, one.logprobs, one.banned_until
             kept["top_k"] = min(one.top_k or self._vocab, self._vocab)
@@ -184,31 +220,32 @@ class Sampler:
             unknown = [i for i in (*one.logit_bias, *one.banned) if not 0 <= i < self._vocab]
             if unknown:
                 self._unusable[slot] = f"token {unknown[0]} is not among the model's {self._vocab}"
-        if counted := [one for one in rules if one.counts]:
-            self._kept["num_seen"][[one.slot for one in counted]] = self._seen.begin(counted)
+        if counted := [one for one in batch.rules if one.counts]:
+            slots, stops = [one.slot for one in counted], batch.num_computed_tokens + batch.query_lens
+            first = dict(zip(batch.slots[::-1].tolist(), stops[::-1].tolist(), strict=True))  # place that is drawn
+            self._kept["num_seen"][slots] = np.subtract(self._seen.begin(counted), [first[slot] for slot in slots])
 
-    def _draw(self, logits: torch.Tensor, tokens: torch.Tensor, drawn: Rows) -> list[RowLogprobs]:
-        """Put what is drawn for these rows into `tokens` [R]."""
-        rules, device = self._kept[drawn.slots], self._device
-        rows, slots = all_to_device([drawn.rows, drawn.slots], torch.int64, device)
-        whole = len(rows) == len(logits) and not any(drawn.masks)
+    def _draw(self, logits: torch.Tensor, drawn: Drawn, turn: Rows) -> None:
+        """Put in what is drawn for these rows."""
+        rules, device = self._kept[turn.slots], self._device
+        rows, slots = all_to_device([turn.rows, turn.slots], torch.int64, device)
+        whole = len(rows) == len(logits) and not any(turn.masks)
         x = logits if whole else logits.index_select(0, rows)
         changes = Changes(x)
         try:
-            self._adjust(x, changes, slots, drawn, rules)
-            chosen = self._choose(x, drawn, rules)
+            self._adjust(x, changes, slots, turn, rules)
+            chosen = self._choose(x, turn, rules)
         except Exception:
             changes.undo()  # each row is then drawn alone
             raise
         if (rules["logprobs"] >= 0).any():
             changes.undo()
-        logprobs = self._logprobs(logits, rows, chosen, drawn, rules)
-        tokens[rows] = chosen
+        logprobs = self._logprobs(logits, rows, chosen, turn, rules)
+        drawn.tokens[rows] = chosen
+        drawn.logprobs += logprobs
         if (counted := np.flatnonzero(rules["counts"])).size:
             at = to_device(counted, torch.int64, device)
-            self._seen.count(slots[at], chosen[at])
-            self._kept["num_seen"][drawn.slots[counted]] += 1
-        return logprobs
+            self._seen.count(slots[at], chosen[at], drawn.staying(rows[at], turn.part(counted)))
 
     def _choose(self, x: torch.Tensor, drawn: Rows, rules: npt.NDArray[Any]) -> torch.Tensor:
         """A token per row of logits x [N, V], in the way of its temperature and filters."""
@@ -227,7 +264,7 @@ class Sampler:
         self, x: torch.Tensor, changes: Changes, slots: torch.Tensor, drawn: Rows, rules: npt.NDArray[Any]
     ) -> None:
         """Whatever changes logits x [N, V] before a token is chosen."""
-        width = int(rules["num_seen"][rules["counts"]].max(initial=0))
+        width = int((rules["num_seen"] + drawn.positions)[rules["counts"]].max(initial=0))
         if width:
             counted = np.flatnonzero(rules["counts"])
             at = to_device(counted, torch.int64, self._device).unsqueeze(1)

@@ -75,19 +75,23 @@ class FakeStages:
         new_blocks = np.split(batch.new_blocks, np.cumsum(batch.num_new_blocks)[:-1])
         for slot, stop, blocks in zip(batch.slots, batch.num_blocks(self._block_size), new_blocks, strict=True):
             self._tables[slot, stop - len(blocks) : stop] = blocks
-        contexts, at = [], 0
+        contexts, at, stays = [], 0, True
+        fed = batch.token_ids[np.cumsum(batch.query_lens) - 1].tolist()
         for slot, start, count in zip(batch.slots, batch.num_computed_tokens, batch.query_lens, strict=True):
             token_ids = [int(self._newest[slot]) if t == SAMPLED else int(t) for t in batch.token_ids[at:][:count]]
             contexts.append(self._compute(self._tables[slot], int(start), token_ids))
             at += count
-        tokens = []
+        tokens: list[int] = []
         ends = (batch.num_computed_tokens + batch.query_lens).tolist()
         for row, index in enumerate(batch.sample_rows.tolist()):
             slot = int(batch.slots[index])
             rules, counts = self._rules[slot] if row in batch.draws else (GREEDY, {})
+            follows = batch.slots[batch.sample_rows[row - 1]] == slot if row else False
+            stays = not follows or (stays and tokens[-1] == fed[index])  # it is as if the other tokens were not drawn
             tokens.append(draw(contexts[index], ends[index], rules, counts, masks.get(row, b"")))
-            counts[tokens[-1]] = counts.get(tokens[-1], 0) + 1
-            self._newest[slot] = tokens[-1]
+            if stays:
+                counts[tokens[-1]] = counts.get(tokens[-1], 0) + 1
+            self._newest[slot] = tokens[-1] if not follows else -7  # nobody may go on from there unseen
         return StepOutput(batch.epoch, batch.step_id, tokens, {})
 
     def _compute(self, table: Table, start: int, token_ids: list[int]) -> int:

@@ -39,6 +39,8 @@ class Case:
     restart_rate: float
     mask_rate: float  # how many of the masks that are missing are made between two looks
     lethal: bool  # whether the stages die of what some request makes them compute
+    wrong_rate: float | None  # of guessed tokens; None: nothing is guessed
+    num_guessed: int | None
     requests: list[Request] = field(default_factory=list)
     failing: dict[str, int] = field(default_factory=dict)  # request -> tokens after which its matcher fails
     constrained: set[str] = field(default_factory=set)
@@ -66,6 +68,8 @@ def case(seed: int) -> Case:
         restart_rate=rng.choice([0.0, 0.0, 0.02]),
         mask_rate=rng.choice([1.0, 0.5, 0.1]),
         lethal=rng.random() < 0.2,
+        wrong_rate=[None, 0.0, 0.1, 0.5, 1.0][seed % 5],
+        num_guessed=[None, 1, 2, 4, 8][seed // 5 % 5],
     )
     stems = [[rng.randrange(VOCABULARY) for _ in range(longest)] for _ in range(2)]
     tenants, priorities = rng.choice(["a", "ab", "abc"]), rng.choice([[0], [0], [0, 0, 5, -1]])
@@ -106,11 +110,30 @@ def _add_request(
     )  # fmt: skip
 
 
+class Replay:
+    """Guesses what will be said, but for some tokens."""
+
+    def __init__(self, answers: dict[str, list[int]], wrong_rate: float, rng: random.Random) -> None:
+        self._answers, self._wrong_rate, self._rng = answers, wrong_rate, rng
+
+    def guesser(self, request: Request) -> "Replay | None":
+        if self._rng.random() < 0.2:
+            return None
+        return Replay({"": [*request.token_ids, *self._answers[request.request_id]]}, self._wrong_rate, self._rng)
+
+    def guess(self, token_ids: list[int], most: int) -> list[int]:
+        told = self._answers[""]
+        assert token_ids == told[: len(token_ids)]
+        guess = told[len(token_ids) :][: most if self._rng.random() < 0.9 else self._rng.randint(0, most)]
+        return [(t + 1) % VOCABULARY if self._rng.random() < self._wrong_rate else t for t in guess]
+
+
 class Run:
     """The scheduler and stages of a case, driven as the engine drives them, and what comes out."""
 
     def __init__(self, made: Case) -> None:
         self.case, self.rng = made, made.rng
+        self.expected = {r.request_id: said(r, r.request_id in made.constrained) for r in made.requests}
         self.scheduler = Scheduler(
             BlockManager(made.num_blocks, made.block_size, made.prefix_caching),
             depth=made.depth,
@@ -118,8 +141,9 @@ class Run:
             max_num_batched_tokens=made.max_num_batched_tokens,
             max_model_len=1000,
             policy=made.policy,
+            proposer=self._proposer(),
+            num_guessed=made.num_guessed,
         )
-        self.expected = {r.request_id: said(r, r.request_id in made.constrained) for r in made.requests}
         doomed = self.rng.sample(made.requests, 2) if made.lethal else []
         self.lethal = {self.rng.choice(self.expected[r.request_id][1]) for r in doomed}
         self.ends = {name: self._end(name, *expected) for name, expected in self.expected.items()}
@@ -131,6 +155,12 @@ class Run:
         self._to_come = deque(made.requests)
         self._in_flight: deque[tuple[Batch, Batch]] = deque()  # as scheduled, and as the stages got it
         self._late: dict[int, LateMasks] = {}
+
+    def _proposer(self) -> "Replay | None":
+        if self.case.wrong_rate is None:
+            return None
+        answers = {name: answer for name, (answer, _) in self.expected.items()}
+        return Replay(answers, self.case.wrong_rate, random.Random(0))
 
     def _end(self, name: str, answer: list[int], cache: list[int]) -> tuple[int, str | None]:
         """How many tokens it says, and of what it fails."""
@@ -260,11 +290,11 @@ def test_whatever_comes_two_thousand_times() -> None:
     fuzz(range(QUICK, LONG))
 
 
-def undisturbed(requests: list[Request], depth: int) -> Case:
+def undisturbed(requests: list[Request], depth: int, wrong_rate: float | None = None) -> Case:
     return Case(
         random.Random(0), depth, block_size=4, num_blocks=600, max_num_seqs=64, max_num_batched_tokens=256,
         policy="fcfs", prefix_caching=True, abort_rate=0.0, restart_rate=0.0, mask_rate=1.0, lethal=False,
-        requests=requests,
+        wrong_rate=wrong_rate, num_guessed=4, requests=requests,
     )  # fmt: skip
 
 

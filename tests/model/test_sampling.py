@@ -120,7 +120,7 @@ def test_penalties_count_what_was_sampled_before(others: int) -> None:
         for turn in range(60):
             values = logits(n, seed=turn)
             values[:, 7] += 6  # again and again
-            sampled = sampler.sample(step([*told], told if turn == 0 else []), values.clone(), {})
+            sampled = sampler.sample(step([*told], told if turn == 0 else [], [8 + turn] * n), values.clone(), {})
             expected = penalised_by_definition(values[0], told[0], [*prompt, 0], output)
             token = int(sampled.token_ids[0])
             assert token == int(expected.argmax()), turn

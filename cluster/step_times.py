@@ -1,0 +1,55 @@
+"""How long steps that only decode take, by how many tokens they compute."""
+
+WEIGHT = 0.1  # of a step in what is known of its size
+FORGOTTEN = 0.999  # of what larger steps took, with every step: so they are tried again, about one step in hundreds
+EXACT = 16  # sizes up to here are told apart, larger ones in eights, as captured steps are
+
+
+def size_of(num_tokens: int) -> int:
+    return num_tokens if num_tokens <= EXACT else -(-num_tokens // 8) * 8
+
+
+class StepTimes:
+    """Measured; a size that was never seen counts as the next smaller one, so that it is tried."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._once: set[int] = set()  # sizes seen once: a first time may be no measure
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        size, known = size_of(num_tokens), self._seconds
+        for other in known:
+            if other > size:
+                known[other] *= FORGOTTEN
+        if size not in known:
+            known[size] = seconds
+            self._once.add(size)
+        elif size in self._once:
+            known[size] = min(known[size], seconds)
+            self._once.remove(size)
+        else:
+            known[size] += WEIGHT * (seconds - known[size])
+
+    def of(self, num_tokens: int) -> float:
+        """Seconds; 0 if nothing is known."""
+        size = size_of(num_tokens)
+        below = max((s for s in self._seconds if s <= size), default=None)
+        above = min((s for s in self._seconds if s >= size), default=None)
+        if below is None or above is None:
+            return self._seconds.get(above if below is None else below, 0.0)  # type: ignore[arg-type]
+        low, high = self._seconds[below], self._seconds[above]
+        return low if above == below else low + (high - low) * (size - below) / (above - below)
+
+    def best_length(self, num_decodes: int, num_guessed: int, chance: float, most: int) -> int:
+        """How many tokens to guess of each of `num_guessed` sequences, that are right with this chance one by one.
+
+        What gives most tokens per second in a step of `num_decodes` sequences; the shortest of equals.
+        """
+        best, length, right, expected = 0.0, 0, 1.0, float(num_decodes)
+        for guessed in range(most + 1):
+            rate = expected / (self.of(num_decodes + guessed * num_guessed) or 1.0)
+            if rate > best:
+                best, length = rate, guessed
+            right *= chance
+            expected += right * num_guessed
+        return length
