@@ -36,9 +36,13 @@ def packed_tokens(batch: Batch) -> list[Int32Array]:
 
     The only place that lays a batch out token by token. Block tables and newest tokens are on the device already.
     """
+    count = np.array([batch.num_tokens], np.int32)
+    if batch.num_tokens == batch.num_seqs:  # nearly every step, which waits for it: it is laid out already
+        flags = np.full(batch.num_tokens, ALONE, np.int32)
+        flags[batch.sample_rows] |= SAMPLED_AFTER
+        return [count, batch.token_ids, batch.num_computed_tokens, batch.slots, flags]
     flags = np.repeat(np.where(batch.query_lens == 1, ALONE, 0).astype(np.int32), batch.query_lens)
     flags[batch.sample_tokens] |= SAMPLED_AFTER
-    count = np.array([batch.num_tokens], np.int32)
     return [count, batch.token_ids, batch.positions, np.repeat(batch.slots, batch.query_lens), flags]
 
 

@@ -20,7 +20,8 @@ class Slots:
     def __init__(self, num_slots: int, max_blocks: int, block_size: int, padding_block: int, device: torch.device):
         self.block_size, self.padding_slot = block_size, num_slots
         self.newest = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+        # In 64 bits: from 32 Triton makes other layouts, with which decode attention takes 2 to 7% longer on an H200.
+        self.tables = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int64, device=device)
         self.tables[num_slots] = padding_block
 
     @property
@@ -35,7 +36,7 @@ class Slots:
         stops = batch.slots.astype(np.int64) * self.tables.shape[1] + batch.num_blocks(self.block_size)
         places = np.repeat(stops - np.cumsum(counts), counts) + np.arange(len(batch.new_blocks))
         on_device = all_to_device([places, batch.new_blocks], torch.int64, self.device)
-        self.tables.view(-1).index_copy_(0, on_device[0], on_device[1].int())
+        self.tables.view(-1).index_copy_(0, on_device[0], on_device[1])
 
     def feed(self, batch: Batch, token_ids: torch.Tensor) -> None:
         """These tokens [R], on this device, were sampled in `batch`."""

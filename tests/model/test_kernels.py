@@ -125,7 +125,7 @@ def paged(lens: list[int], k: int, d: int, dtype: torch.dtype) -> tuple[torch.Te
     width, total = max(max(blocks), 1), sum(blocks) + 3
     order = torch.randperm(total)
     slots = torch.randperm(len(lens) + 2)[: len(lens)]
-    tables = torch.zeros(len(lens) + 2, width, dtype=torch.int32)
+    tables = torch.zeros(len(lens) + 2, width, dtype=torch.int64)
     k_cache, v_cache = (torch.full((total, BLOCK, k, d), 1e4, device=GPU, dtype=dtype) for _ in range(2))
     start = 0
     for slot, n, length in zip(slots.tolist(), blocks, lens, strict=True):

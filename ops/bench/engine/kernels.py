@@ -71,7 +71,7 @@ def attention_figures(
     for layer in range(copies):
         _fill(kv, layer, config, device)
     q = torch.randn(sequences, config.n_heads, config.head_dim, dtype=torch.bfloat16, device=device)
-    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks).int()
+    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks)
     slots = torch.arange(sequences, device=device)
     lens = torch.full((sequences,), context, device=device)
     kernels = kernels_for(device)
@@ -105,7 +105,7 @@ def prompt_attention_figures(
     kv = KVCache(config, 1, -(-total // BLOCK), BLOCK, dtype, device)
     _fill(kv, 0, config, device)
     q = torch.randn(now, config.n_heads, config.head_dim, dtype=torch.bfloat16, device=device)
-    table = torch.randperm(kv.num_blocks, device=device).int()
+    table = torch.randperm(kv.num_blocks, device=device)
     slots, lens = torch.zeros(now, dtype=torch.int64, device=device), torch.arange(before + 1, total + 1, device=device)
     starts, counts = pieces_of(np.array([now], np.int32), piece_tokens(config.groups, PROMPT_QUERIES))
     first, many = (torch.from_numpy(part[::-1].copy()).int().to(device) for part in (starts, counts))
