@@ -1,6 +1,8 @@
 """The Serve application: `import_path: deployments.app:build`, with our configuration as its `args`."""
 
 import logging
+import threading
+import time
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,9 +16,11 @@ from deployments.asgi import create_gateway
 from deployments.config import AppConfig, parse_app_config
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.metrics import Recorder
+from deployments.telemetry.record import Record
 
 log = logging.getLogger(__name__)
 
+REPORT_PERIOD_S = 1.0
 UNLIMITED = 1_000_000  # the engine queues by itself, and knows better than Serve what it can hold
 
 
@@ -32,7 +36,18 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
-        return create_gateway(self._config, client, Recorder(serve_metrics, "gateway"), echo_request_id=False)
+        recorder = Recorder(serve_metrics, "gateway")
+        app = create_gateway(self._config, client, recorder, echo_request_id=False)
+        open_requests: set[Record] = app.state.gateway.open_requests
+        threading.Thread(target=_report, args=(recorder, open_requests), name="report", daemon=True).start()
+        return app
+
+
+def _report(recorder: Recorder, open_requests: set[Record]) -> None:
+    """For as long as the process lives: gauges that nobody sets anew vanish, and so say that it is gone."""
+    while True:
+        recorder.set("open_requests", len(open_requests))
+        time.sleep(REPORT_PERIOD_S)
 
 
 def warn_if_open() -> None:

@@ -53,7 +53,7 @@ def create_gateway(
         return next((drop_in.name for drop_in in app.state.drop_ins if drop_in.owns(scope)), None)
 
     app.add_middleware(Guard, gateway=gateway, respond=respond)
-    app.add_middleware(Answers, recorder=recorder, endpoint_of=hosted)
+    app.add_middleware(Answers, recorder=recorder, endpoint_of=hosted, open_requests=gateway.open_requests)
     app.add_middleware(RequestId, echo=echo_request_id)
     app.add_middleware(Normalised)
     app.add_exception_handler(ApiError, _api_error)

@@ -140,6 +140,10 @@ METRICS: tuple[Metric, ...] = (
         "refused_total", "gateway", "reqps", "Requests refused with 401 or 429, by tenant and reason",
         "Tenants", "Refused requests/s", "tenant", "reason",
     ),
+    gauge(
+        "open_requests", "gateway", "short", "Requests for answers of engines that gateways have open",
+        "Demand", "Open requests",
+    ),
     gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
     gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),
     gauge("waiting_tokens", "engine", "short", "Tokens of waiting sequences", "Demand", "Waiting tokens"),
@@ -190,6 +194,7 @@ METRICS: tuple[Metric, ...] = (
         "last_token_age_seconds", "engine", "s", "Time since a token last came out of the last stage",
         "Pipeline", "Age of the last token",
     ),
+    gauge("ready", "engine", "short", "Whether the replica's pipeline works, 1 or 0", "Pipeline", "Replicas that work"),
     gauge(
         "weights_loaded_ratio", "engine", "percentunit", "Share of the weights loaded", "Pipeline", "Weights loaded"
     ),

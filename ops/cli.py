@@ -135,21 +135,41 @@ def top(
 @app.command(epilog="Example: caravan dashboard --output caravan.json, then import the file in Grafana")
 def dashboard(
     output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="the board of one pipeline, not of the service")] = False,
+    runbook_url: Annotated[
+        str, typer.Option(envvar="CARAVAN_RUNBOOK_URL", help="where ops/runbook.md is to be read, for links")
+    ] = "ops/runbook.md",
 ) -> None:
-    """Print the Grafana dashboard as JSON."""
+    """Print a Grafana dashboard as JSON: the service's, or a pipeline's. Its first row needs the rules of `alerts`."""
     from ops.watch.dashboard import dashboard_json
 
-    write(dashboard_json(), output)
+    write(dashboard_json("pipeline" if pipeline else "service", runbook_url), output)
 
 
 @app.command(epilog="Example: caravan alerts --output caravan-alerts.yml, then name the file under rule_files")
 def alerts(
     output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
+    runbook_url: Annotated[
+        str, typer.Option(envvar="CARAVAN_RUNBOOK_URL", help="where ops/runbook.md is to be read, for runbook_url")
+    ] = "ops/runbook.md",
+    first_token_s: Annotated[float, typer.Option(help="objective of the first token: an edge of ttft_seconds")] = 2.5,
+    inter_token_s: Annotated[
+        float, typer.Option(help="objective between tokens: an edge of inter_token_seconds")
+    ] = 0.1,
+    scale_to_zero: Annotated[bool, typer.Option("--scale-to-zero", help="having no engine at all is no alarm")] = False,
 ) -> None:
-    """Print Prometheus' alerting rules; ops/runbook.md says what to do about each."""
+    """Print Prometheus' recording and alerting rules; ops/runbook.md says what to do about each."""
+    from deployments.metrics import TOKEN_BUCKETS, TTFT_BUCKETS
     from ops.watch.alerts import rules_json
+    from ops.watch.objectives import objectives
 
-    write(rules_json(), output)
+    for option, value, edges in (
+        ("first-token-s", first_token_s, TTFT_BUCKETS), ("inter-token-s", inter_token_s, TOKEN_BUCKETS),
+    ):  # fmt: skip
+        if value not in edges:
+            fail(f"--{option} {value:g}: must be one of {', '.join(f'{edge:g}' for edge in edges)}")
+    table = objectives(first_token_s, inter_token_s)
+    write(rules_json(table=table, runbook_url=runbook_url, scale_to_zero=scale_to_zero), output)
 
 
 @app.command(epilog="Example: caravan schema --output schema.json; editors check YAML files that name it")

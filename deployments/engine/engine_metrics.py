@@ -34,8 +34,9 @@ class EngineMetrics:
     def count(self, events: list[TokenEvent]) -> None:
         self._generated += sum(event.has_token and not event.request_id.startswith(PROBE_PREFIX) for event in events)
 
-    def record(self, engine: Engine | None, loaded: float, last_token: float) -> None:
+    def record(self, engine: Engine | None, ready: bool, loaded: float, last_token: float) -> None:
         """`loaded` is a share of the weights, `last_token` a time of the monotonic clock."""
+        self._recorder.set("ready", float(ready))
         self._recorder.set("weights_loaded_ratio", loaded)
         while self._reports:
             report = self._reports.popleft()

@@ -194,7 +194,8 @@ class EngineReplica:
 
     def _keep_house(self) -> None:
         """Record metrics, probe an idle pipeline, make room for a replica that works."""
-        self._metrics.record(self._engine, self._health.loaded, self._health.last_token)
+        ready = self._health.state(self._engine)[0] == "ready"
+        self._metrics.record(self._engine, ready, self._health.loaded, self._health.last_token)
         if self._engine is None:
             return
         self._health.probe_if_idle(self._engine)

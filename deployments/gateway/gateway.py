@@ -25,7 +25,7 @@ from deployments.gateway.resume import ResumingEngineClient
 from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant
 from deployments.metrics import MetricsRecorder
 from deployments.telemetry.answers import create_tenant_series
-from deployments.telemetry.record import current
+from deployments.telemetry.record import Record, current
 from model.sampling_defaults import read_sampling_defaults
 from model.text.chat import load_chat_template
 from model.text.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -48,6 +48,7 @@ class Gateway:
         self.config = config
         self.recorder = recorder
         self.created = int(time.time())
+        self.open_requests: set[Record] = set()
         self.fingerprint = fingerprint(config)
         model = read_config(path)
         self.tokenizer: Tokenizer = load_tokenizer(path)

@@ -23,6 +23,7 @@ ENDPOINTS = {
     **dict.fromkeys(("/health", "/ready", "/version", "/ping"), PROBE),
 }
 GENERATING = ("chat", "completions", "responses")  # and those of hosted services
+SIMPLE = {*ENDPOINTS.values(), "other"} - {*GENERATING}
 CLIENT_LEFT = 499  # as nginx calls it
 # How an answer may end, with its status.
 BAD = [("rejected", status) for status in (400, 404, 405, 408, 413, 415, 431)]
@@ -50,18 +51,30 @@ def create_tenant_series(recorder: MetricsRecorder, tenant: str) -> None:
 
 
 class Answers:
-    """ASGI middleware. `endpoint_of` names the endpoint of a path that is not in the table."""
+    """ASGI middleware. `endpoint_of` names the endpoint of a path that is not in the table.
 
-    def __init__(self, app: ASGIApp, recorder: MetricsRecorder, endpoint_of: Callable[[Scope], str | None]) -> None:
+    `open_requests` holds the records of those that engines are asked for, while they are answered.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        recorder: MetricsRecorder,
+        endpoint_of: Callable[[Scope], str | None],
+        open_requests: set[Record],
+    ) -> None:
         self._app = app
         self._recorder = recorder
         self._endpoint_of = endpoint_of
+        self._open = open_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        record = Record(request_id=scope["state"]["request_id"])
+        record = Record(request_id=scope["state"]["request_id"], endpoint=self._name(scope))
         records.begin(record)
+        if record.endpoint not in SIMPLE:
+            self._open.add(record)
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -74,8 +87,7 @@ class Answers:
             record.status = record.status or 500  # which the server writes once it has this error
             raise
         finally:
-            if record.endpoint == "other":
-                record.endpoint = self._name(scope)
+            self._open.discard(record)
             tenant = scope["state"].get("tenant")
             record.tenant = tenant.name if tenant is not None else record.tenant
             self._end(record)

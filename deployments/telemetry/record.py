@@ -13,7 +13,7 @@ from typing import Any
 from deployments.metrics import Part
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Record:
     """Times are of the monotonic clock."""
 

@@ -23,7 +23,8 @@ from deployments import logs
 from deployments.metrics import METRICS, Recorder
 from ops.bench.service import load
 from ops.watch import top
-from ops.watch.dashboard import dashboard, dashboard_json, exported, expressions
+from ops.watch.alerts import rules
+from ops.watch.dashboard import GPU_PANELS, Board, dashboard, dashboard_json, exported, in_plain
 
 BY_NAME = {m.name: m for m in METRICS}
 
@@ -140,27 +141,59 @@ def test_what_is_not_in_the_table_is_an_error() -> None:
 # -- the dashboard ----------------------------------------------------------------------------------------------------
 
 
+BOARDS: tuple[Board, ...] = ("service", "pipeline")
+
+
+def queries(board: Board) -> list[str]:
+    return [target["expr"] for panel in dashboard(board)["panels"] for target in panel.get("targets", [])]
+
+
 def test_every_metric_has_its_panel_and_every_panel_its_metric() -> None:
-    board = dashboard()
-    panels = [p for p in board["panels"] if p["type"] == "timeseries"]
-    titles = [p["title"] for p in panels]
-    assert all(titles.count(m.title) == 1 for m in METRICS)
-    used = set(re.findall(r"ray_caravan_\w+", dashboard_json()))
-    known = {exported(m.name) for m in METRICS} | {f"{exported(m.name)}_bucket" for m in METRICS if m.buckets}
-    assert used <= known
+    titles = [panel["title"] for board in BOARDS for panel in dashboard(board)["panels"]]
+    assert [m.name for m in METRICS if titles.count(m.title) != 1] == []
+    text = "".join(map(dashboard_json, BOARDS))
+    used = set(re.findall(r"ray_caravan_\w+", text))
+    assert used <= {exported(m.name) for m in METRICS} | {f"{exported(m.name)}_bucket" for m in METRICS if m.buckets}
+    recorded_ = {rule["record"] for rule in rules()["groups"][0]["rules"]}
+    assert set(re.findall(r"caravan:\w+:\w+", text)) <= recorded_
     assert dashboard_json() == dashboard_json()
-    assert [v["name"] for v in board["templating"]["list"]] == ["datasource", "application", "replica"]
 
 
-def test_panels_do_not_overlap() -> None:
+def test_what_is_promised_comes_first_then_the_slowest_stage_then_demand() -> None:
+    rows = [panel["title"] for panel in dashboard()["panels"] if panel["type"] == "row"]
+    assert [title.split(":")[0] for title in rows[:3]] == ["Objectives", "Stages", "Demand and capacity"]
+    stage = next(p for p in dashboard()["panels"] if p["title"].startswith("Slowest stage"))
+    assert stage["gridPos"]["y"] < 8, "on the first screen"
+    assert "{{node}}" in stage["targets"][0]["legendFormat"]
+
+
+def test_a_choice_of_replica_empties_no_panel_of_gateways() -> None:
+    names = [[v["name"] for v in dashboard(board)["templating"]["list"]] for board in BOARDS]
+    assert names == [["datasource", "application"], ["datasource", "application", "replica"]]
+    assert not [q for q in queries("service") if "$replica" in q]
+    gateways = [exported(m.name) for m in METRICS if m.owner == "gateway"]
+    assert not [q for q in queries("pipeline") if any(name in q for name in gateways)]
+
+
+def test_links_lead_to_the_runbook_and_to_the_other_board() -> None:
+    for board, other in zip(BOARDS, reversed(BOARDS), strict=True):
+        made = dashboard(board, "https://wiki.example/runbook")
+        assert [link["url"] for link in made["links"]] == [
+            "https://wiki.example/runbook",
+            f"/d/{dashboard(other)['uid']}",
+        ]
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_panels_do_not_overlap(board: Board) -> None:
     taken: set[tuple[int, int]] = set()
-    for panel in dashboard()["panels"]:
+    for panel in dashboard(board)["panels"]:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         assert not cells & taken, panel["title"]
         assert at["x"] + at["w"] <= 24
         taken |= cells
-    ids = [panel["id"] for panel in dashboard()["panels"]]
+    ids = [panel["id"] for panel in dashboard(board)["panels"]]
     assert len(set(ids)) == len(ids)
 
 
@@ -168,13 +201,12 @@ def test_promtool_accepts_every_expression_and_the_exported_text(tmp_path: Path)
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool (part of Prometheus) is not installed")
-    targets = [t["expr"] for p in dashboard()["panels"] for t in p.get("targets", [])]
-    rules = [
-        {"record": f"caravan:{i}", "expr": e.replace("$__rate_interval", "1m").replace("$", "")}
-        for i, e in enumerate(targets)
+    made = [
+        {"record": f"x:{i}", "expr": in_plain(query)}
+        for i, query in enumerate(queries("service") + queries("pipeline"))
     ]
     file = tmp_path / "rules.yml"
-    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": made}]}))  # JSON is YAML
     done = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = recorded(Backend(), 5).replace("_created", "_created_seconds")
@@ -183,11 +215,38 @@ def test_promtool_accepts_every_expression_and_the_exported_text(tmp_path: Path)
     assert not [p for p in problems if "error" in p], problems
 
 
-def test_expressions_select_application_and_replica() -> None:
-    for m in METRICS:
-        for expression, _ in expressions(m):
-            assert expression.count('application=~"$application",replica=~"$replica"') == 1
-            assert expression.count("(") == expression.count(")")
+def test_the_gpu_of_a_stage_is_found_by_its_node_and_index(tmp_path: Path) -> None:
+    """As Ray exports it; NVIDIA's exporter names the node by its address and port."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool (part of Prometheus) is not installed")
+    info = 'ray_caravan_stage_info{application="c",replica="r1",stage="%d",node="10.0.0.%d",gpu="%d"}'
+    series = {info % (0, 1, 0): "1x5", info % (1, 1, 1): "1x5", info % (2, 2, 0): "1x5"}
+    tests = []
+    for title, _, metric, node, index, factor in GPU_PANELS:
+        port = ":9400" if node == "instance" else ""
+        values = {(host, gpu): 1000 * host + gpu for host in (1, 2, 3) for gpu in (0, 1)}
+        for (host, gpu), value in values.items():
+            series[f'{metric}{{{node}="10.0.0.{host}{port}",{index}="{gpu}",GpuUuid="x"}}'] = f"{value}x5"
+        panel = next(p for p in dashboard("pipeline")["panels"] if p["title"] == title)
+        seen = [(0, 1, 0), (1, 1, 1), (2, 2, 0)]
+        samples = [
+            {
+                "labels": f'{{application="c",replica="r1",stage="{s}",node="10.0.0.{host}",gpu="{gpu}"}}',
+                "value": values[host, gpu] * factor,
+            }
+            for s, host, gpu in seen
+        ]
+        tests.append({"expr": in_plain(panel["targets"][0]["expr"]), "eval_time": "1m", "exp_samples": samples})
+    whole = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": value.replace("x", "+0x")} for name, value in series.items()],
+        "promql_expr_test": tests,
+    }
+    file = tmp_path / "tests.yml"
+    file.write_text(json.dumps({"rule_files": [], "tests": [whole]}))
+    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- the live view ----------------------------------------------------------------------------------------------------
