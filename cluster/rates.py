@@ -12,6 +12,7 @@ class Rate:
 
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
+        self.total = 0  # tokens, of all time
 
     @property
     def per_second(self) -> float:
@@ -19,6 +20,7 @@ class Rate:
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
+        self.total += tokens
         kept = math.exp(-seconds / MEMORY_S)
         self._tokens = self._tokens * kept + tokens
         self._seconds = self._seconds * kept + seconds

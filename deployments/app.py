@@ -1,4 +1,8 @@
-"""The Serve application: `import_path: deployments.app:build`, with our configuration as its `args`."""
+"""The Serve application: `import_path: deployments.app:build`, with our configuration as its `args`.
+
+What may change while it runs stands in the `user_config` of its deployments, and Serve hands it on without restarting
+anything; a change of `args` replaces every process.
+"""
 
 import logging
 import threading
@@ -11,9 +15,9 @@ from ray.serve import metrics as serve_metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs
-from deployments.asgi import create_gateway
-from deployments.config import AppConfig, parse_app_config
+from deployments import asgi, logs
+from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
+from deployments.gateway import gateway as gateway_
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.metrics import Recorder
 from deployments.telemetry.record import Record
@@ -30,17 +34,44 @@ class Gateway:
 
     def __init__(self, engine: DeploymentHandle[Any], args: dict[str, Any]) -> None:
         self._engine = engine
-        self._config = parse_app_config(args)
-        logs.configure(log_prompts=self._config.logging.log_prompts)
+        self._args = args
+        # Read here, so that no request meets a gateway without the keys that it is to ask for.
+        self._config = self._parse(serve.get_replica_context()._deployment_config.user_config)
         warn_if_open()
+
+    def _parse(self, user_config: Any) -> AppConfig:
+        config = parse_app_config(with_user_config(self._args, user_config, "Gateway"))
+        logs.configure(config.logging.level, log_prompts=config.logging.log_prompts)
+        return config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
         recorder = Recorder(serve_metrics, "gateway")
-        app = create_gateway(self._config, client, recorder, echo_request_id=False)
-        open_requests: set[Record] = app.state.gateway.open_requests
+        self._app = asgi.create_gateway(self._config, client, recorder, echo_request_id=False)
+        open_requests: set[Record] = self._app.state.gateway.open_requests
         threading.Thread(target=_report, args=(recorder, open_requests), name="report", daemon=True).start()
-        return app
+        return self._app
+
+    def reconfigure(self, user_config: Any) -> None:
+        """Serve calls it when `user_config` changes. Requests under way go on; those that come next find the change.
+
+        What is wrong changes nothing and is said in the log and at /ready: were it raised, Serve would replace this
+        process, and its successor could not start.
+        """
+        gateway: gateway_.Gateway = self._app.state.gateway
+        try:
+            config = self._parse(user_config)
+            asgi.reconfigure(self._app, config)
+            gateway.refused_config = ""
+            log.info("the configuration was taken in, without a restart")
+        except ConfigError as error:
+            gateway.refused_config = str(error)
+            log.error("the configuration stays as it was: %s", error)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the scaler (`routing.autoscaling`)."""
+        gateway: gateway_.Gateway = self._app.state.gateway
+        return gateway.load.stats(gateway.config.admission.target_ttft_s)
 
 
 def _report(recorder: Recorder, open_requests: set[Record]) -> None:
@@ -88,12 +119,15 @@ def build(args: dict[str, Any]) -> serve.Application:
     gateway = serve.deployment(
         Gateway,
         name="Gateway",
-        num_replicas=config.gateway.replicas,
         ray_actor_options={"num_cpus": config.resources.gateway_cpus},
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=config.resources.drain_timeout_s,
         max_surge_percent=100,
         health_check_period_s=2,
+        # As many as are asked for; a range in the file lets the scaler choose. Only what scales reports its load.
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.gateway.replicas, max_replicas=config.gateway.replicas, look_back_period_s=20.0
+        ),
     )
     return gateway.bind(engine.bind(args), args)
 
@@ -107,15 +141,11 @@ def bundles(config: AppConfig) -> list[dict[str, float]]:
 
 
 def autoscaling(config: AppConfig) -> AutoscalingConfig:
-    """Serve's part (bounds and delays) and ours (the policy)."""
+    """Serve's part (bounds and delays) and ours (the policy). What the file says of it in `deployments` replaces it."""
     a = config.autoscaling
     policy = AutoscalingPolicy(
-        policy_function="deployments.routing.autoscaling:TokenPolicy",
-        policy_kwargs={
-            "tokens_in_flight": a.target_tokens_in_flight,
-            "waiting_tokens": a.target_waiting_tokens,
-            "kv_use": a.target_kv_use,
-        },
+        policy_function="deployments.routing.autoscaling:EnginePolicy",
+        policy_kwargs={"target_s": config.admission.target_ttft_s},
     )
     return AutoscalingConfig(
         min_replicas=a.min_replicas,

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import secrets
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -47,7 +48,6 @@ def create_gateway(
     app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
     add_docs(app)
     app.state.gateway = gateway
-    app.state.drop_ins = drop_ins(gateway)  # errors are written in their forms too
 
     def hosted(scope: Scope) -> str | None:
         return next((drop_in.name for drop_in in app.state.drop_ins if drop_in.owns(scope)), None)
@@ -62,8 +62,6 @@ def create_gateway(
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
-    for drop_in in app.state.drop_ins:
-        app.include_router(drop_in.router)
 
     @app.get("/health", summary="Whether this process lives")
     async def health() -> dict[str, str]:
@@ -77,7 +75,28 @@ def create_gateway(
     async def version_() -> dict[str, str]:
         return {"version": package_version()}
 
+    app.state.own_routes = list(app.router.routes)
+    add_drop_ins(app)
     return app
+
+
+def add_drop_ins(app: FastAPI) -> None:
+    """The APIs of hosted services that are switched on now, in place of those that were."""
+    app.router.routes[:] = app.state.own_routes
+    app.openapi_schema = None  # made anew when it is asked for
+    app.state.drop_ins = drop_ins(app.state.gateway)  # errors are written in their forms too
+    for drop_in in app.state.drop_ins:
+        app.include_router(drop_in.router)
+
+
+def reconfigure(app: FastAPI, config: AppConfig) -> None:
+    """Go on with these settings; see `Gateway.apply`."""
+    gateway: Gateway = app.state.gateway
+    routes = gateway.config.gateway.routes
+    gateway.apply(config)
+    if config.gateway.routes != routes:
+        create_series(gateway.recorder, config.gateway.routes)
+        add_drop_ins(app)
 
 
 async def _ready(gateway: Gateway) -> Response:
@@ -90,7 +109,9 @@ async def _ready(gateway: Gateway) -> Response:
         replicas.append({"replica": status.replica, "state": state, "reason": reason, "loaded": status.loaded})
     ready = any(replica["state"] == "ready" for replica in replicas)
     reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or "no engine replica is running yet"
-    body = {"ready": ready, "reason": reason, "replicas": replicas}
+    body: dict[str, Any] = {"ready": ready, "reason": reason, "replicas": replicas}
+    if gateway.refused_config:
+        body["refused_configuration"] = gateway.refused_config
     return JSONResponse(body, 200 if ready else 503, headers={} if ready else {"Retry-After": "5"})
 
 

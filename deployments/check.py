@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.config import FLOAT8_NEEDS_CUDA, read_model
-from deployments.config import AppConfig, ConfigError, describe, parse_app_config
+from deployments.config import AppConfig, ConfigError, describe, parse_app_config, with_user_config
 from deployments.gateway.tenants import KeyRing
+from deployments.serve_file import DEPLOYMENTS, IMPORT_PATH, POLICY
 from model.config import ModelConfig, split_layers
 from model.sampling_defaults import read_sampling_defaults
 from model.shards import shards
@@ -21,8 +22,6 @@ from model.text.chat import PromptFormatError, load_chat_template
 from model.text.tokenizer import check_fits, load_tokenizer
 from model.weights import open_checkpoint, resolve_path
 
-IMPORT_PATH = "deployments.app:build"
-DEPLOYMENTS = ("Gateway", "Engine")
 OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env")
 
 
@@ -58,17 +57,56 @@ def _check(content: dict[str, Any]) -> Iterable[str]:
 def _check_application(application: dict[str, Any], path: str) -> Iterable[str]:
     if application.get("import_path") != IMPORT_PATH:
         return  # somebody else's application: only Serve's part can be checked
-    for i, deployment in enumerate(application.get("deployments") or []):
-        name = deployment.get("name") if isinstance(deployment, dict) else None
-        if name not in DEPLOYMENTS:
-            yield f"{path}.deployments[{i}].name: must be one of {', '.join(DEPLOYMENTS)}, got {name}"
+    args = application.get("args") or {}
     try:
-        config = parse_app_config(application.get("args") or {})
+        config = parse_app_config(args)
     except ConfigError as error:
-        for line in str(error).splitlines():
-            yield f"{path}.args.{line}"
+        yield from (f"{path}.args.{line}" for line in str(error).splitlines())
         return
     yield from (f"{path}.args.{line}" for line in (*_check_model(config), *_check_keys(config)))
+    for i, deployment in enumerate(application.get("deployments") or []):
+        if isinstance(deployment, dict):
+            yield from (f"{path}.{line}" for line in _check_deployment(application, deployment, f"deployments[{i}]"))
+
+
+def _check_deployment(application: dict[str, Any], deployment: dict[str, Any], path: str) -> Iterable[str]:
+    """What changes in place. Lines begin with a path below the application's."""
+    name = deployment.get("name")
+    if name not in DEPLOYMENTS:
+        yield f"{path}.name: must be one of {', '.join(DEPLOYMENTS)}, got {name}"
+        return
+    args = application.get("args") or {}
+    try:
+        config = parse_app_config(with_user_config(args, deployment.get("user_config"), name))
+        if "auth" not in args:
+            yield from (f"{path}.user_config.{line}" for line in _check_keys(config))
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            yield f"{path}.{line if line.startswith('user_config') else f'user_config.{line}'}"
+    if deployment.get("num_replicas") is not None:
+        yield f"{path}.num_replicas: {name} has a scaler: set min_replicas and max_replicas of autoscaling_config"
+    bounds = deployment.get("autoscaling_config")
+    if not isinstance(bounds, dict):
+        return
+    if (application.get("autoscaling_policy") or {}).get("policy_function") != POLICY:
+        yield (
+            f"autoscaling_policy: must be {{policy_function: {POLICY}}}: without it Serve forgets ours and counts "
+            f"requests, as {path}.autoscaling_config is given"
+        )
+    if "policy" in bounds:
+        yield f"{path}.autoscaling_config.policy: leave it out: the application has its autoscaling_policy"
+    yield from _check_bounds(bounds, f"{path}.autoscaling_config")
+    if name == "Engine" and "autoscaling" in args:
+        yield f"{path}.autoscaling_config: stands in args.autoscaling too: leave that out"
+
+
+def _check_bounds(bounds: dict[str, Any], path: str) -> Iterable[str]:
+    from ray.serve.config import AutoscalingConfig
+
+    try:
+        AutoscalingConfig(**{key: value for key, value in bounds.items() if key != "policy"})
+    except ValidationError as error:
+        yield from (f"{path}.{line}".replace(".: Value error,", ":") for line in describe(error))
 
 
 def _check_keys(config: AppConfig) -> Iterable[str]:

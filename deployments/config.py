@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from cluster.config import EngineConfig, PositiveInt, Strict
 
 RouteName = Literal["tgi", "watsonx", "bedrock", "sagemaker"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -86,6 +87,7 @@ class AdmissionArgs(Strict):
 class LoggingArgs(Strict):
     """What is logged."""
 
+    level: LogLevel = Field(default="INFO", description="lines below it are not written")
     log_prompts: bool = Field(
         default=False, description="for debugging: log every prompt and answer in full; otherwise neither ever is"
     )
@@ -94,20 +96,15 @@ class LoggingArgs(Strict):
 class AutoscalingArgs(Strict):
     """How many pipelines there are."""
 
-    min_replicas: PositiveInt = Field(default=1, description="pipelines that always run")
+    min_replicas: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="pipelines that always run; 0: none while nobody asks"
+    )
     max_replicas: PositiveInt = Field(default=1, description="pipelines that may run")
-    target_tokens_in_flight: PositiveFloat = Field(
-        default=16_000, description="tokens of running and waiting requests that one pipeline should carry"
-    )
-    target_waiting_tokens: PositiveFloat = Field(
-        default=4_000, description="prompt tokens waiting for a pipeline that call for another one"
-    )
-    target_kv_use: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.8, description="share of the KV cache that should be in use"
-    )
     upscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=10.0, description="load must last this long")
     downscale_delay_s: Annotated[float, Field(ge=0)] = Field(default=600.0, description="calm must last this long")
-    look_back_period_s: PositiveFloat = Field(default=10.0, description="window over which the load is averaged")
+    look_back_period_s: Annotated[float, Field(gt=10)] = Field(
+        default=20.0, description="window over which the load is averaged; replicas report every 10 s"
+    )
 
 
 class ResourceArgs(Strict):
@@ -137,6 +134,33 @@ class AppConfig(EngineConfig):
     resources: ResourceArgs = ResourceArgs()
 
 
+# What each deployment takes in its `user_config`, and takes in again while it runs.
+IN_PLACE: dict[str, tuple[str, ...]] = {
+    "Gateway": ("gateway", "auth", "admission", "logging"),
+    "Engine": ("logging",),
+}
+
+
+def with_user_config(args: dict[str, Any], user_config: Any, deployment: str) -> dict[str, Any]:
+    """`args` with the sections that the deployment is given apart from them. Raises `ConfigError`.
+
+    Serve replaces everything when `args` change, and nothing when a `user_config` does.
+    """
+    if not isinstance(user_config, dict | None):
+        raise ConfigError(f"user_config: must be a mapping with the keys {', '.join(IN_PLACE[deployment])}")
+    sections = user_config or {}
+    for name in sections:
+        if name not in IN_PLACE[deployment]:
+            here = f"user_config.{name}: {deployment} takes {', '.join(IN_PLACE[deployment])} there"
+            raise ConfigError(f"{here}, all else stands in args" if name in AppConfig.model_fields else here)
+        # A log level may be one thing for gateways and another for engines.
+        if name in args and len([True for taken in IN_PLACE.values() if name in taken]) == 1:
+            raise ConfigError(f"user_config.{name}: stands in args too: leave it out there")
+    if "replicas" in (sections.get("gateway") or {}):
+        raise ConfigError("user_config.gateway.replicas: Serve counts replicas: set autoscaling_config of Gateway")
+    return {**args, **sections}
+
+
 def parse_app_config(args: dict[str, Any]) -> AppConfig:
     """Raises `ConfigError` with one line per problem."""
     try:
@@ -156,12 +180,20 @@ def parse_app_config(args: dict[str, Any]) -> AppConfig:
     return config
 
 
+GONE = dict.fromkeys(
+    (f"autoscaling.target_{name}" for name in ("tokens_in_flight", "waiting_tokens", "kv_use")),
+    "is no setting any more: leave it out; pipelines are added before requests wait for admission.target_ttft_s",
+)
+
+
 def describe(error: ValidationError) -> list[str]:
     """pydantic's findings in plain words: `path: what is wrong`."""
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if part not in ("list[constrained-int]",))
-        if item["type"] == "extra_forbidden":
+        if path in GONE:
+            lines.append(f"{path}: {GONE[path]}")
+        elif item["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key{suggestion(path)}")
         elif item["type"] == "missing":
             lines.append(f"{path}: missing")

@@ -52,7 +52,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure(level: int = logging.INFO, log_prompts: bool = False, **always: str) -> None:
+def configure(level: str = "INFO", log_prompts: bool = False, **always: str) -> None:
     """Send the logs of our own packages to standard error, as JSON; everybody else's stay as they are.
 
     The fields `always` are on every line, unless it has its own.

@@ -6,8 +6,9 @@ It says what `caravan check` says of keys and types: unknown keys are errors, in
 import json
 from typing import Any
 
-from deployments.check import IMPORT_PATH, OPAQUE
-from deployments.config import AppConfig
+from deployments.check import OPAQUE
+from deployments.config import IN_PLACE, AppConfig
+from deployments.serve_file import IMPORT_PATH
 
 Json = dict[str, Any]
 
@@ -36,8 +37,22 @@ def schema() -> Json:
         _close(definition)
     application = definitions["ServeApplicationSchema"]
     application["if"] = {"properties": {"import_path": {"const": IMPORT_PATH}}}
-    application["then"] = {"properties": {"args": {"$ref": "#/$defs/Args"}}, "required": ["args"]}
+    deployment = {"allOf": [_user_config(name, ours) for name in IN_PLACE]}
+    application["then"] = {
+        "properties": {"args": {"$ref": "#/$defs/Args"}, "deployments": {"items": deployment}},
+        "required": ["args"],
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(whole)}
+
+
+def _user_config(name: str, ours: Json) -> Json:
+    """What changes in place, for the deployment of this name."""
+    sections = {section: ours["properties"][section] for section in IN_PLACE[name]}
+    given = {"type": "object", "properties": sections, "additionalProperties": False}
+    return {
+        "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
+        "then": {"properties": {"user_config": given}},
+    }
 
 
 def _close(definition: Json) -> None:

@@ -40,6 +40,25 @@ def check(file: Annotated[Path, typer.Argument(help="the Serve configuration fil
     typer.echo(f"{file}: all good")
 
 
+@app.command(epilog="Example: caravan diff deployed.yaml ray_config.yaml, before serve deploy ray_config.yaml")
+def diff(
+    old: Annotated[Path, typer.Argument(help="the configuration that runs")],
+    new: Annotated[Path, typer.Argument(help="the one to be deployed")],
+) -> None:
+    """Say what deploying NEW over OLD will do: nothing, change in place, replace gateways, replace pipelines."""
+    from deployments.config import ConfigError
+    from deployments.diff import SAYS, diff_files, worst
+
+    try:
+        changes = diff_files(old, new)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    for change in changes:
+        typer.echo(str(change))
+    typer.echo(f"In all, deploying {new} {SAYS[worst(changes)]}.")
+
+
 @app.command(epilog='Example: caravan chat --url http://127.0.0.1:8000 --system "Answer in one sentence."')
 def chat(
     url: Annotated[str, typer.Option(help="where the service is")] = DEFAULT_URL,

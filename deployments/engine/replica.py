@@ -19,15 +19,15 @@ from cluster.errors import CaravanError, EngineStopped, RequestRejected, StageDi
 from cluster.launch import launch_engine
 from cluster.sequence import Matcher, Request, TokenEvent
 from deployments import logs
-from deployments.config import parse_app_config
+from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
 from deployments.engine import board
 from deployments.engine.engine_metrics import EngineMetrics
 from deployments.engine.health import Health
+from deployments.engine.load import EngineLoad
 from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.metrics import Recorder
 from deployments.offload.turns import ModestThreads
-from deployments.routing.autoscaling import KV_USE, TOKENS_IN_FLIGHT, WAITING_TOKENS
 from model.batch import StageTiming
 from model.text.grammar import Masks
 from model.text.tokenizer import load_tokenizer
@@ -52,9 +52,10 @@ class EngineReplica:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         context = serve.get_replica_context()
         self._app, self._replica = context.app_name, context.replica_id.unique_id
-        logs.configure(replica=self._replica)
-        config = parse_app_config(args)
-        self._streams = Streams(TokenSender(self._replica))
+        self._args = args
+        config = self._config = self._parse(context._deployment_config.user_config)
+        self._load = EngineLoad(config)
+        self._streams = Streams(TokenSender(self._replica), self._load)
         self._metrics = EngineMetrics(Recorder(serve_metrics, "engine"))
         self._health = Health(self._replica, config)
         self._engine: Engine | None = None
@@ -83,6 +84,11 @@ class EngineReplica:
         except BaseException:
             self._shut_down()
             raise
+
+    def _parse(self, user_config: Any) -> AppConfig:
+        config = parse_app_config(with_user_config(self._args, user_config, "Engine"))
+        logs.configure(config.logging.level, replica=self._replica)
+        return config
 
     # -- what the gateway and Serve call ------------------------------------------------------------------------------
 
@@ -135,14 +141,20 @@ class EngineReplica:
         return {"kv_use": kv_use, "waiting": stats.waiting, "ready": ready, "report": time.time()}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `TokenPolicy`."""
+        """For the scaler (`routing.autoscaling`)."""
         assert self._engine is not None
-        stats = self._engine.stats
-        return {
-            TOKENS_IN_FLIGHT: float(stats.running_tokens + stats.waiting_tokens),
-            WAITING_TOKENS: float(stats.waiting_tokens),
-            KV_USE: stats.kv_blocks_used / stats.kv_blocks_total,
-        }
+        return self._load.stats(self._engine, self._health.rates, self._streams.open_requests)
+
+    def reconfigure(self, user_config: Any) -> None:
+        """Serve calls it when `user_config` changes; see `deployments.app.Gateway.reconfigure`."""
+        try:
+            config = self._parse(user_config)
+        except ConfigError as error:
+            log.error("the configuration stays as it was: %s", error)
+            return
+        if config.logging != self._config.logging:
+            log.info("the log level is %s now", config.logging.level)
+        self._config = config
 
     def __del__(self) -> None:
         self._shut_down()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
 from cluster.sequence import TokenEvent
+from deployments.engine.load import EngineLoad
 from deployments.engine.token_link import GatewayLost, ReplyAddress, TokenSender
 
 
@@ -30,10 +31,15 @@ class Stream:
 class Streams:
     """Opened in the event loop's thread; tokens come in the engine's, and beats in another one."""
 
-    def __init__(self, sender: TokenSender) -> None:
+    def __init__(self, sender: TokenSender, load: EngineLoad) -> None:
         self._sender = sender
+        self._load = load
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: dict[str, Stream] = {}
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
 
     @contextmanager
     def open(self, request_id: str, reply_to: ReplyAddress) -> Iterator[asyncio.Future[None]]:
@@ -41,6 +47,7 @@ class Streams:
         self._loop = self._loop or asyncio.get_running_loop()
         if request_id in self._open:
             raise RequestRejected(f"a request with id {request_id} is running already")
+        self._load.begin()
         stream = self._open[request_id] = Stream(reply_to, self._loop.create_future())
         try:
             yield stream.done
@@ -57,6 +64,7 @@ class Streams:
                 by_gateway.setdefault(stream.reply_to, []).append(event)
                 if event.finish_reason is not None:
                     finished.append(stream)
+        self._load.add(sum(map(len, by_gateway.values())), len(finished))
         for gateway, its_events in by_gateway.items():
             try:
                 self._sender.send(gateway, its_events)

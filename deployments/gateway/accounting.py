@@ -13,6 +13,7 @@ from deployments.gateway.pieces import Piece
 from deployments.gateway.request import GenerationRequest
 from deployments.gateway.tenants import Tenant
 from deployments.metrics import MetricsRecorder
+from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.record import Record
 from model.text.tokenizer import Tokenizer
 
@@ -34,14 +35,20 @@ class Usage:
 class Accounting:
     """The books of one gateway. `prompts_in_log` shows the prompts of requests if they may be logged at all."""
 
-    def __init__(self, recorder: MetricsRecorder, limits: Limits, prompts_in_log: Tokenizer | None) -> None:
+    def __init__(
+        self, recorder: MetricsRecorder, limits: Limits, load: GatewayLoad, prompts_in_log: Tokenizer | None
+    ) -> None:
         self._recorder = recorder
         self._limits = limits
-        self._prompts_in_log = prompts_in_log
+        self._load = load
+        self.prompts_in_log = prompts_in_log
 
     def refused(self, tenant: Tenant, error: ApiError) -> None:
         """401 or 429, by reason: invalid_api_key, rate_limit_exceeded or overloaded."""
-        self._recorder.inc("refused_total", tenant=tenant.name, reason=str(error.body["error"]["code"]))
+        reason = str(error.body["error"]["code"])
+        if reason == "overloaded":
+            self._load.refused()
+        self._recorder.inc("refused_total", tenant=tenant.name, reason=reason)
 
     async def counted(
         self, stream: AsyncGenerator[Piece, None], index: int, request: GenerationRequest, usage: Usage
@@ -80,7 +87,7 @@ class Accounting:
     def delivered(self, piece: Piece, usage: Usage) -> None:
         """This piece is on its way to the client: if it is the last one, how the request ended."""
         usage.outcome = piece.finish_reason or "cancelled"
-        usage.answer += piece.text if self._prompts_in_log else ""
+        usage.answer += piece.text if self.prompts_in_log else ""
 
     @contextmanager
     def recorded(self, request: GenerationRequest, usage: Usage) -> Iterator[None]:
@@ -105,6 +112,6 @@ class Accounting:
         if record.first_token:
             record.spend("decode", time.monotonic() - record.first_token)
         record.fields |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-        if self._prompts_in_log:
-            shown = self._prompts_in_log.decode(request.prompt.token_ids)
+        if self.prompts_in_log:
+            shown = self.prompts_in_log.decode(request.prompt.token_ids)
             record.fields |= {"prompt": shown, "answer": usage.answer}

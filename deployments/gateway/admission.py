@@ -111,8 +111,8 @@ class Admission:
     """One gateway's. `replicas` reads what engines report."""
 
     def __init__(self, config: AppConfig, replicas: Callable[[], Awaitable[list[ReplicaStatus]]]) -> None:
-        self._target_s = config.admission.target_ttft_s
-        self._max_age_s = config.gateway.ready_max_age_s
+        self.target_s = config.admission.target_ttft_s
+        self.max_age_s = config.gateway.ready_max_age_s
         self._alone = config.gateway.replicas == 1
         self._replicas = replicas
         self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
@@ -140,7 +140,7 @@ class Admission:
         except Exception:
             log.exception("what engines report cannot be read; what is known stays")
         else:
-            self.take([r for r in replicas if r.state == "ready" and r.age_s <= self._max_age_s])
+            self.take([r for r in replicas if r.state == "ready" and r.age_s <= self.max_age_s])
 
     def take(self, ready: Sequence[ReplicaStatus]) -> None:
         """The ready engines. What they have and is not ours came from other gateways, if there are any."""
@@ -165,22 +165,22 @@ class Admission:
         """Raises `ApiError` 429 if a request of this tenant, however small, would wait too long."""
         when, wait = self._refused.get(tenant.name, (-math.inf, 0.0))
         if time.monotonic() - when < SAME_ANSWER_S:  # in a flood nothing is worked out anew for everybody
-            raise overloaded(wait - self._target_s)
+            raise overloaded(wait - self.target_s)
         self._check(tenant, [Answer(1, 1)])
 
     def _check(self, tenant: Tenant, new: Sequence[Answer]) -> None:
         wait = self._wait(tenant, new, self._capacity) if self._capacity is not None else 0.0
-        if wait > self._target_s:
+        if wait > self.target_s:
             if len(new) == 1 == new[0].prompt:
                 self._refused[tenant.name] = time.monotonic(), wait
-            raise overloaded(wait - self._target_s)
+            raise overloaded(wait - self.target_s)
 
     def _wait(self, tenant: Tenant, new: Sequence[Answer], capacity: Capacity) -> float:
         """By its own share of the engines, or by all of them, whichever is sooner: what others leave is used."""
         ahead = [*self._others, *(answer for _, answer in self._open.values())]
         wait = expected_wait(ahead, new, capacity, self._sizes.output)
         weights = {other.name: other.weight for other, _ in self._open.values()}
-        if wait <= self._target_s or not set(weights) - {tenant.name}:
+        if wait <= self.target_s or not set(weights) - {tenant.name}:
             return wait
         share = tenant.weight / sum({**weights, tenant.name: tenant.weight}.values())
         own = [answer for other, answer in self._open.values() if other.name == tenant.name]

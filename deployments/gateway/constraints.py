@@ -29,7 +29,7 @@ class ConstraintChecker:
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._judge = GrammarJudge(path)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._quick = Turns(AT_ONCE, AT_ONCE, MAX_WAITING)
         self._slow = Turns(SLOW_AT_ONCE, SLOW_EACH, MAX_WAITING)
         self._verdicts: OrderedDict[tuple[str, str], str | None] = OrderedDict()
@@ -51,11 +51,11 @@ class ConstraintChecker:
         try:
             await self._quick.run(tenant.name, lambda: self._decide(constraint, self._quick_patience()))
         except TimeoutError:
-            slow = Patience(self._timeout_s, SLOW_NICENESS)
+            slow = Patience(self.timeout_s, SLOW_NICENESS)
             await self._slow.run(tenant.name, lambda: self._decide(constraint, slow))
 
     def _quick_patience(self) -> Patience:
-        return Patience(min(QUICK_S, self._timeout_s), QUICK_NICENESS)
+        return Patience(min(QUICK_S, self.timeout_s), QUICK_NICENESS)
 
     def known(self, constraint: Constraint) -> bool:
         """Whether this one has been found good before."""
@@ -69,9 +69,9 @@ class ConstraintChecker:
         try:
             verdict = await self._judge.ask(constraint, patience)
         except TimeoutError:
-            if patience.seconds < self._timeout_s:
+            if patience.seconds < self.timeout_s:
                 raise
-            verdict = f"takes longer than {self._timeout_s:g} s to compile: make it simpler"
+            verdict = f"takes longer than {self.timeout_s:g} s to compile: make it simpler"
         except (EOFError, BrokenPipeError, ConnectionResetError):
             verdict = "cannot be compiled: make it simpler"
         self._verdicts[key] = verdict

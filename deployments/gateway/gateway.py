@@ -24,6 +24,7 @@ from deployments.gateway.request import GenerationRequest, RequestBounds, check_
 from deployments.gateway.resume import ResumingEngineClient
 from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant
 from deployments.metrics import MetricsRecorder
+from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.answers import create_tenant_series
 from deployments.telemetry.record import Record, current
 from model.sampling_defaults import read_sampling_defaults
@@ -47,6 +48,8 @@ class Gateway:
         path = resolve_path(config.model.path)
         self.config = config
         self.recorder = recorder
+        self.load = GatewayLoad()
+        self.refused_config = ""  # why a change of the configuration was not taken in
         self.created = int(time.time())
         self.open_requests: set[Record] = set()
         self.fingerprint = fingerprint(config)
@@ -64,9 +67,26 @@ class Gateway:
         create_tenant_series(recorder, ANONYMOUS.name)
         self.keys = KeyRing(config.auth, self._keys_changed)
         self.limits = Limits(g.replicas)
-        self.accounting = Accounting(recorder, self.limits, self.tokenizer if config.logging.log_prompts else None)
+        self.accounting = Accounting(
+            recorder, self.limits, self.load, self.tokenizer if config.logging.log_prompts else None
+        )
         self.engine = ResumingEngineClient(engine, g.resume_attempts, g.resume_timeout_s, recorder)
         self.admission = Admission(config, self.engine.replicas)
+
+    def apply(self, config: AppConfig) -> None:
+        """Go on with these settings, as far as they may change in place (`config.IN_PLACE`).
+
+        Raises `ConfigError`, and then nothing has changed.
+        """
+        if config.auth != self.config.auth:
+            self.keys = KeyRing(config.auth, self._keys_changed)
+        g, self.config = config.gateway, config
+        self.bounds = RequestBounds(config, self.tokenizer.vocab_size, self.bounds.max_model_len)
+        self.prompts.max_messages = g.max_messages
+        self.constraints.timeout_s = g.constraint_timeout_s
+        self.engine.attempts, self.engine.timeout_s = g.resume_attempts, g.resume_timeout_s
+        self.admission.target_s, self.admission.max_age_s = config.admission.target_ttft_s, g.ready_max_age_s
+        self.accounting.prompts_in_log = self.tokenizer if config.logging.log_prompts else None
 
     def close(self) -> None:
         """End what was started beside this process."""
@@ -144,6 +164,7 @@ class Gateway:
         except ApiError as error:
             self.accounting.refused(tenant, error)
             raise
+        self.load.taken(usage.prompt_tokens)
         return ticket
 
 

@@ -49,10 +49,13 @@ class Guard:
     def __init__(self, app: ASGIApp, gateway: Gateway, respond: Callable[[Request, ApiError], Response]) -> None:
         self._app = app
         self._gateway = gateway
-        self._args = gateway.config.gateway
         self._respond = respond
         self._buffered = Buffered()
         self._returning: asyncio.TimerHandle | None = None
+
+    @property
+    def _args(self) -> GatewayArgs:
+        return self._gateway.config.gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

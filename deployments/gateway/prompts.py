@@ -58,7 +58,7 @@ class Prompts:
         self.max_chars = max_model_len * longest_token(tokenizer)  # no text with more of them fits the context
         self._max_model_len = max_model_len
         self.template = template
-        self._max_messages = max_messages
+        self.max_messages = max_messages
         self._threads = ModestThreads("prompts", THREADS, EACH, WAITING)
 
     @property
@@ -68,7 +68,7 @@ class Prompts:
 
     async def chat(self, tenant: Tenant, chat: Chat) -> Prompt:
         """From a conversation."""
-        template, most = self.template, self._max_messages
+        template, most = self.template, self.max_messages
         if len(chat.messages) > most:
             raise bad_request(f"messages: {len(chat.messages)} messages, at most {most} are allowed", "messages")
         if template is None:

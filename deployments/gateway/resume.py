@@ -48,8 +48,8 @@ class ResumingEngineClient:
 
     def __init__(self, engine: EngineClient, attempts: int, timeout_s: float, recorder: MetricsRecorder) -> None:
         self._engine = engine
-        self._attempts = attempts
-        self._timeout_s = timeout_s
+        self.attempts = attempts
+        self.timeout_s = timeout_s
         self._recorder = recorder
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
@@ -75,16 +75,16 @@ class ResumingEngineClient:
                         return
                     events = await anext(stream)
             except TimeoutError:
-                raise EngineStopped(f"no engine took the stream over within {self._timeout_s:g} s") from None
+                raise EngineStopped(f"no engine took the stream over within {self.timeout_s:g} s") from None
             except EngineLeaving as error:  # planned: nothing is wrong with the next one
                 moves += 1
                 deaths = _deaths(deaths, len(emitted) - begun) if error.cause == "rebuilding" else deaths
-                search = search or Search(error.cause, self._timeout_s)
+                search = search or Search(error.cause, self.timeout_s)
                 log.info("%s; its stream moves on after %d tokens", error, len(emitted))
             except (EngineStopped, StopAsyncIteration) as error:
-                if lost == self._attempts:
+                if lost >= self.attempts:
                     raise EngineStopped(str(error) or "the engine ended the stream early") from error
-                search = search or Search("lost", self._timeout_s)
+                search = search or Search("lost", self.timeout_s)
                 log.warning("a stream lost its engine (%s) after %d tokens; resuming it", error, len(emitted))
                 await asyncio.sleep(min(FIRST_PAUSE_S * 2**lost, LONGEST_PAUSE_S))
                 lost += 1

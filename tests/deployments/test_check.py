@@ -71,7 +71,7 @@ def test_our_own_files_are_good(file: str) -> None:
         (put("model.quantization", "fp8"), ["model.quantization: fp8 needs pipeline.device: cuda"]),
         (put("model.quantization_ignore", ["w2"]), ["model.quantization_ignore: w2: ", "set it to fp8"]),
         (put("cache", {}), ["cache.memory_gb", "required on cpu"]),
-        (put("autoscaling.min_replicas", 5), ["max_replicas"]),
+        (put("/applications.0.deployments.0.autoscaling_config.min_replicas", 5), ["max_replicas"]),
         (put("/http_optoins", {}), ["http_optoins: unknown key", "http_options"]),
         (put("/http_options.prot", 1), ["http_options.prot: unknown key", "port"]),
         (put("/applications.0.route_prefx", "/"), ["applications[0].route_prefx", "route_prefix"]),
@@ -228,3 +228,49 @@ def test_configuration_is_frozen_and_lists_every_wrong_key() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_app_config({**args, "modle": 1, "cache": {"memory": 1}})
     assert len(str(caught.value).splitlines()) == 2
+
+
+# -- what changes in place --------------------------------------------------------------------------------------------
+
+
+def deployments(**options: Any) -> Change:
+    """Set options of Engine and Gateway."""
+
+    def change(config: dict[str, Any]) -> None:
+        application(config)["deployments"] = [{"name": name, **values} for name, values in options.items()]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (deployments(Gateway={"user_config": {"gateway": {"keepalive": 5}}}), ["gateway.keepalive: unknown key"]),
+        (deployments(Gateway={"user_config": {"scheduler": {}}}), ["user_config.scheduler", "all else stands in args"]),
+        (deployments(Gateway={"user_config": {"gatway": {}}}), ["user_config.gatway: Gateway takes gateway, auth"]),
+        (deployments(Gateway={"user_config": [1]}), ["user_config: must be a mapping"]),
+        (deployments(Gateway={"user_config": {"gateway": {"replicas": 2}}}), ["autoscaling_config of Gateway"]),
+        (deployments(Gateway={"num_replicas": 2}), ["deployments[0].num_replicas", "autoscaling_config"]),
+        (deployments(Engine={"user_config": {"admission": {}}}), ["user_config.admission: Engine takes logging there"]),
+        (put("/applications.0.autoscaling_policy", None), ["autoscaling_policy: must be", "follow_demand"]),
+        (put("autoscaling", {"max_replicas": 2}), ["autoscaling_config: stands in args.autoscaling too"]),
+        (put("admission", {"target_ttft_s": 5.0}), ["user_config.admission: stands in args too: leave it out there"]),
+        (put("autoscaling", {"target_kv_use": 0.5}), ["args.autoscaling.target_kv_use: is no setting any more"]),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_what_changes_in_place_is_checked_too(tmp_path: Path, change: Change, words: list[str]) -> None:
+    problems = check_file(changed(tmp_path, change))
+    assert problems
+    assert all(any(word in problem for problem in problems) for word in words), problems
+
+
+def in_old_form(config: dict[str, Any]) -> None:
+    """All of it in args, as files were before."""
+    ours = application(config)
+    del ours["deployments"], ours["autoscaling_policy"]
+    ours["args"] |= {"autoscaling": {"min_replicas": 1, "max_replicas": 2}, "admission": {"target_ttft_s": 20.0}}
+
+
+def test_files_that_have_it_all_in_args_are_good(tmp_path: Path) -> None:
+    assert check_file(changed(tmp_path, in_old_form)) == []

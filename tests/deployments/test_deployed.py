@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 
+from deployments import serve_file
 from ops.bench.service import load
 from ops.local import Head, LocalError, await_ready, check_http_port, free_port, ray_head, session_processes
 from ops.watch import top
@@ -69,15 +70,15 @@ def write_config(file: Path, **args: Any) -> str:
     config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
     port = free_port()
     config["http_options"]["port"] = port
-    ours = config["applications"][0]["args"]
-    ours["autoscaling"] = {
-        "min_replicas": 1, "max_replicas": 2, "target_tokens_in_flight": 1500.0, "target_waiting_tokens": 4000.0,
-        "upscale_delay_s": 1.0, "downscale_delay_s": 4.0, "look_back_period_s": 2.0,
-    }  # fmt: skip
-    ours["resources"]["drain_timeout_s"] = 60.0
-    ours["admission"] = {"target_ttft_s": 600.0}  # what is slow here is the machine
-    for section, values in args.items():
-        ours[section] |= values
+    application = config["applications"][0]
+    sections = {
+        "autoscaling": {"upscale_delay_s": 1.0, "downscale_delay_s": 4.0, "look_back_period_s": 11.0},
+        "resources": {"drain_timeout_s": 60.0},
+        "admission": {"target_ttft_s": 600.0},  # what is slow here is the machine
+        **args,
+    }
+    for section, values in sections.items():
+        serve_file.put(application, section, values)
     file.write_text(yaml.safe_dump(config))
     return f"http://127.0.0.1:{port}"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from deployments import serve_file
 from ops.bench import workload
 from ops.bench.service import load
 from ops.local import Head, LocalError, await_ready, free_port, ray_head
@@ -61,11 +62,11 @@ def all_served(capacity: load.Summary) -> load.Summary:
 def deployed(config: Path, sections: dict[str, Json], haproxy: bool) -> Iterator[Deployed]:
     """One pipeline of `config` with these settings in place of its own. Raises `LocalError`."""
     content = yaml.safe_load(config.read_text("utf-8"))
-    args = content["applications"][0]["args"]
+    application = content["applications"][0]
     # One stage, so that a small machine has a core left for the gateway and for the clients.
     for name, section in {"pipeline": {"stages": 1, "split": "auto"}, **sections}.items():
-        args[name] = {**args.get(name, {}), **section}
-    args["autoscaling"] = {"min_replicas": 1, "max_replicas": 1}
+        serve_file.put(application, name, section)
+    serve_file.put(application, "autoscaling", {"min_replicas": 1, "max_replicas": 1})
     with serving(content, haproxy) as service:
         yield service
 
