@@ -18,7 +18,8 @@ from deployments.config import AppConfig
 from deployments.errors import ApiError, from_engine
 from deployments.gateway.engine_client import EngineClient
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.guard import Guard
+from deployments.gateway.guard import OPEN_PATHS, Guard
+from deployments.live import page as live
 from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
@@ -52,7 +53,7 @@ def create_gateway(
     def hosted(scope: Scope) -> str | None:
         return next((drop_in.name for drop_in in app.state.drop_ins if drop_in.owns(scope)), None)
 
-    app.add_middleware(Guard, gateway=gateway, respond=respond)
+    app.add_middleware(Guard, gateway=gateway, respond=respond, open_paths=OPEN_PATHS | live.OPEN_PATHS)
     app.add_middleware(Answers, recorder=recorder, endpoint_of=hosted, open_requests=gateway.open_requests)
     app.add_middleware(RequestId, echo=echo_request_id)
     app.add_middleware(Normalised)
@@ -62,6 +63,7 @@ def create_gateway(
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
+    app.include_router(live.router(gateway))
 
     @app.get("/health", summary="Whether this process lives")
     async def health() -> dict[str, str]:

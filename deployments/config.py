@@ -23,6 +23,9 @@ class GatewayArgs(Strict):
     routes: list[RouteName] = Field(
         default=[], description="further APIs, for clients of hosted services: tgi, watsonx, bedrock, sagemaker"
     )
+    live_page: bool = Field(
+        default=False, description="a page at /live: the pipelines as a moving picture, and a chat box"
+    )
     max_body_bytes: PositiveInt = Field(default=8_000_000, description="longer request bodies get 413")
     max_header_bytes: PositiveInt = Field(default=65_536, description="longer request headers get 431")
     allowed_origins: list[str] = Field(

@@ -247,7 +247,9 @@ def _deploy(config: Path, num_cpus: int, url: str, once_ready: Callable[[Head, s
             raise LocalError(f"serve deploy failed:\n{deployed.stderr.strip()}")
         try:
             await_ready(head, url)
-            console.print(f"Serving at {url}; metrics at {head.metrics}")
+            console.print(
+                f"Serving at {url}; metrics at {head.metrics}; if it is switched on, a live page at {url}/live"
+            )
             once_ready(head, url)
         finally:
             console.print("Stopping: serve shutdown, then the Ray head ...")

@@ -16,6 +16,25 @@ NAMESPACE = b"caravan"
 FORGET_AFTER_S = 60.0  # a replica that died without a word leaves the board after this
 
 
+class StageStatus(msgspec.Struct, frozen=True):
+    """One stage in the last seconds in which steps were computed."""
+
+    node: str
+    gpu: str  # those that it has there, by Ray's numbers; empty on a CPU
+    busy: float  # shares of its time
+    waiting: float
+    transfer: float
+    step_ms: float
+
+
+class PastRecovery(msgspec.Struct, frozen=True):
+    """One time at which the pipeline was rebuilt."""
+
+    cause: str
+    seconds: float
+    ago_s: float  # when this was said
+
+
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One replica, as it says itself."""
 
@@ -35,6 +54,9 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 0
     prefill_rate: float = 0.0  # prompt tokens/s while prompts are computed
     decode_rate: float = 0.0  # output tokens/s while anything is computed
+    generated_tokens: int = 0  # for clients, in all
+    stages: list[StageStatus] = []
+    recoveries: list[PastRecovery] = []  # the last ones
     age_s: float = 0.0  # since its news came, by the clock of whoever has read it
 
 

@@ -6,10 +6,13 @@ from collections import deque
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.pipeline import Place
 from cluster.sequence import TokenEvent
+from deployments.engine.board import PastRecovery, StageStatus
 from deployments.engine.health import PROBE_PREFIX
 from deployments.metrics import Recorder
 from model.batch import StageTiming
 
+RECENT, SHOWN_S = 4096, 10.0  # steps of stages, and seconds, of which the shares of their time are told
+LAST_RECOVERIES = 3
 STAGE_TOTALS = (
     "stage_steps_total",
     "stage_busy_seconds_total",
@@ -26,6 +29,9 @@ class EngineMetrics:
         self._reports: deque[StepReport | StageTiming | RecoveryReport] = deque()
         self._generated = 0  # tokens for clients
         self._counted: dict[str, int] = {}  # totals as last recorded: metrics count increments
+        self.stages: list[StageStatus] = []  # as of the last `record`
+        self._recent: deque[tuple[float, StageTiming]] = deque(maxlen=RECENT)  # and when it was heard of here
+        self._recoveries: deque[tuple[float, RecoveryReport]] = deque(maxlen=LAST_RECOVERIES)
         self._created = False  # whether the series of all stages begin at 0 already
 
     def add(self, report: StepReport | StageTiming | RecoveryReport) -> None:
@@ -50,8 +56,19 @@ class EngineMetrics:
             self._recorder.set("last_token_age_seconds", time.monotonic() - last_token)
             self._record_stats(engine)
 
+    @property
+    def generated(self) -> int:
+        """Tokens for clients, in all."""
+        return self._generated
+
+    @property
+    def recoveries(self) -> list[PastRecovery]:
+        now = time.monotonic()
+        return [PastRecovery(report.cause, report.seconds, now - at) for at, report in list(self._recoveries)]
+
     def _record_stage(self, timing: StageTiming) -> None:
         m, stage = self._recorder, str(timing.stage)
+        self._recent.append((time.monotonic(), timing))
         m.inc("stage_steps_total", stage=stage)
         m.inc("stage_busy_seconds_total", timing.finished - timing.started, stage=stage)
         m.inc("stage_wait_seconds_total", timing.wait, stage=stage)
@@ -60,6 +77,7 @@ class EngineMetrics:
 
     def _record_recovery(self, report: RecoveryReport) -> None:
         m = self._recorder
+        self._recoveries.append((time.monotonic(), report))
         m.inc("recoveries_total", cause=report.cause)
         m.inc("stages_replaced_total", report.num_replaced)
         m.observe("recovery_seconds", report.seconds)
@@ -79,6 +97,9 @@ class EngineMetrics:
             for gpu in place.gpus or ("",):
                 self._recorder.set("stage_info", 1.0, stage=str(stage), node=place.node, gpu=gpu)
         self._created = True
+        now = time.monotonic()
+        recent = [timing for heard, timing in self._recent if now - heard < SHOWN_S]
+        self.stages = [stage_status(place, [t for t in recent if t.stage == i]) for i, place in enumerate(places)]
 
     def _record_stats(self, engine: Engine) -> None:
         m, stats = self._recorder, engine.stats
@@ -96,3 +117,12 @@ class EngineMetrics:
         ):
             m.inc(name, total - self._counted.get(name, 0))
             self._counted[name] = total
+
+
+def stage_status(place: Place, timings: list[StageTiming]) -> StageStatus:
+    """Shares of the time that these steps account for; without any it has nothing to do."""
+    busy = sum(t.finished - t.started for t in timings)
+    waiting, transfer = sum(t.wait for t in timings), sum(t.transfer for t in timings)
+    whole = busy + waiting + transfer or 1.0
+    step_ms = 1000 * busy / (len(timings) or 1)
+    return StageStatus(place.node, ",".join(place.gpus), busy / whole, waiting / whole, transfer / whole, step_ms)

@@ -202,7 +202,9 @@ class EngineReplica:
         self._streams.beat(self._engine is not None and self._engine.recovering is None)
 
     def _publish(self) -> None:
-        board.publish(self._app, self._health.status(self._engine))
+        status, m = self._health.status(self._engine), self._metrics
+        told = msgspec.structs.replace(status, generated_tokens=m.generated, stages=m.stages, recoveries=m.recoveries)
+        board.publish(self._app, told)
 
     def _keep_house(self) -> None:
         """Record metrics, probe an idle pipeline, make room for a replica that works."""

@@ -44,12 +44,22 @@ class Buffered:
 
 
 class Guard:
-    """ASGI middleware. Puts the tenant into the request's state. `respond` writes an error in its route's form."""
+    """ASGI middleware. Puts the tenant into the request's state. `respond` writes an error in its route's form.
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, respond: Callable[[Request, ApiError], Response]) -> None:
+    `open_paths` need no key.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        gateway: Gateway,
+        respond: Callable[[Request, ApiError], Response],
+        open_paths: Collection[str] = OPEN_PATHS,
+    ) -> None:
         self._app = app
         self._gateway = gateway
         self._respond = respond
+        self._open_paths = open_paths
         self._buffered = Buffered()
         self._returning: asyncio.TimerHandle | None = None
 
@@ -64,7 +74,7 @@ class Guard:
         body = BodyReader(receive, self._args, self._buffered)
         writer = Writer(send, self._args.write_timeout_s)
         try:
-            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in self._open_paths:
                 await self._check(scope)
             writer.headers = self._limits_of(scope)
             await self._app(scope, body.receive, writer.send)

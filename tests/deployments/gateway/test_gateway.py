@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.open = 0
         self.statuses: list[ReplicaStatus] = []
+        self.looks = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         self.requests.append(request)
@@ -80,6 +81,7 @@ class ScriptedEngine:
             self.open -= 1
 
     async def replicas(self) -> list[ReplicaStatus]:
+        self.looks += 1
         return self.statuses
 
 
