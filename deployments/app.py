@@ -20,6 +20,7 @@ from deployments.config import AppConfig, ConfigError, parse_app_config, with_us
 from deployments.gateway import gateway as gateway_
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.metrics import Recorder
+from deployments.telemetry import audit
 from deployments.telemetry.record import Record
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Gateway:
         self._args = args
         # Read here, so that no request meets a gateway without the keys that it is to ask for.
         self._config = self._parse(serve.get_replica_context()._deployment_config.user_config)
+        self._audit(self._config)
         warn_if_open()
 
     def _parse(self, user_config: Any) -> AppConfig:
@@ -63,10 +65,15 @@ class Gateway:
             config = self._parse(user_config)
             asgi.reconfigure(self._app, config)
             gateway.refused_config = ""
+            self._audit(config)
             log.info("the configuration was taken in, without a restart")
         except ConfigError as error:
             gateway.refused_config = str(error)
             log.error("the configuration stays as it was: %s", error)
+
+    @staticmethod
+    def _audit(config: AppConfig) -> None:
+        audit.configuration(serve.get_replica_context().app_name, config.model_dump(mode="json"))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For the scaler (`routing.autoscaling`)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 FIELDS = (
     "request_id", "tenant", "endpoint", "outcome", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s",
-    "status", "parts_s", "replica", "stage",
+    "status", "parts_s", "audit", "replica", "stage",
 )  # fmt: skip
 
 
@@ -64,3 +64,4 @@ def configure(level: str = "INFO", log_prompts: bool = False, **always: str) -> 
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    logging.getLogger("deployments.telemetry.audit").setLevel(logging.INFO)  # whatever else is not wanted

@@ -28,6 +28,7 @@ from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.metrics import Recorder
 from deployments.offload.turns import ModestThreads
+from deployments.telemetry import audit
 from model.batch import StageTiming
 from model.text.grammar import Masks
 from model.text.tokenizer import load_tokenizer
@@ -222,6 +223,8 @@ class EngineReplica:
         if self._stopping.is_set():
             return
         self._stopping.set()
+        if self._serving:
+            audit.tell("drained", replica=self._replica, application=self._app)
         if self._engine is not None:
             self._engine.close()
         if self._masks is not None:

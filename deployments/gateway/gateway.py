@@ -26,6 +26,7 @@ from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant
 from deployments.metrics import MetricsRecorder
 from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.answers import create_tenant_series
+from deployments.telemetry.audit import KeyAudit
 from deployments.telemetry.record import Record, current
 from model.sampling_defaults import read_sampling_defaults
 from model.text.chat import load_chat_template
@@ -65,6 +66,8 @@ class Gateway:
         self.bounds = RequestBounds(config, self.tokenizer.vocab_size, longest)
         self.constraints = ConstraintChecker(config.model.path, g.constraint_timeout_s)
         create_tenant_series(recorder, ANONYMOUS.name)
+        self.key_audit = KeyAudit()
+        self._known: list[Tenant] | None = None  # tenants as last read
         self.keys = KeyRing(config.auth, self._keys_changed)
         self.limits = Limits(g.replicas)
         self.accounting = Accounting(
@@ -93,11 +96,13 @@ class Gateway:
         self.constraints.close()
         self.prompts.close()
 
-    def _keys_changed(self, before: list[Tenant], after: list[Tenant]) -> None:
-        known = {tenant.name for tenant in before}
-        for tenant in after:
-            if tenant.name not in known:
+    def _keys_changed(self, tenants: list[Tenant]) -> None:
+        if self._known is not None:
+            self.key_audit.changed(self._known, tenants)
+        for tenant in tenants:
+            if tenant.name not in {known.name for known in self._known or ()}:
                 create_tenant_series(self.recorder, tenant.name)
+        self._known = tenants
 
     def generate(self, *requests: GenerationRequest) -> Generation:
         """Start a request of one or several answers; `Piece.index` is an answer's place among `requests`.

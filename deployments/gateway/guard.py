@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config import GatewayArgs
 from deployments.errors import ApiError
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.tenants import ANONYMOUS, Tenant
+from deployments.gateway.tenants import ANONYMOUS, Tenant, sha256
 from model.heap import return_freed_memory
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Guard:
         """Find out whose request it is. Raises `ApiError` for what need not be read."""
         headers = Headers(scope=scope)
         try:
-            tenant = scope["state"]["tenant"] = self._tenant(headers)
+            tenant = scope["state"]["tenant"] = self._tenant(scope, headers)
             self._check_headers(scope, headers)
             if scope["method"] == "POST":
                 self._gateway.limits.take_request(tenant, time.monotonic())
@@ -118,7 +118,7 @@ class Guard:
                 self._gateway.accounting.refused(scope["state"]["tenant"], error)
             raise
 
-    def _tenant(self, headers: Headers) -> Tenant:
+    def _tenant(self, scope: Scope, headers: Headers) -> Tenant:
         """By `Authorization: Bearer KEY` or `x-api-key: KEY`."""
         keys = self._gateway.keys
         if not keys.required:
@@ -127,8 +127,11 @@ class Guard:
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")
         tenant = keys.find(key.strip()) if key else None
-        if tenant is not None:
+        digest = sha256(key.strip()) if key else None
+        if tenant is not None and digest is not None:
+            self._gateway.key_audit.used(tenant.name, digest)
             return tenant
+        self._gateway.key_audit.refused(digest, (scope.get("client") or ("unknown",))[0])
         message = "Incorrect API key provided." if key else "You didn't provide an API key: send it as a Bearer token."
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **CLOSE})
 

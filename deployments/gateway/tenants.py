@@ -86,9 +86,9 @@ def parse_keys(text: str, source: str, *, any_key: bool = True) -> list[Tenant]:
 class KeyRing:
     """The tenants by key. Raises `ConfigError` if keys are asked for and none are to be had."""
 
-    def __init__(self, auth: AuthArgs, on_change: Callable[[list[Tenant], list[Tenant]], None] | None = None) -> None:
-        """`on_change` is told the tenants before and after, now and whenever the file says something else."""
-        self._on_change = on_change or (lambda before, after: None)
+    def __init__(self, auth: AuthArgs, on_change: Callable[[list[Tenant]], None] = lambda tenants: None) -> None:
+        """`on_change` is told the tenants, now and whenever the file says something else."""
+        self._on_change = on_change
         self._path = Path(auth.keys_file) if auth.keys_file else None
         self._taken: bytes | None = None  # what the file held when it was taken in, or refused
         self._growing: bytes | None = None  # what it held at the last look, if it may not be whole
@@ -99,7 +99,7 @@ class KeyRing:
             self._tenants = self._read(self._path)
         elif auth.keys_env:
             self._tenants = parse_keys(os.environ.get(auth.keys_env, ""), f"auth.keys_env, {auth.keys_env}")
-        self._on_change([], self._tenants)
+        self._on_change(self._tenants)
 
     @property
     def required(self) -> bool:
@@ -134,8 +134,8 @@ class KeyRing:
             return
         self._taken, self._growing = content, None
         try:
-            before, self._tenants = self._tenants, self._read(self._path, any_key=False)
-            self._on_change(before, self._tenants)
+            self._tenants = self._read(self._path, any_key=False)
+            self._on_change(self._tenants)
             log.info("API keys were read again: %d tenants", len(self._tenants))
         except ConfigError as error:
             log.error("the API keys stay as they were: %s", error)

@@ -37,6 +37,12 @@ class Watching:
         assert answer["status"] == "success", (expression, answer)
         return [(found["metric"], float(found["value"][1])) for found in answer["data"]["result"]]
 
+    def broken_rules(self) -> list[tuple[str, str]]:
+        """Those that Prometheus cannot evaluate, and why."""
+        answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
+        found = [rule for group in answer["data"]["groups"] for rule in group["rules"]]
+        return [(rule["name"], rule.get("lastError", "")) for rule in found if rule["health"] == "err"]
+
     def names(self, status: str) -> list[str]:
         return [name for what, name, _ in list(self.told) if what == status]
 
