@@ -79,9 +79,10 @@ class Accounting:
         record = usage.record
         record.first_token = now
         self._recorder.observe("ttft_seconds", now - record.started)
+        record.mark("first token", usage.given, now)
         if piece.start is not None:
-            record.spend("queue", piece.start.queue_s)
-            record.spend("prefill", piece.start.prefill_s)
+            record.spend("queue", piece.start.queue_s, now - piece.start.prefill_s)
+            record.spend("prefill", piece.start.prefill_s, now)
             record.spend("route", max(0.0, now - usage.given - piece.start.queue_s - piece.start.prefill_s))
 
     def delivered(self, piece: Piece, usage: Usage) -> None:
@@ -110,7 +111,8 @@ class Accounting:
         self._recorder.inc("tenant_generated_tokens_total", usage.completion_tokens, tenant=tenant)
         record.endpoint, record.outcome = request.endpoint, usage.outcome
         if record.first_token:
-            record.spend("decode", time.monotonic() - record.first_token)
+            now = time.monotonic()
+            record.spend("decode", now - record.first_token, now)
         record.fields |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
         if self.prompts_in_log:
             shown = self.prompts_in_log.decode(request.prompt.token_ids)

@@ -20,6 +20,7 @@ from cluster.sequence import MAX_PENDING_TOKENS, Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.gateway.engine_client import EngineClient
 from deployments.metrics import MetricsRecorder
+from deployments.telemetry.record import current
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class ResumingEngineClient:
                 if search is not None:
                     self._recorder.inc("streams_resumed_total", cause=search.cause)
                     self._recorder.observe("stream_pause_seconds", search.age_s)
+                    now = time.monotonic()
+                    name = "recovery" if search.cause == "rebuilding" else "resume"
+                    current().mark(name, now - search.age_s, now, cause=search.cause)
                     search = None
                 while True:
                     emitted += [event.token_id for event in events if event.has_token]

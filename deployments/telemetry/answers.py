@@ -4,14 +4,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.metrics import MetricsRecorder
 from deployments.telemetry import record as records
+from deployments.telemetry import tracing
 from deployments.telemetry.record import Record
 
 log = logging.getLogger(__name__)
 
+UNTRACED = {"probe", "other"}
 PROBE = "probe"  # the endpoint of questions that load balancers ask all day: their lines are of level DEBUG
 ENDPOINTS = {
     "/v1/chat/completions": "chat",
@@ -73,12 +76,16 @@ class Answers:
             return await self._app(scope, receive, send)
         record = Record(request_id=scope["state"]["request_id"], endpoint=self._name(scope))
         records.begin(record)
+        span = tracing.begin(record, dict(scope["headers"])) if record.endpoint not in UNTRACED else None
+        parent = tracing.traceparent(span) if span is not None else None
         if record.endpoint not in SIMPLE:
             self._open.add(record)
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                if parent is not None:
+                    MutableHeaders(scope=message)["traceparent"] = parent
             await send(message)
 
         try:
@@ -90,7 +97,9 @@ class Answers:
             self._open.discard(record)
             tenant = scope["state"].get("tenant")
             record.tenant = tenant.name if tenant is not None else record.tenant
-            self._end(record)
+            outcome = self._end(record)
+            if span is not None:
+                tracing.end(span, record, outcome)
 
     def _name(self, scope: Scope) -> str:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -98,7 +107,8 @@ class Answers:
             return "models"
         return ENDPOINTS.get(path) or self._endpoint_of(scope) or "other"
 
-    def _end(self, record: Record) -> None:
+    def _end(self, record: Record) -> str:
+        """Returns how it ended."""
         seconds = time.monotonic() - record.started
         status = record.status or CLIENT_LEFT
         outcome = record.outcome or outcome_of(status)
@@ -120,6 +130,7 @@ class Answers:
             **record.fields,
         }
         log.log(logging.DEBUG if record.endpoint == PROBE else logging.INFO, "request finished", extra=fields)
+        return outcome
 
 
 def outcome_of(status: int) -> str:

@@ -27,8 +27,17 @@ class Record:
     parts: dict[Part, float] = field(default_factory=dict)  # seconds
     fields: dict[str, Any] = field(default_factory=dict)  # further ones of its log line
 
-    def spend(self, part: Part, seconds: float) -> None:
+    marks: list[tuple[str, float, float, dict[str, str]]] | None = None  # name, start, end; only of one that is traced
+
+    def spend(self, part: Part, seconds: float, ended: float | None = None) -> None:
+        """`ended`: it was one piece of time, which a trace shows."""
         self.parts[part] = self.parts.get(part, 0.0) + seconds
+        if ended is not None:
+            self.mark(part, ended - seconds, ended)
+
+    def mark(self, name: str, started: float, ended: float, **attributes: str) -> None:
+        if self.marks is not None:
+            self.marks.append((name, started, ended, attributes))
 
 
 _current: ContextVar[Record] = ContextVar("record")
@@ -51,4 +60,5 @@ def spent(part: Part) -> Iterator[None]:
     try:
         yield
     finally:
-        current().spend(part, time.monotonic() - started)
+        now = time.monotonic()
+        current().spend(part, now - started, now)
