@@ -1,7 +1,7 @@
 """Which KV block belongs to whom.
 
-A full block of a sequence is known by a hash of its tokens and all before them (prefix.py). A block whose last user left
-keeps its content until its room is needed (least recently used first), and is found again by that hash.
+A full block of a sequence is known by a hash of its tokens and all before them (prefix.py). A block whose last user
+left keeps its content until its room is needed (least recently used first), and is found again by that hash.
 """
 
 from collections import OrderedDict

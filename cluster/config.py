@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.fairness import Policy
+from cluster.speculation import MOST_DECODES, MOST_GUESSED
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
@@ -131,6 +132,19 @@ class SchedulerArgs(Strict):
     )
 
 
+class SpeculationArgs(Strict):
+    """Tokens that are guessed ahead and drawn together. What is said stays the same."""
+
+    proposer: Literal["none", "ngram"] = Field(
+        default="none",
+        description="who guesses; ngram: what followed the same few tokens before, for texts that repeat their prompt",
+    )
+    tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_GUESSED)] = Field(
+        default="auto",
+        description="guessed of each sequence in a step; auto: as many as pay, by what steps take and what was right",
+    )
+
+
 class EngineConfig(Strict):
     """Everything one pipeline needs to know."""
 
@@ -138,6 +152,13 @@ class EngineConfig(Strict):
     pipeline: PipelineArgs = PipelineArgs()
     cache: CacheArgs = CacheArgs()
     scheduler: SchedulerArgs = SchedulerArgs()
+    speculation: SpeculationArgs = SpeculationArgs()
+
+    @property
+    def max_decodes(self) -> int:
+        """Tokens of a step that only decodes, at most."""
+        most = self.scheduler.max_num_seqs
+        return most if self.speculation.proposer == "none" else max(most, MOST_DECODES)
 
 
 def read_model(model: ModelArgs) -> ModelConfig:

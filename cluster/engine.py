@@ -326,6 +326,8 @@ class Engine:
         started = time.monotonic()
         since_last = started - max(step.submitted, self.last_progress)
         self._patience.observe(step.batch.num_tokens, since_last)
+        if self.scheduler.speculation is not None and step.batch.num_tokens == step.batch.num_seqs:
+            self.scheduler.speculation.times.observe(step.batch.num_tokens, started - self.last_progress)
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started

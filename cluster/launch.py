@@ -7,6 +7,7 @@ from ray.util.placement_group import PlacementGroup
 from cluster.block_manager import BlockManager
 from cluster.config import EngineConfig, in_8_bits, read_model
 from cluster.engine import Engine, Listener
+from cluster.ngram import NgramProposer
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.ray_pipeline import Progress, RayPipeline
@@ -57,6 +58,9 @@ def make_engine(
         max_model_len=max_model_len,
         policy=config.scheduler.policy,
     )
+    if config.speculation.proposer == "ngram":
+        tokens = config.speculation.tokens
+        scheduler.speculate(NgramProposer(), None if tokens == "auto" else tokens)
     patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
     engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts, vocab_size)
     engine.start()

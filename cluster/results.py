@@ -13,8 +13,9 @@ from model.batch import Batch, StepOutput, TokenLogprobs
 class Results:
     """Takes them in. Whose answer ends with a token no longer runs afterwards."""
 
-    def __init__(self, running: Running, speculation: Speculation | None) -> None:
-        self._running, self._speculation = running, speculation
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self.speculation: Speculation | None = None
 
     def take(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
         """Those of the oldest batch in flight; who has left meanwhile is skipped."""
@@ -25,8 +26,8 @@ class Results:
         running.num_pending[slots[live]] -= 1
         events = self._take_prompt_logprobs(batch, output, step) if batch.prompt_rows else []
         events += self._take_sampled(step, slots, live, output)
-        if self._speculation is not None:
-            self._speculation.look(slots[live])
+        if self.speculation is not None:
+            self.speculation.look(slots[live])
         return events
 
     def _take_sampled(self, step: Step, slots: Slots, live: NDArray[np.bool_], output: StepOutput) -> list[TokenEvent]:
@@ -88,8 +89,8 @@ class Results:
         num_right = next((i for i, is_right in enumerate(right) if not is_right), len(guess))
         self._running.settle(seq, num_right)
         seq.charge(seq.num_tokens, num_right)
-        assert self._speculation is not None
-        self._speculation.judge(len(guess), num_right)
+        assert self.speculation is not None
+        self.speculation.judge(len(guess), num_right)
         return num_right
 
     def _take_token(

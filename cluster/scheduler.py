@@ -14,7 +14,7 @@ gets it from the tenant that holds more, up to an equal share.
 import math
 from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from cluster.fairness import Fairness, Policy
 from cluster.results import Results
 from cluster.running import Running, Slots, places
 from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
-from cluster.speculation import Proposer, Speculation, most_decodes
+from cluster.speculation import MOST_DECODES, Proposer, Speculation
 from cluster.step import Step
 from cluster.waiting_queue import WaitingQueue
 from model.batch import Batch, LateMasks, StepOutput
@@ -55,6 +55,8 @@ class SchedulerStats:
     preemptions: int  # since the start
     prefix_queried_tokens: int  # since the start
     prefix_hit_tokens: int  # since the start
+    guessed_tokens: Counter[int] = field(default_factory=Counter)  # since the start, by place in a guess: 0, 1, ...
+    right_tokens: Counter[int] = field(default_factory=Counter)
 
 
 class Scheduler:
@@ -69,10 +71,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         policy: Policy = "fcfs",
-        proposer: Proposer | None = None,
-        num_guessed: int | None = None,
     ) -> None:
-        """With a `proposer` sequences are guessed, `num_guessed` tokens of each in a step; None: as many as pay."""
         self.blocks = blocks
         self.depth = depth  # number of stages: as many cohorts keep the pipeline full
         self.max_num_seqs = max_num_seqs
@@ -83,9 +82,8 @@ class Scheduler:
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
         self._waiting = WaitingQueue(self._fairness)
         self._running = Running(blocks, max_num_seqs)
-        self._proposer = proposer
-        self.speculation = Speculation(self._running, num_guessed) if proposer is not None else None
-        self._results = Results(self._running, self.speculation)
+        self.speculation: Speculation | None = None
+        self._results = Results(self._running)
         self._in_flight: dict[int, Step] = {}  # by step id
         self._cohorts: set[int] = set()  # step ids in flight that decode
         self._awaited = AwaitedMasks()
@@ -106,10 +104,16 @@ class Scheduler:
                 f"{self.max_model_len}: shorten them"
             )
 
+    def speculate(self, proposer: Proposer | None, tokens: int | None = None) -> None:
+        """What is added from now on is guessed, so many tokens of each in a step (None: as many as pay), or not."""
+        assert not self.has_work
+        self.speculation = Speculation(proposer, self._running, tokens) if proposer is not None else None
+        self._results.speculation = self.speculation
+
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        guesser = self._proposer.guesser(request) if self._proposer is not None and matcher is None else None
+        guesser = self.speculation.proposer.guesser(request) if self.speculation is not None and not matcher else None
         self._waiting.add(Sequence(request, self._arrivals, matcher, guesser))
         self._arrivals += 1
 
@@ -145,6 +149,8 @@ class Scheduler:
             preemptions=self._preemptions,
             prefix_queried_tokens=self._prefix_queried,
             prefix_hit_tokens=self._prefix_hits,
+            guessed_tokens=Counter(self.speculation.proposed) if self.speculation is not None else Counter(),
+            right_tokens=Counter(self.speculation.accepted) if self.speculation is not None else Counter(),
         )
 
     def check(self) -> None:
@@ -180,7 +186,7 @@ class Scheduler:
         """How the decoding sequences of a step go on, as far as there is room in it."""
         assert self.speculation is not None
         room = self.max_num_batched_tokens - len(decodes) - sum(count for _, count in chunks)
-        return self.speculation.guess(decodes, min(room, most_decodes(self.max_num_seqs) - len(decodes)))
+        return self.speculation.guess(decodes, min(room, max(self.max_num_seqs, MOST_DECODES) - len(decodes)))
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""

@@ -17,13 +17,8 @@ from cluster.sequence import Guesser, Request
 from cluster.step_times import StepTimes
 
 MOST_GUESSED = 16  # tokens of one sequence in a step
-MOST_DECODES = 64  # tokens that steps which only decode compute at most, if no more sequences run than that
+MOST_DECODES = 64  # tokens of a step that only decodes, if no more sequences than that run: captured on a GPU
 MEMORY = 0.9  # of a guess in what is expected of the next one
-
-
-def most_decodes(max_num_seqs: int) -> int:
-    """Tokens that a step which only decodes may compute: so large ones are captured on a GPU."""
-    return max(max_num_seqs, MOST_DECODES)
 
 
 class Proposer(Protocol):
@@ -40,12 +35,12 @@ class Speculation:
     What was accepted is the wrong measure of that: it is as good with many streams, where more tokens take longer.
     """
 
-    def __init__(self, running: Running, tokens: int | None = None) -> None:
+    def __init__(self, proposer: Proposer, running: Running, tokens: int | None = None) -> None:
         """So many `tokens` of each sequence are guessed; None: what pays, see `StepTimes`."""
         self.proposed: Counter[int] = Counter()  # since the start, by place in a guess: 0, 1, ...
         self.accepted: Counter[int] = Counter()
         self.times = StepTimes()
-        self._running, self._tokens = running, tokens
+        self.proposer, self._running, self._tokens = proposer, running, tokens
         self._chance = 0.5 / (1.0 - MEMORY), 1.0 / (1.0 - MEMORY)  # accepted, of how many: both fading
         self._num_decodes = 1  # in the last step
 

@@ -126,7 +126,7 @@ class StageActor:
             )
         self._group = DecoderGroup(decoders)
         if len(decoders) > 1 and self._device.type == "cuda":
-            most = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
+            most = max(config.scheduler.max_num_batched_tokens, config.max_decodes)
             self._group.connect(most, config.pipeline.step_timeout_s + LINK_MARGIN_S)
         self._loaded = 1.0
         num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
@@ -191,6 +191,7 @@ class StageActor:
             self._stage.capture(
                 scheduler.max_num_batched_tokens,
                 lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total),
+                self._spec.config.max_decodes,
             )
         freeze_heap()
 

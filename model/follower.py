@@ -32,11 +32,11 @@ class Follower:
         self._slots = Slots(num_slots, max_blocks, block_size, num_blocks, decoder.device)
         self._graphs: StepGraphs | None = None
 
-    def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
+    def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None], max_decodes: int) -> None:
         """As `Stage.capture`."""
         with on(self.decoder.device):
             self._graphs = StepGraphs(
-                self.decoder, self.kv, self._slots, max_num_batched_tokens, on_capture, self._adapters
+                self.decoder, self.kv, self._slots, max_num_batched_tokens, on_capture, self._adapters, max_decodes
             )
 
     def extend(self, batch: Batch) -> None:

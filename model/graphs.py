@@ -30,10 +30,10 @@ MIXED_PROMPTS = 64  # in such a step: each ends in a piece of its own
 PIECES_BYTES = 2**30  # keys and values of a layer that pieces read at most
 
 
-def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture where all decode: 1, 2, 4, 8, then every 8 up to 256, then every 32."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs, 32)]
-    return [*(n for n in sizes if n < max_num_seqs), max_num_seqs]
+def decode_buckets(most: int) -> list[int]:
+    """Numbers of tokens to capture where all decode: 1, 2, 4, 8, then every 8 up to 256, then every 32."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, most, 32)]
+    return [*(n for n in sizes if n < most), most]
 
 
 def mixed_buckets(max_num_batched_tokens: int) -> list[int]:
@@ -64,11 +64,15 @@ class StepGraphs:
         max_num_batched_tokens: int,
         on_capture: Callable[[int, int], None] = lambda done, total: None,
         adapters: AdapterSlots | None = None,
+        max_decodes: int = 0,
     ) -> None:
         self._adapters = adapters
         self._decoder, self._kv, self._slots = decoder, kv, slots
         self._piece_tokens = piece_tokens(decoder.config.groups, PIECE_QUERIES)
-        sizes = {False: decode_buckets(slots.padding_slot), True: mixed_buckets(max_num_batched_tokens)}
+        sizes = {
+            False: decode_buckets(max(max_decodes, slots.padding_slot)),
+            True: mixed_buckets(max_num_batched_tokens),
+        }
         n = max(sizes[False][-1], sizes[True][-1])
         # Where pieces begin and how many tokens each has, as the host says it: [2, P].
         self._pieces = torch.zeros(2, self._most_pieces(sizes[True][-1]), dtype=torch.int32, device=decoder.device)

@@ -81,15 +81,20 @@ class Stage:
         self.slots.feed(batch, token_ids)
 
     @torch.inference_mode()
-    def capture(self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None]) -> None:
-        """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many)."""
+    def capture(
+        self, max_num_batched_tokens: int, on_capture: Callable[[int, int], None], max_decodes: int = 0
+    ) -> None:
+        """Capture small steps as CUDA graphs, which `run` then uses. `on_capture`: (graphs done, of how many).
+
+        Those that only decode have `max_decodes` tokens at most, or one of each slot.
+        """
         self._run_eagerly_once()
         with self.group.each_for_itself():
             self._graphs = StepGraphs(
-                self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture, self._adapter_slots
+                self.decoder, self.kv, self.slots, max_num_batched_tokens, on_capture, self._adapter_slots, max_decodes
             )
             for follower in self._followers:
-                follower.capture(max_num_batched_tokens, on_capture)
+                follower.capture(max_num_batched_tokens, on_capture, max_decodes)
 
     def _run_eagerly_once(self) -> None:
         """What only large steps use is loaded at its first use, which takes seconds: not in the middle of traffic.

@@ -263,6 +263,21 @@ def scheduler(
     report(scheduler_table(results), {"steps": results}, output)
 
 
+@bench.command(epilog="Example: caravan bench speculation ray_config.yaml --tokens 8")
+def speculation(
+    config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
+    batch_sizes: Annotated[str, typer.Option(help="of made-up weights: so many replayed streams")] = "1,8,64",
+    right: Annotated[float, typer.Option(help="how many of their guessed tokens are right")] = 0.7,
+    tokens: Annotated[int, typer.Option(help="guessed of each stream in a step; 0: as many as pay")] = 0,
+    output: Output = None,
+) -> None:
+    """The same streams with guessed tokens and without: time per token, and whether they are the same."""
+    from ops.bench.engine.speculation import bench_speculation, speculation_table
+
+    result = bench_speculation(read_app_config(config), sizes(batch_sizes, "--batch-sizes"), right, tokens or None)
+    report(speculation_table(f"speculation: {config}", result), result, output)
+
+
 @bench.command(
     epilog="Example: caravan bench fairness --seconds 300\n\n"
     "Or over HTTP: caravan bench fairness --deploy ray_config.yaml --shares 0.2 --seconds 60"

@@ -141,9 +141,10 @@ class Run:
             max_num_batched_tokens=made.max_num_batched_tokens,
             max_model_len=1000,
             policy=made.policy,
-            proposer=self._proposer(),
-            num_guessed=made.num_guessed,
         )
+        if made.wrong_rate is not None:
+            answers = {name: answer for name, (answer, _) in self.expected.items()}
+            self.scheduler.speculate(Replay(answers, made.wrong_rate, random.Random(0)), made.num_guessed)
         doomed = self.rng.sample(made.requests, 2) if made.lethal else []
         self.lethal = {self.rng.choice(self.expected[r.request_id][1]) for r in doomed}
         self.ends = {name: self._end(name, *expected) for name, expected in self.expected.items()}
@@ -155,12 +156,6 @@ class Run:
         self._to_come = deque(made.requests)
         self._in_flight: deque[tuple[Batch, Batch]] = deque()  # as scheduled, and as the stages got it
         self._late: dict[int, LateMasks] = {}
-
-    def _proposer(self) -> "Replay | None":
-        if self.case.wrong_rate is None:
-            return None
-        answers = {name: answer for name, (answer, _) in self.expected.items()}
-        return Replay(answers, self.case.wrong_rate, random.Random(0))
 
     def _end(self, name: str, answer: list[int], cache: list[int]) -> tuple[int, str | None]:
         """How many tokens it says, and of what it fails."""

@@ -37,6 +37,7 @@ class Progress:
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -93,6 +94,7 @@ class Run:
                 progress.first = progress.first or now
                 progress.last = now
                 progress.tokens += 1
+                progress.token_ids.append(event.token_id)
                 self._open -= event.finish_reason is not None
 
     def on_step(self, report: StepReport) -> None:
