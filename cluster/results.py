@@ -90,7 +90,7 @@ class Results:
         self._running.settle(seq, num_right)
         seq.charge(seq.num_tokens, num_right)
         assert self.speculation is not None
-        self.speculation.judge(len(guess), num_right)
+        self.speculation.judge(seq.slot, len(guess), num_right)
         return num_right
 
     def _take_token(

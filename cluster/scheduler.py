@@ -297,7 +297,7 @@ class Scheduler:
         None whose newest token is sampled by a step after `latest` and not known yet.
         """
         running = self._running
-        if len(self._cohorts) > self.depth or not len(slots := running.decoding()):
+        if not len(slots := running.decoding()) or self._is_full(slots):
             return NOBODY
         share = min(-(-len(slots) // self.depth), self.max_num_batched_tokens)
         pending, last_step = running.num_pending[slots], running.last_step[slots]
@@ -314,6 +314,15 @@ class Scheduler:
             running.grow_all(grows)
         self._charge_decodes(first)
         return first
+
+    def _is_full(self, slots: Slots) -> bool:
+        """Whether as many cohorts as there may be are on their way: one is sampled while others are computed.
+
+        Who is guessed waits for what is sampled, and so do the others: in two cohorts each step would read all weights
+        for half of them.
+        """
+        is_guessed = self.speculation is not None and self._running.is_guessed[slots].any()
+        return len(self._cohorts) > self.depth - bool(is_guessed)
 
     def _one_by_one(self, slots: list[int], share: int) -> Slots:
         """The first of these that have their masks, or soon will, and for which there is or can be made room."""

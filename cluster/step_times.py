@@ -1,7 +1,7 @@
 """How long steps that only decode take, by how many tokens they compute."""
 
 WEIGHT = 0.1  # of a step in what is known of its size
-FORGOTTEN = 0.999  # of what larger steps took, with every step: so they are tried again, about one step in hundreds
+FORGOTTEN = 0.999  # of what other steps took, with every step: so they are tried again, about one step in hundreds
 EXACT = 16  # sizes up to here are told apart, larger ones in eights, as captured steps are
 
 
@@ -19,8 +19,7 @@ class StepTimes:
     def observe(self, num_tokens: int, seconds: float) -> None:
         size, known = size_of(num_tokens), self._seconds
         for other in known:
-            if other > size:
-                known[other] *= FORGOTTEN
+            known[other] *= 1.0 if other == size else FORGOTTEN
         if size not in known:
             known[size] = seconds
             self._once.add(size)
@@ -45,6 +44,8 @@ class StepTimes:
 
         What gives most tokens per second in a step of `num_decodes` sequences; the shortest of equals.
         """
+        if size_of(num_decodes) not in self._seconds:
+            return 0  # first of all it must be known what is to be beaten
         best, length, right, expected = 0.0, 0, 1.0, float(num_decodes)
         for guessed in range(most + 1):
             rate = expected / (self.of(num_decodes + guessed * num_guessed) or 1.0)

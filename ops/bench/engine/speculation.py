@@ -8,6 +8,7 @@ On real weights n-grams guess texts of two kinds: those that repeat their prompt
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from cluster.config import read_model
@@ -16,7 +17,7 @@ from cluster.ngram import NgramProposer
 from cluster.sequence import Guesser, Request
 from cluster.speculation import Proposer
 from deployments.config import AppConfig
-from model.sampling import uniform
+from model.sampling import uniforms
 from model.sampling_params import SamplingParams
 from ops.bench import workload
 from ops.bench.engine.run import Json, Run, engine_in, own_ray, placed, scheduler_ms
@@ -45,12 +46,13 @@ class ReplayGuesser:
     """Says what is known to come, each token with this chance; otherwise one that is not."""
 
     def __init__(self, recorded: list[int], right: float, seed: int) -> None:
-        self._recorded, self._right, self._seed = recorded, right, seed
+        places = np.arange(len(recorded))
+        is_wrong = uniforms(np.full(len(recorded), seed), places) >= right
+        self._said = (np.array(recorded) ^ is_wrong).tolist()
 
     def guess(self, token_ids: list[int], most: int) -> list[int]:
-        start = len(token_ids)
-        coming = enumerate(self._recorded[start : start + most], start)
-        return [token if uniform(self._seed, place) < self._right else token ^ 1 for place, token in coming]
+        guess: list[int] = self._said[len(token_ids) : len(token_ids) + most]
+        return guess
 
 
 class ReplayProposer:

@@ -1,0 +1,203 @@
+"""Guessed streams are those without guesses, token for token: whatever is asked of them, wherever they are computed."""
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+
+from cluster.block_manager import BlockManager
+from cluster.engine import Engine
+from cluster.local_pipeline import LocalPipeline
+from cluster.ngram import NgramGuesser, NgramProposer
+from cluster.scheduler import Scheduler
+from cluster.sequence import Request, TokenEvent
+from cluster.speculation import Proposer
+from cluster.step_times import StepTimes
+from ops.bench.engine.speculation import ReplayProposer
+from tests.cluster.fake_stages import FakeMatcher
+from tests.conftest import DEVICES, TINY, Collector, make_stages, request
+
+QUICK, ALL = 40, 1000  # requests
+BLOCK, LONGEST = 4, 160
+
+
+def a_request(seed: int) -> Request:
+    """Of every kind; a prompt that repeats itself is guessed by n-grams too."""
+    rng = random.Random(seed)
+    part = [rng.randrange(3, TINY.vocab_size) for _ in range(rng.choice([1, 3, 9, 20]))]
+    prompt = part * rng.choice([1, 2, 3])
+    how: dict[str, Any] = {"seed": seed, "temperature": rng.choice([0.0, 0.0, 0.3, 0.9])}
+    if rng.random() < 0.3:
+        how[rng.choice(["presence_penalty", "frequency_penalty"])] = rng.choice([-1.0, 0.7])
+    if rng.random() < 0.2:
+        how["repetition_penalty"] = 1.3
+    if rng.random() < 0.3:
+        how["top_p"], how["top_k"], how["min_p"] = rng.choice([(0.9, 0, 0.0), (1.0, 5, 0.0), (1.0, 0, 0.1)])
+    if rng.random() < 0.3:
+        how["logprobs"] = rng.choice([0, 3])
+    if rng.random() < 0.2:
+        how["logit_bias"] = {rng.randrange(TINY.vocab_size): rng.choice([-5.0, 5.0]) for _ in range(3)}
+    if rng.random() < 0.3:
+        how["stop_token_ids"], how["min_tokens"] = tuple(rng.sample(range(TINY.vocab_size), 20)), rng.choice([0, 1])
+    return request(str(seed), prompt, max_tokens=rng.choice([12, 25, 40, 60]) if seed % 5 else 1, **how)
+
+
+Said = dict[str, list[TokenEvent]]
+
+
+def run(
+    count: int,
+    proposer: Proposer | None,
+    tokens: int | None = None,
+    stages: int = 1,
+    num_blocks: int = 2000,
+    dies_at: int | None = None,
+    device: str = "cpu",
+) -> tuple[Said, Engine]:
+    """What so many requests say; the last stage fails at step `dies_at`."""
+    made = make_stages(stages=stages, num_blocks=num_blocks, block_size=BLOCK, device=device)
+    if dies_at is not None:
+        _dies(made[-1], dies_at)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK), depth=stages, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=LONGEST
+    )
+    scheduler.speculate(proposer, tokens)
+    collector = Collector()
+    engine = Engine(scheduler, LocalPipeline(made), collector)
+    engine.start()
+    try:
+        for seed in range(count):
+            engine.add(a_request(seed))
+        collector.wait([str(seed) for seed in range(count)], timeout=600)
+    finally:
+        engine.close()
+    scheduler.check()
+    assert scheduler.stats().kv_blocks_used == 0
+    return collector.events, engine
+
+
+def _dies(stage: Any, at: int) -> None:
+    compute, steps = stage.compute, iter(range(10**9))
+
+    def dying(*args: Any) -> Any:
+        if next(steps) == at:
+            raise RuntimeError("it dies")
+        return compute(*args)
+
+    stage.compute = dying
+
+
+@cache
+def plain(count: int, device: str = "cpu") -> Said:
+    return run(count, None, device=device)[0]
+
+
+def recorded(count: int, device: str = "cpu") -> dict[str, list[int]]:
+    said = plain(count, device)
+    return {str(i): [*a_request(i).token_ids, *(event.token_id for event in said[str(i)])] for i in range(count)}
+
+
+def check(count: int, found: Said, device: str = "cpu") -> None:
+    for name, expected in plain(count, device).items():
+        assert [e.token_id for e in found[name]] == [e.token_id for e in expected], (
+            f"request {name} says something else"
+        )
+        assert [e.finish_reason for e in found[name]] == [e.finish_reason for e in expected]
+        for one, other in zip(found[name], expected, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [t for t, _ in one.top_logprobs or []] == [t for t, _ in other.top_logprobs or []]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize(("right", "tokens"), [(0.7, 4), (1.0, 16), (0.0, 3), (0.8, None)])
+def test_replayed_guesses_change_nothing(right: float, tokens: int | None, stages: int, device: str) -> None:
+    found, engine = run(QUICK, ReplayProposer(recorded(QUICK, device), right), tokens, stages, device=device)
+    check(QUICK, found, device)
+    stats = engine.scheduler.stats()
+    assert stats.right_tokens.total() >= sum(e.was_guessed for events in found.values() for e in events)
+    if tokens is not None:
+        assert stats.guessed_tokens[0] > 50
+        assert abs(stats.right_tokens[0] / stats.guessed_tokens[0] - right) < 0.15
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_ngrams_change_nothing(stages: int) -> None:
+    found, engine = run(QUICK, NgramProposer(), 4, stages)
+    check(QUICK, found)
+    assert engine.scheduler.stats().guessed_tokens.total() > 0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_preempted_ones_say_the_same(stages: int) -> None:
+    found, engine = run(QUICK, ReplayProposer(recorded(QUICK), 0.7), 4, stages, num_blocks=60)
+    check(QUICK, found)
+    assert engine.scheduler.stats().preemptions > 0
+    assert engine.scheduler.stats().guessed_tokens.total() > 0
+
+
+@pytest.mark.parametrize(("stages", "dies_at"), [(1, 12), (2, 25), (3, 3)])
+def test_after_a_stage_died_they_say_the_same(stages: int, dies_at: int) -> None:
+    found, engine = run(QUICK, ReplayProposer(recorded(QUICK), 0.7), 4, stages, dies_at=dies_at)
+    check(QUICK, found)
+    assert engine.scheduler.epoch == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_thousand_requests_say_the_same(stages: int) -> None:
+    for proposer in (ReplayProposer(recorded(ALL), 0.7), NgramProposer()):
+        found, _ = run(ALL, proposer, 4, stages, num_blocks=300, dies_at=200)
+        check(ALL, found)
+
+
+def test_constrained_ones_are_not_guessed() -> None:
+    from tests.cluster.test_scheduler import Replay
+
+    scheduler = Scheduler(BlockManager(20, 4), depth=1, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=40)
+    scheduler.speculate(Replay({"a": [1] * 9, "b": [1] * 9}, 0.0, random.Random(1)), 4)
+    scheduler.add(request("a", [1]), FakeMatcher([], 0.0, None))
+    assert next(iter(scheduler._waiting)).guesser is None
+
+
+def guesses(token_ids: list[int], most: int) -> list[int]:
+    """As they are made while the tokens come one by one."""
+    guesser = NgramGuesser()
+    for count in range(1, len(token_ids)):
+        guesser.guess(token_ids[:count], most)
+    return guesser.guess(token_ids, most)
+
+
+def test_ngrams_go_on_as_before() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert guesses(text, 4) == []
+    assert guesses([*text, 2, 3], 4) == [], "two tokens are too few"
+    assert guesses([*text, 2, 3, 4], 8) == [5, 6, 7], "no further than it has gone on already"
+    assert guesses([*text, 1, 2, 3, 4, 5], 2) == [6, 7]
+    assert guesses([*text, 2, 3, 4, 5, 9], 4) == [], "it has ended"
+    assert guesses([9, 1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 3], 1) == [6], "the latest"
+    assert guesses([7, 8] * 4, 5) == [7, 8, 7, 8, 7], "a repetition that catches up with itself"
+
+
+def test_ngrams_of_a_long_prompt_are_found_little_by_little() -> None:
+    prompt = [*range(10_000), 5000, 5001, 5002]
+    guesser = NgramGuesser()
+    assert guesser.guess(prompt, 3) == []
+    for _ in range(4):
+        guesser.guess(prompt, 3)
+    assert guesser.guess(prompt, 3) == [5003, 5004, 5005]
+
+
+def test_as_many_are_guessed_as_pay() -> None:
+    times = StepTimes()
+    for _ in range(50):
+        for tokens in range(1, 17):
+            times.observe(tokens, 0.020)
+    assert times.best_length(1, 1, 0.7, 4) == 4, "steps of more tokens take no longer"
+    assert times.best_length(1, 1, 0.0, 4) == 0, "nothing is ever right"
+    for _ in range(50):
+        times.observe(64, 0.030)
+        times.observe(320, 0.150)
+    assert times.best_length(64, 64, 0.7, 4) == 0, "bound by arithmetic"
