@@ -19,7 +19,7 @@ def in_order(running: Running, decodes: Slots, chunks: list[tuple[Sequence, int]
     singles = singles[(-running.num_computed[singles]).argsort(kind="stable")]
     others = [(seq.slot, count) for seq, count in chunks if count > 1]
     counts = np.ones(len(singles) + len(others), np.int32)
-    counts[: len(singles)] += running.num_guessed[singles]
+    counts[: len(singles)] += running.num_drafted[singles]
     if not others:
         return singles, counts
     counts[len(singles) :] = [count for _, count in others]
@@ -33,22 +33,22 @@ def build_batch(
     slots: Slots,
     counts: Int32Array,
     block_size: int,
-    guesses: dict[int, list[int]],
+    drafts: dict[int, list[int]],
 ) -> tuple[Batch, list[Unmasked]]:
     """So many of the next tokens of each sequence, in the order of `in_order`; and the rows whose masks are not known.
 
-    Of their block tables only what this step is the first to use: the stages keep the rest. `guesses`: by slot, what
+    Of their block tables only what this step is the first to use: the stages keep the rest. `drafts`: by slot, what
     may follow the newest token.
     """
     start, known = running.num_computed[slots], running.num_known[slots]
-    if guesses:
-        slots, counts, start, known = _one_by_one(slots, counts, start, known, guesses)
+    if drafts:
+        slots, counts, start, known = _one_by_one(slots, counts, start, known, drafts)
     pending, last_step = running.num_pending[slots], running.last_step[slots]
     left = known + pending - start
     num_new_blocks, new_blocks = _new_blocks(running, slots, start, counts, block_size)
     token_ids = np.where(pending > 0, SAMPLED, running.newest[slots])
-    if guesses:
-        _put_guesses(token_ids, slots, guesses)
+    if drafts:
+        _put_drafts(token_ids, slots, drafts)
     sample_rows = places(counts == left)
     sampled = slots[sample_rows]
     draws = places(running.has_rules[sampled])
@@ -86,22 +86,22 @@ def build_batch(
 
 
 def _one_by_one(
-    slots: Slots, counts: Int32Array, start: Int32Array, known: Int32Array, guesses: dict[int, list[int]]
+    slots: Slots, counts: Int32Array, start: Int32Array, known: Int32Array, drafts: dict[int, list[int]]
 ) -> tuple[Slots, Int32Array, Int32Array, Int32Array]:
-    """The same with a run for each token of those that are guessed: as if all before it were known."""
-    is_guessed = np.isin(slots, list(guesses))
-    runs = np.where(is_guessed, counts, 1)
+    """The same with a run for each token of those that are drafted: as if all before it were known."""
+    is_drafted = np.isin(slots, list(drafts))
+    runs = np.where(is_drafted, counts, 1)
     each = np.repeat(np.arange(len(slots)), runs)
     before = np.arange(len(each), dtype=np.int32) - np.repeat(np.cumsum(runs) - runs, runs).astype(np.int32)
-    counts = np.where(is_guessed, 1, counts).astype(np.int32)
+    counts = np.where(is_drafted, 1, counts).astype(np.int32)
     return slots[each], counts[each], start[each] + before, known[each] + before
 
 
-def _put_guesses(token_ids: Int32Array, slots: Slots, guesses: dict[int, list[int]]) -> None:
+def _put_drafts(token_ids: Int32Array, slots: Slots, drafts: dict[int, list[int]]) -> None:
     """Behind the newest token of each, into the first token of every run."""
-    for slot, guess in guesses.items():
+    for slot, draft in drafts.items():
         first = int((slots == slot).argmax()) + 1
-        token_ids[first : first + len(guess)] = guess
+        token_ids[first : first + len(draft)] = draft
 
 
 def _new_blocks(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.fairness import Policy
-from cluster.speculation import MOST_DECODES, MOST_GUESSED
+from cluster.speculation import MOST_DECODES, MOST_DRAFTED
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
@@ -133,15 +133,15 @@ class SchedulerArgs(Strict):
 
 
 class SpeculationArgs(Strict):
-    """Tokens that are guessed ahead and drawn together. What is said stays the same."""
+    """Tokens that are drafted ahead and drawn together. What is said stays the same."""
 
     proposer: Literal["none", "ngram"] = Field(
         default="none",
-        description="who guesses; ngram: what followed the same few tokens before, for texts that repeat their prompt",
+        description="who drafts; ngram: what followed the same few tokens before, for texts that repeat their prompt",
     )
-    tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_GUESSED)] = Field(
+    tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_DRAFTED)] = Field(
         default="auto",
-        description="guessed of each sequence in a step; auto: as many as pay, by what steps take and what was right",
+        description="drafted of each sequence in a step; auto: as many as pay, by what steps take and what was right",
     )
 
 

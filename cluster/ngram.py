@@ -1,15 +1,15 @@
-"""Guesses from the sequence's own tokens: what followed the same few tokens before. No model, nothing to load.
+"""Drafts from the sequence's own tokens: what followed the same few tokens before. No model, nothing to load.
 
 Texts repeat what they are about: an edit its original, a quote its source, a form its names.
 """
 
-from cluster.sequence import Guesser, Request
+from cluster.sequence import Drafter, Request
 
-TOKENS = 3  # that must be the same for a guess
+TOKENS = 3  # that must be the same for a draft
 INDEXED = 2048  # tokens that one call looks at: the rest of a long prompt follows with later ones
 
 
-class NgramGuesser:
+class NgramDrafter:
     """Follows the latest repetition for as long as it goes on; looks for another one once it has ended.
 
     The longer it has gone on already the further it is trusted.
@@ -21,15 +21,15 @@ class NgramGuesser:
         self._next = -1  # place of the token that should come next; -1: there is no repetition
         self._length = 0  # of the repetition so far
 
-    def guess(self, token_ids: list[int], most: int) -> list[int]:
+    def draft(self, token_ids: list[int], most: int) -> list[int]:
         self._follow(token_ids)
         if self._next < 0 or self._indexed < len(token_ids):
             return []
         count = min(most, self._length)
-        guess = token_ids[self._next : self._next + count]
-        while len(guess) < count:  # it has caught up with itself: what repeats, repeats
-            guess += guess[: count - len(guess)] if self._next + len(guess) == len(token_ids) else []
-        return guess
+        draft = token_ids[self._next : self._next + count]
+        while len(draft) < count:  # it has caught up with itself: what repeats, repeats
+            draft += draft[: count - len(draft)] if self._next + len(draft) == len(token_ids) else []
+        return draft
 
     def _follow(self, token_ids: list[int]) -> None:
         stop = min(len(token_ids), self._indexed + INDEXED)
@@ -51,5 +51,5 @@ class NgramGuesser:
 class NgramProposer:
     """See `Proposer`."""
 
-    def guesser(self, request: Request) -> Guesser | None:
-        return NgramGuesser()
+    def drafter(self, request: Request) -> Drafter | None:
+        return NgramDrafter()

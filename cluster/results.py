@@ -35,14 +35,14 @@ class Results:
         plain = live & self._running.is_plain[slots]
         if output.errors or output.logprobs:
             plain[rows.searchsorted([*output.errors, *output.logprobs], "right") - 1] = False
-        if step.guesses:
-            plain &= ~np.isin(slots, list(step.guesses))
+        if step.drafts:
+            plain &= ~np.isin(slots, list(step.drafts))
         elif plain.all():
             return self._take_plain(sequences, slots, token_ids)
         few = places(plain)
         events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[rows[i]] for i in few])
         others = [(sequences[i], int(rows[i])) for i in places(live & ~plain)]
-        return events + self._take_others(others, output, step.guesses)
+        return events + self._take_others(others, output, step.drafts)
 
     def _take_plain(self, sequences: list[Sequence], slots: Slots, token_ids: list[int]) -> list[TokenEvent]:
         """Tokens of sequences of which nothing else is to be taken in, and nothing else said."""
@@ -59,13 +59,13 @@ class Results:
         return events
 
     def _take_others(
-        self, few: list[tuple[Sequence, int]], output: StepOutput, guesses: dict[int, list[int]]
+        self, few: list[tuple[Sequence, int]], output: StepOutput, drafts: dict[int, list[int]]
     ) -> list[TokenEvent]:
         """Tokens that come with more, need more, are none, or several: of these, from these rows on."""
         advanced: list[tuple[Matcher, int]] = []
         events: list[TokenEvent] = []
         for seq, row in few:
-            num_right = self._judge(seq, row, output, guess) if (guess := guesses.get(seq.slot)) else 0
+            num_right = self._judge(seq, row, output, draft) if (draft := drafts.get(seq.slot)) else 0
             for i in range(row, row + num_right + 1):
                 seq.failure = seq.failure or (seq.matcher and seq.matcher.failure) or output.errors.get(i)
                 if seq.failure is not None:
@@ -82,19 +82,19 @@ class Results:
             matcher.advance(token_id)
         return events
 
-    def _judge(self, seq: Sequence, row: int, output: StepOutput, guess: list[int]) -> int:
-        """How many of the guessed tokens are what was drawn."""
-        drawn = output.token_ids[row : row + len(guess)]
-        right = (a == b and i not in output.errors for i, (a, b) in enumerate(zip(guess, drawn, strict=True), row))
-        num_right = next((i for i, is_right in enumerate(right) if not is_right), len(guess))
+    def _judge(self, seq: Sequence, row: int, output: StepOutput, draft: list[int]) -> int:
+        """How many of the drafted tokens are what was drawn."""
+        drawn = output.token_ids[row : row + len(draft)]
+        right = (a == b and i not in output.errors for i, (a, b) in enumerate(zip(draft, drawn, strict=True), row))
+        num_right = next((i for i, is_right in enumerate(right) if not is_right), len(draft))
         self._running.settle(seq, num_right)
         seq.charge(seq.num_tokens, num_right)
         assert self.speculation is not None
-        self.speculation.judge(seq.slot, len(guess), num_right)
+        self.speculation.judge(seq.slot, len(draft), num_right)
         return num_right
 
     def _take_token(
-        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, was_guessed: bool = False
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, was_drafted: bool = False
     ) -> TokenEvent:
         seq.token_ids.append(token_id)
         self._running.take(seq.slot, token_id)
@@ -105,7 +105,7 @@ class Results:
         if finish_reason is not None:
             self._running.release(seq)
         chosen, top = (None, None) if logprobs is None else (logprobs.chosen, logprobs.top)
-        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, was_guessed=was_guessed)
+        return TokenEvent(seq.request_id, token_id, finish_reason, chosen, top, cached, was_drafted=was_drafted)
 
     def _take_prompt_logprobs(self, batch: Batch, output: StepOutput, step: Step) -> list[TokenEvent]:
         """Those of a chunk; what has gone out before a preemption, or from another engine, does not do so again."""

@@ -64,7 +64,7 @@ class Running:
         self.num_known = np.zeros(max_num_seqs, np.int32)  # tokens
         self.num_pending = np.zeros(max_num_seqs, np.int32)  # tokens that a step in flight samples
         self.num_computed = np.zeros(max_num_seqs, np.int32)  # tokens, once all that is scheduled is
-        self.num_guessed = np.zeros(max_num_seqs, np.int32)  # of num_pending and num_computed, see speculation.py
+        self.num_drafted = np.zeros(max_num_seqs, np.int32)  # of num_pending and num_computed, see speculation.py
         self.num_in_flight = np.zeros(max_num_seqs, np.int32)  # steps
         self.last_step = np.zeros(max_num_seqs, np.int32)  # the newest that computes it; -1: none
         self.newest = np.zeros(max_num_seqs, np.int32)  # the id of its last known token
@@ -75,7 +75,7 @@ class Running:
         self.rules_told = np.zeros(max_num_seqs, np.bool_)  # to the last stage, for this slot
         self.is_apart = np.zeros(max_num_seqs, np.bool_)  # suspects: they share no batch
         self.is_plain = np.zeros(max_num_seqs, np.bool_)  # see Sequence.is_plain
-        self.is_guessed = np.zeros(max_num_seqs, np.bool_)  # it is scheduled only once all its tokens are known
+        self.is_drafted = np.zeros(max_num_seqs, np.bool_)  # it is scheduled only once all its tokens are known
 
     def __len__(self) -> int:
         return len(self._seqs)
@@ -158,7 +158,7 @@ class Running:
         self.max_computed[slot] = seq.max_computed_tokens
         self.num_cacheable[slot] = computed + self._blocks.block_size
         self.charged_from[slot] = max(seq.num_paid_tokens, seq.num_prompt_tokens)
-        self.is_apart[slot], self.is_plain[slot], self.is_guessed[slot] = seq.num_deaths > 0, seq.is_plain, False
+        self.is_apart[slot], self.is_plain[slot], self.is_drafted[slot] = seq.num_deaths > 0, seq.is_plain, False
         self.has_rules[slot], self.rules_told[slot] = not seq.is_greedy, False
 
     def grow(self, seq: Sequence) -> bool:
@@ -193,7 +193,7 @@ class Running:
     def advance(self, slots: Slots, counts: Int32Array, sampled: Slots, step_id: int) -> None:
         """What this step computes counts as computed from now on; of those at `sampled` it samples a token."""
         self.num_computed[slots] += counts
-        self.num_pending[slots[sampled]] += 1 + self.num_guessed[slots[sampled]]
+        self.num_pending[slots[sampled]] += 1 + self.num_drafted[slots[sampled]]
         self.num_in_flight[slots] += 1
         self.last_step[slots] = step_id
         if self._blocks.prefix_caching:
@@ -210,11 +210,11 @@ class Running:
         self.newest[slots] = token_ids
 
     def settle(self, seq: Sequence, num_accepted: int) -> None:
-        """So much of what was guessed of it is right: what is behind that is yet to be computed."""
-        num_guessed = self.num_guessed[seq.slot]
-        self.num_pending[seq.slot] -= num_guessed
-        self.num_computed[seq.slot] -= num_guessed - num_accepted
-        self.num_guessed[seq.slot] = 0
+        """So much of what was drafted of it is right: what is behind that is yet to be computed."""
+        num_drafted = self.num_drafted[seq.slot]
+        self.num_pending[seq.slot] -= num_drafted
+        self.num_computed[seq.slot] -= num_drafted - num_accepted
+        self.num_drafted[seq.slot] = 0
 
     def clear(self, seq: Sequence) -> None:
         """It is no longer suspect."""
@@ -241,7 +241,7 @@ class Running:
         slot, seq.slot = seq.slot, -1
         self._free.append(slot)
         self.sequences[slot], self.serials[slot], self.is_apart[slot] = None, 0, False
-        for counts in (self.num_known, self.num_pending, self.num_computed, self.num_guessed, self.num_in_flight):
+        for counts in (self.num_known, self.num_pending, self.num_computed, self.num_drafted, self.num_in_flight):
             counts[slot] = 0
 
     def check(self, accounts: Iterable[Account[Sequence]]) -> None:
@@ -258,7 +258,7 @@ class Running:
             assert num_known[seq.slot] == seq.num_tokens, f"{seq.request_id} lost count of its tokens"
             assert self.newest[seq.slot] == seq.token_ids[-1]
             assert left[seq.slot] > 0, f"nothing of {seq.request_id} is left to compute"
-            assert self.num_in_flight[seq.slot] or not self.num_pending[seq.slot] + self.num_guessed[seq.slot]
+            assert self.num_in_flight[seq.slot] or not self.num_pending[seq.slot] + self.num_drafted[seq.slot]
             assert self.is_apart[seq.slot] == (seq.num_deaths > 0)
         for account in accounts:
             own = [seq for seq in self if seq.account is account]

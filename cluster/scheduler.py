@@ -55,8 +55,8 @@ class SchedulerStats:
     preemptions: int  # since the start
     prefix_queried_tokens: int  # since the start
     prefix_hit_tokens: int  # since the start
-    guessed_tokens: Counter[int] = field(default_factory=Counter)  # since the start, by place in a guess: 0, 1, ...
-    right_tokens: Counter[int] = field(default_factory=Counter)
+    proposed_tokens: Counter[int] = field(default_factory=Counter)  # since the start, by place in a draft: 0, 1, ...
+    accepted_tokens: Counter[int] = field(default_factory=Counter)
 
 
 class Scheduler:
@@ -105,7 +105,7 @@ class Scheduler:
             )
 
     def speculate(self, proposer: Proposer | None, tokens: int | None = None) -> None:
-        """What is added from now on is guessed, so many tokens of each in a step (None: as many as pay), or not."""
+        """What is added from now on is drafted, so many tokens of each in a step (None: as many as pay), or not."""
         assert not self.has_work
         self.speculation = Speculation(proposer, self._running, tokens) if proposer is not None else None
         self._results.speculation = self.speculation
@@ -113,8 +113,8 @@ class Scheduler:
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
         self.validate(request)
-        guesser = self.speculation.proposer.guesser(request) if self.speculation is not None and not matcher else None
-        self._waiting.add(Sequence(request, self._arrivals, matcher, guesser))
+        drafter = self.speculation.proposer.drafter(request) if self.speculation is not None and not matcher else None
+        self._waiting.add(Sequence(request, self._arrivals, matcher, drafter))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -149,8 +149,8 @@ class Scheduler:
             preemptions=self._preemptions,
             prefix_queried_tokens=self._prefix_queried,
             prefix_hit_tokens=self._prefix_hits,
-            guessed_tokens=Counter(self.speculation.proposed) if self.speculation is not None else Counter(),
-            right_tokens=Counter(self.speculation.accepted) if self.speculation is not None else Counter(),
+            proposed_tokens=Counter(self.speculation.proposed) if self.speculation is not None else Counter(),
+            accepted_tokens=Counter(self.speculation.accepted) if self.speculation is not None else Counter(),
         )
 
     def check(self) -> None:
@@ -167,26 +167,26 @@ class Scheduler:
         if not len(decodes) and not chunks:
             return None
         running = self._running
-        guesses = self._guess(decodes, chunks) if self.speculation is not None else {}
+        drafts = self._draft(decodes, chunks) if self.speculation is not None else {}
         slots, counts = in_order(running, decodes, chunks)
         batch, unmasked = build_batch(
-            self.epoch, self._next_step, running, slots, counts, self.blocks.block_size, guesses
+            self.epoch, self._next_step, running, slots, counts, self.blocks.block_size, drafts
         )
         self._awaited.expect(batch.step_id, unmasked)
         if len(decodes):
             self._cohorts.add(batch.step_id)
-        sampled = places(counts >= running.num_left[slots]) if guesses else batch.sample_rows.astype(np.intp)
+        sampled = places(counts >= running.num_left[slots]) if drafts else batch.sample_rows.astype(np.intp)
         running.advance(slots, counts, sampled, batch.step_id)
         sequences, stops = running.sequences[slots].tolist(), running.num_computed[slots]
-        self._in_flight[batch.step_id] = Step(sequences, slots, running.serials[slots], stops, sampled, guesses)
+        self._in_flight[batch.step_id] = Step(sequences, slots, running.serials[slots], stops, sampled, drafts)
         self._next_step += 1
         return batch
 
-    def _guess(self, decodes: Slots, chunks: list[tuple[Sequence, int]]) -> dict[int, list[int]]:
+    def _draft(self, decodes: Slots, chunks: list[tuple[Sequence, int]]) -> dict[int, list[int]]:
         """How the decoding sequences of a step go on, as far as there is room in it."""
         assert self.speculation is not None
         room = self.max_num_batched_tokens - len(decodes) - sum(count for _, count in chunks)
-        return self.speculation.guess(decodes, min(room, max(self.max_num_seqs, MOST_DECODES) - len(decodes)))
+        return self.speculation.draft(decodes, min(room, max(self.max_num_seqs, MOST_DECODES) - len(decodes)))
 
     def update(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Take in the result of the oldest batch in flight; aborted sequences are skipped."""
@@ -303,7 +303,7 @@ class Scheduler:
         pending, last_step = running.num_pending[slots], running.last_step[slots]
         # As many as may be ahead of what is known are, or the last one is.
         can = (pending < MAX_PENDING_TOKENS) & (running.num_computed[slots] < running.max_computed[slots])
-        can &= (pending == 0) | (last_step <= latest) & ~running.is_guessed[slots]
+        can &= (pending == 0) | (last_step <= latest) & ~running.is_drafted[slots]
         slots = slots[can]
         slots = slots[last_step[can].argsort(kind="stable")]
         first = slots[:share]
@@ -318,11 +318,11 @@ class Scheduler:
     def _is_full(self, slots: Slots) -> bool:
         """Whether as many cohorts as there may be are on their way: one is sampled while others are computed.
 
-        Who is guessed waits for what is sampled, and so do the others: in two cohorts each step would read all weights
+        Who is drafted waits for what is sampled, and so do the others: in two cohorts each step would read all weights
         for half of them.
         """
-        is_guessed = self.speculation is not None and self._running.is_guessed[slots].any()
-        return len(self._cohorts) > self.depth - bool(is_guessed)
+        is_drafted = self.speculation is not None and self._running.is_drafted[slots].any()
+        return len(self._cohorts) > self.depth - bool(is_drafted)
 
     def _one_by_one(self, slots: list[int], share: int) -> Slots:
         """The first of these that have their masks, or soon will, and for which there is or can be made room."""
@@ -446,7 +446,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Free the blocks and queue it again: the tokens are kept, their KV is computed again."""
         running, slot = self._running, seq.slot
-        paid = int(running.num_computed[slot] - running.num_guessed[slot])
+        paid = int(running.num_computed[slot] - running.num_drafted[slot])
         paid = paid if running.last_step[slot] >= 0 else 0  # not what only the prefix cache gave it
         running.release(seq)
         self._waiting.push(seq.again(paid))

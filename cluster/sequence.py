@@ -65,7 +65,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
     is_fatal: bool = False  # of an error: stages died of this request
     start: Start | None = None  # with the first token
-    was_guessed: bool = False  # the token: it came with the one before it, see speculation.py
+    was_drafted: bool = False  # the token: it came with the one before it, see speculation.py
 
     @property
     def has_token(self) -> bool:
@@ -85,10 +85,10 @@ class Matcher(Protocol):
         ...
 
 
-class Guesser(Protocol):
+class Drafter(Protocol):
     """Follows a sequence, to say how it may go on; see speculation.py."""
 
-    def guess(self, token_ids: list[int], most: int) -> list[int]:
+    def draft(self, token_ids: list[int], most: int) -> list[int]:
         """Up to so many tokens that may follow these, all it has: those of the last call and what is new since.
 
         It may take as long as the new ones take, and never waits.
@@ -118,9 +118,9 @@ class Sequence:
         "arrival",
         "block_table",
         "chain",
+        "drafter",
         "failure",
         "found",
-        "guesser",
         "is_greedy",
         "matcher",
         "max_computed_tokens",
@@ -145,7 +145,7 @@ class Sequence:
         request: Request,
         arrival: int = 0,
         matcher: "Matcher | None" = None,
-        guesser: "Guesser | None" = None,
+        drafter: "Drafter | None" = None,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -153,7 +153,7 @@ class Sequence:
         self.is_greedy = sampling.is_greedy
         self.stop_token_ids = sampling.stop_token_ids
         self.matcher = matcher  # of a request with a constraint; it knows the tokens that are known here
-        self.guesser = guesser
+        self.drafter = drafter
         self.arrival = arrival  # order of arrival: the youngest is preempted first
         self.token_ids = [*request.token_ids, *request.output_ids]
         self.chain = Chain(request.chain_root)  # of its full blocks
@@ -180,7 +180,7 @@ class Sequence:
 
         An object of its own, so that what batches in flight still bring for this one is not taken for the other.
         """
-        successor = Sequence(self.request, self.arrival, self.matcher, self.guesser)
+        successor = Sequence(self.request, self.arrival, self.matcher, self.drafter)
         successor.account = self.account
         successor.token_ids, successor.chain = self.token_ids, self.chain
         successor.num_paid_tokens = max(self.num_paid_tokens, num_paid_tokens)

@@ -17,9 +17,9 @@ class Step:
     sequences: list[Sequence]
     slots: Slots
     serials: NDArray[np.int64]  # of the slots' owners then
-    stops: Int32Array  # how many tokens of each are computed with it, guessed ones included
+    stops: Int32Array  # how many tokens of each are computed with it, drafted ones included
     sampled: Slots  # places of those that a token is sampled of
-    guesses: dict[int, list[int]]  # by slot: how these may go on; a token is sampled after each of them too
+    drafts: dict[int, list[int]]  # by slot: how these may go on; a token is sampled after each of them too
 
     @property
     def sampled_sequences(self) -> list[Sequence]:
@@ -28,7 +28,7 @@ class Step:
     def first_rows(self) -> Slots:
         """Where the tokens sampled of each begin in the step's output."""
         slots = self.slots[self.sampled]
-        if not self.guesses:
+        if not self.drafts:
             return np.arange(len(slots))
-        counts = [1 + len(self.guesses.get(slot, ())) for slot in slots.tolist()]
+        counts = [1 + len(self.drafts.get(slot, ())) for slot in slots.tolist()]
         return np.cumsum([0, *counts[:-1]])

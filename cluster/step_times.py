@@ -39,18 +39,18 @@ class StepTimes:
         low, high = self._seconds[below], self._seconds[above]
         return low if above == below else low + (high - low) * (size - below) / (above - below)
 
-    def best_length(self, num_decodes: int, num_guessed: int, chance: float, most: int) -> int:
-        """How many tokens to guess of each of `num_guessed` sequences, that are right with this chance one by one.
+    def best_length(self, num_decodes: int, num_drafted: int, chance: float, most: int) -> int:
+        """How many tokens to draft of each of `num_drafted` sequences, that are right with this chance one by one.
 
         What gives most tokens per second in a step of `num_decodes` sequences; the shortest of equals.
         """
         if size_of(num_decodes) not in self._seconds:
             return 0  # first of all it must be known what is to be beaten
         best, length, right, expected = 0.0, 0, 1.0, float(num_decodes)
-        for guessed in range(most + 1):
-            rate = expected / (self.of(num_decodes + guessed * num_guessed) or 1.0)
+        for drafted in range(most + 1):
+            rate = expected / (self.of(num_decodes + drafted * num_drafted) or 1.0)
             if rate > best:
-                best, length = rate, guessed
+                best, length = rate, drafted
             right *= chance
-            expected += right * num_guessed
+            expected += right * num_drafted
         return length

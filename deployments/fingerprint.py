@@ -25,6 +25,7 @@ CHANGES_NO_TOKEN = {
     },
     "cache": {"memory_gb", "memory_fraction"},
     "scheduler": {"max_num_seqs", "policy"},
+    "speculation": {"proposer", "tokens"},
 }  # fmt: skip
 
 

@@ -161,6 +161,14 @@ METRICS: tuple[Metric, ...] = (
         "prefix_cache_hit_tokens_total", "engine", "short", "Tokens found in the prefix cache",
         "Cache", "Prefix cache hits, tokens/s",
     ),
+    counter(
+        "speculation_proposed_tokens_total", "engine", "short", "Tokens that were drafted, by their place in a draft",
+        "Pipeline", "Drafted tokens/s, by place", "place",
+    ),
+    counter(
+        "speculation_accepted_tokens_total", "engine", "short", "Drafted tokens that were what was drawn",
+        "Pipeline", "Accepted tokens/s, by place", "place",
+    ),
     counter("stage_steps_total", "engine", "short", "Steps a stage has computed", "Pipeline", "Steps/s", "stage"),
     counter(
         "stage_busy_seconds_total", "engine", "percentunit", "Time a stage computed",

@@ -91,7 +91,7 @@ class Rows:
     slots: Int32Array  # [N]
     positions: Int32Array  # [N] where the token that is drawn will stand
     fed: Int32Array  # [N] the token that each follows, as the host knows it
-    places: Int32Array  # [N] among those of their sequence: what is behind the first follows guessed tokens
+    places: Int32Array  # [N] among those of their sequence: what is behind the first follows drafted tokens
     masks: list[bytes]
 
     @classmethod

@@ -1,7 +1,7 @@
 """An engine's reports and totals as metrics."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.pipeline import Place
@@ -117,6 +117,14 @@ class EngineMetrics:
         ):
             m.inc(name, total - self._counted.get(name, 0))
             self._counted[name] = total
+        self._record_drafts("speculation_proposed_tokens_total", stats.proposed_tokens)
+        self._record_drafts("speculation_accepted_tokens_total", stats.accepted_tokens)
+
+    def _record_drafts(self, name: str, totals: Counter[int]) -> None:
+        for place, total in totals.items():
+            key = f"{name} {place}"
+            self._recorder.inc(name, total - self._counted.get(key, 0), place=str(place))
+            self._counted[key] = total
 
 
 def stage_status(place: Place, timings: list[StageTiming]) -> StageStatus:

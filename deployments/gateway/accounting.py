@@ -27,6 +27,7 @@ class Usage:
     given: float = field(default_factory=time.monotonic)  # when it was to be given to an engine
     completion_tokens: int = 0
     cached_tokens: int = 0
+    accepted_tokens: int = 0  # of completion_tokens: they were drafted, see cluster/speculation.py
     outcome: str = "cancelled"  # until something else is known
     ticket: Ticket | None = None  # from when it is admitted
     answer: str = ""  # kept only to be logged, with `logging.log_prompts`
@@ -71,6 +72,7 @@ class Accounting:
                     self._recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
                 last = now
                 usage.completion_tokens += piece.num_tokens
+                usage.accepted_tokens += piece.num_accepted_tokens
                 yield piece
         finally:
             await stream.aclose()

@@ -70,6 +70,7 @@ class Piece:
     text: str = ""
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    num_accepted_tokens: int = 0  # of num_tokens: they were drafted
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # with the first piece, if asked for
     finish_reason: Literal["stop", "length"] | None = None
@@ -115,7 +116,10 @@ async def pieces(
             if not tokens:
                 continue
             piece = Piece(
-                num_tokens=len(tokens), num_cached_tokens=tokens[0].num_cached_tokens, prompt_logprobs=before.take()
+                num_tokens=len(tokens),
+                num_cached_tokens=tokens[0].num_cached_tokens,
+                num_accepted_tokens=sum(event.was_drafted for event in tokens),
+                prompt_logprobs=before.take(),
             )
             if rules.prompt_only:
                 piece.num_tokens, piece.finish_reason = 0, "length"

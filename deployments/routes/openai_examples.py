@@ -32,6 +32,7 @@ TEXT_EXAMPLES: dict[str, Json] = {
 HEAD = {"created": 1790000000, "model": "", "system_fingerprint": "fp_0123456789ab"}
 USAGE = {
     "prompt_tokens": 14, "completion_tokens": 2, "total_tokens": 16, "prompt_tokens_details": {"cached_tokens": 0},
+    "completion_tokens_details": {"accepted_prediction_tokens": 0},
 }  # fmt: skip
 CHAT_ANSWER: Json = {
     "id": "chatcmpl-0123456789abcdef01234567",

@@ -267,11 +267,11 @@ def scheduler(
 def speculation(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
     batch_sizes: Annotated[str, typer.Option(help="of made-up weights: so many replayed streams")] = "1,8,64",
-    right: Annotated[float, typer.Option(help="how many of their guessed tokens are right")] = 0.7,
-    tokens: Annotated[int, typer.Option(help="guessed of each stream in a step; 0: as many as pay")] = 0,
+    right: Annotated[float, typer.Option(help="how many of their drafted tokens are right")] = 0.7,
+    tokens: Annotated[int, typer.Option(help="drafted of each stream in a step; 0: as many as pay")] = 0,
     output: Output = None,
 ) -> None:
-    """The same streams with guessed tokens and without: time per token, and whether they are the same."""
+    """The same streams with drafted tokens and without: time per token, and whether they are the same."""
     from ops.bench.engine.speculation import bench_speculation, speculation_table
 
     result = bench_speculation(read_app_config(config), sizes(batch_sizes, "--batch-sizes"), right, tokens or None)

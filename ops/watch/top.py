@@ -48,6 +48,7 @@ class ReplicaView:
     loaded: float = 0.0
     preemptions: float = 0.0
     output_tokens: float = 0.0  # per second
+    accepted: float = math.nan  # share of the drafted tokens; NaN: none were
     stages: list[StageView] = field(default_factory=list)
 
 
@@ -135,6 +136,8 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
             places[(*who, by["stage"])].append((by["node"], by["gpu"]))
         elif name.startswith("stage_") and name.endswith("_total"):
             stages[(*who, by.get("stage", "?"))][name] += rate((name, labels))
+        elif name.startswith("speculation_"):  # of all places in a draft
+            gauges[who][name] += rate((name, labels))
         elif "le" not in by:
             gauges[who][name] = value
             if name in ("preemptions_total", "generated_tokens_total"):
@@ -153,6 +156,7 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
 
 
 def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
+    accepted = values["speculation_accepted_tokens_total"]
     return ReplicaView(
         *who,
         running=values["running"],
@@ -162,6 +166,7 @@ def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
         loaded=values["weights_loaded_ratio"],
         preemptions=values["preemptions_total"],
         output_tokens=values["generated_tokens_total"],
+        accepted=accepted / proposed if (proposed := values["speculation_proposed_tokens_total"]) else math.nan,
     )
 
 
@@ -200,7 +205,16 @@ def render(view: ClusterView) -> RenderableType:
         style="bold",
     )
     replicas = Table(
-        "replica", "tok/s", "running", "waiting", "KV in use", "last token", "preempted/s", "weights", box=None
+        "replica",
+        "tok/s",
+        "running",
+        "waiting",
+        "KV in use",
+        "last token",
+        "preempted/s",
+        "accepted",
+        "weights",
+        box=None,
     )
     stages = Table("replica", "stage", "on", "busy", "waiting", "transfer", "step", "", box=None)
     for replica in view.replicas:
@@ -213,6 +227,7 @@ def render(view: ClusterView) -> RenderableType:
             bar(replica.kv_use),
             Text(f"{replica.last_token_age:.1f} s ago", style=age_style),
             f"{replica.preemptions:.1f}",
+            "-" if math.isnan(replica.accepted) else f"{replica.accepted:.0%}",
             f"{replica.loaded:.0%}",
         )
         slowest = slowest_stage(replica.stages)

@@ -39,8 +39,8 @@ class Case:
     restart_rate: float
     mask_rate: float  # how many of the masks that are missing are made between two looks
     lethal: bool  # whether the stages die of what some request makes them compute
-    wrong_rate: float | None  # of guessed tokens; None: nothing is guessed
-    num_guessed: int | None
+    wrong_rate: float | None  # of drafted tokens; None: nothing is drafted
+    num_drafted: int | None
     requests: list[Request] = field(default_factory=list)
     failing: dict[str, int] = field(default_factory=dict)  # request -> tokens after which its matcher fails
     constrained: set[str] = field(default_factory=set)
@@ -69,7 +69,7 @@ def case(seed: int) -> Case:
         mask_rate=rng.choice([1.0, 0.5, 0.1]),
         lethal=rng.random() < 0.2,
         wrong_rate=[None, 0.0, 0.1, 0.5, 1.0][seed % 5],
-        num_guessed=[None, 1, 2, 4, 8][seed // 5 % 5],
+        num_drafted=[None, 1, 2, 4, 8][seed // 5 % 5],
     )
     stems = [[rng.randrange(VOCABULARY) for _ in range(longest)] for _ in range(2)]
     tenants, priorities = rng.choice(["a", "ab", "abc"]), rng.choice([[0], [0], [0, 0, 5, -1]])
@@ -111,21 +111,21 @@ def _add_request(
 
 
 class Replay:
-    """Guesses what will be said, but for some tokens."""
+    """Drafts what will be said, but for some tokens."""
 
     def __init__(self, answers: dict[str, list[int]], wrong_rate: float, rng: random.Random) -> None:
         self._answers, self._wrong_rate, self._rng = answers, wrong_rate, rng
 
-    def guesser(self, request: Request) -> "Replay | None":
+    def drafter(self, request: Request) -> "Replay | None":
         if self._rng.random() < 0.2:
             return None
         return Replay({"": [*request.token_ids, *self._answers[request.request_id]]}, self._wrong_rate, self._rng)
 
-    def guess(self, token_ids: list[int], most: int) -> list[int]:
+    def draft(self, token_ids: list[int], most: int) -> list[int]:
         told = self._answers[""]
         assert token_ids == told[: len(token_ids)]
-        guess = told[len(token_ids) :][: most if self._rng.random() < 0.9 else self._rng.randint(0, most)]
-        return [(t + 1) % VOCABULARY if self._rng.random() < self._wrong_rate else t for t in guess]
+        draft = told[len(token_ids) :][: most if self._rng.random() < 0.9 else self._rng.randint(0, most)]
+        return [(t + 1) % VOCABULARY if self._rng.random() < self._wrong_rate else t for t in draft]
 
 
 class Run:
@@ -144,7 +144,7 @@ class Run:
         )
         if made.wrong_rate is not None:
             answers = {name: answer for name, (answer, _) in self.expected.items()}
-            self.scheduler.speculate(Replay(answers, made.wrong_rate, random.Random(0)), made.num_guessed)
+            self.scheduler.speculate(Replay(answers, made.wrong_rate, random.Random(0)), made.num_drafted)
         doomed = self.rng.sample(made.requests, 2) if made.lethal else []
         self.lethal = {self.rng.choice(self.expected[r.request_id][1]) for r in doomed}
         self.ends = {name: self._end(name, *expected) for name, expected in self.expected.items()}
@@ -289,7 +289,7 @@ def undisturbed(requests: list[Request], depth: int, wrong_rate: float | None = 
     return Case(
         random.Random(0), depth, block_size=4, num_blocks=600, max_num_seqs=64, max_num_batched_tokens=256,
         policy="fcfs", prefix_caching=True, abort_rate=0.0, restart_rate=0.0, mask_rate=1.0, lethal=False,
-        wrong_rate=wrong_rate, num_guessed=4, requests=requests,
+        wrong_rate=wrong_rate, num_drafted=4, requests=requests,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Guessed streams are those without guesses, token for token: whatever is asked of them, wherever they are computed."""
+"""Drafted streams are those without drafts, token for token: whatever is asked of them, wherever they are computed."""
 
 import random
 from functools import cache
@@ -9,7 +9,7 @@ import pytest
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.local_pipeline import LocalPipeline
-from cluster.ngram import NgramGuesser, NgramProposer
+from cluster.ngram import NgramDrafter, NgramProposer
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
 from cluster.speculation import Proposer
@@ -23,7 +23,7 @@ BLOCK, LONGEST = 4, 160
 
 
 def a_request(seed: int) -> Request:
-    """Of every kind; a prompt that repeats itself is guessed by n-grams too."""
+    """Of every kind; a prompt that repeats itself is drafted by n-grams too."""
     rng = random.Random(seed)
     part = [rng.randrange(3, TINY.vocab_size) for _ in range(rng.choice([1, 3, 9, 20]))]
     prompt = part * rng.choice([1, 2, 3])
@@ -112,21 +112,21 @@ def check(count: int, found: Said, device: str = "cpu") -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize(("right", "tokens"), [(0.7, 4), (1.0, 16), (0.0, 3), (0.8, None)])
-def test_replayed_guesses_change_nothing(right: float, tokens: int | None, stages: int, device: str) -> None:
+def test_replayed_drafts_change_nothing(right: float, tokens: int | None, stages: int, device: str) -> None:
     found, engine = run(QUICK, ReplayProposer(recorded(QUICK, device), right), tokens, stages, device=device)
     check(QUICK, found, device)
     stats = engine.scheduler.stats()
-    assert stats.right_tokens.total() >= sum(e.was_guessed for events in found.values() for e in events)
+    assert stats.accepted_tokens.total() >= sum(e.was_drafted for events in found.values() for e in events)
     if tokens is not None:
-        assert stats.guessed_tokens[0] > 50
-        assert abs(stats.right_tokens[0] / stats.guessed_tokens[0] - right) < 0.15
+        assert stats.proposed_tokens[0] > 50
+        assert abs(stats.accepted_tokens[0] / stats.proposed_tokens[0] - right) < 0.15
 
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_ngrams_change_nothing(stages: int) -> None:
     found, engine = run(QUICK, NgramProposer(), 4, stages)
     check(QUICK, found)
-    assert engine.scheduler.stats().guessed_tokens.total() > 0
+    assert engine.scheduler.stats().proposed_tokens.total() > 0
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -134,7 +134,7 @@ def test_preempted_ones_say_the_same(stages: int) -> None:
     found, engine = run(QUICK, ReplayProposer(recorded(QUICK), 0.7), 4, stages, num_blocks=60)
     check(QUICK, found)
     assert engine.scheduler.stats().preemptions > 0
-    assert engine.scheduler.stats().guessed_tokens.total() > 0
+    assert engine.scheduler.stats().proposed_tokens.total() > 0
 
 
 @pytest.mark.parametrize(("stages", "dies_at"), [(1, 12), (2, 25), (3, 3)])
@@ -153,44 +153,44 @@ def test_a_thousand_requests_say_the_same(stages: int) -> None:
         check(ALL, found)
 
 
-def test_constrained_ones_are_not_guessed() -> None:
+def test_constrained_ones_are_not_drafted() -> None:
     from tests.cluster.test_scheduler import Replay
 
     scheduler = Scheduler(BlockManager(20, 4), depth=1, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=40)
     scheduler.speculate(Replay({"a": [1] * 9, "b": [1] * 9}, 0.0, random.Random(1)), 4)
     scheduler.add(request("a", [1]), FakeMatcher([], 0.0, None))
-    assert next(iter(scheduler._waiting)).guesser is None
+    assert next(iter(scheduler._waiting)).drafter is None
 
 
-def guesses(token_ids: list[int], most: int) -> list[int]:
+def drafts(token_ids: list[int], most: int) -> list[int]:
     """As they are made while the tokens come one by one."""
-    guesser = NgramGuesser()
+    drafter = NgramDrafter()
     for count in range(1, len(token_ids)):
-        guesser.guess(token_ids[:count], most)
-    return guesser.guess(token_ids, most)
+        drafter.draft(token_ids[:count], most)
+    return drafter.draft(token_ids, most)
 
 
 def test_ngrams_go_on_as_before() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8]
-    assert guesses(text, 4) == []
-    assert guesses([*text, 2, 3], 4) == [], "two tokens are too few"
-    assert guesses([*text, 2, 3, 4], 8) == [5, 6, 7], "no further than it has gone on already"
-    assert guesses([*text, 1, 2, 3, 4, 5], 2) == [6, 7]
-    assert guesses([*text, 2, 3, 4, 5, 9], 4) == [], "it has ended"
-    assert guesses([9, 1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 3], 1) == [6], "the latest"
-    assert guesses([7, 8] * 4, 5) == [7, 8, 7, 8, 7], "a repetition that catches up with itself"
+    assert drafts(text, 4) == []
+    assert drafts([*text, 2, 3], 4) == [], "two tokens are too few"
+    assert drafts([*text, 2, 3, 4], 8) == [5, 6, 7], "no further than it has gone on already"
+    assert drafts([*text, 1, 2, 3, 4, 5], 2) == [6, 7]
+    assert drafts([*text, 2, 3, 4, 5, 9], 4) == [], "it has ended"
+    assert drafts([9, 1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 3], 1) == [6], "the latest"
+    assert drafts([7, 8] * 4, 5) == [7, 8, 7, 8, 7], "a repetition that catches up with itself"
 
 
 def test_ngrams_of_a_long_prompt_are_found_little_by_little() -> None:
     prompt = [*range(10_000), 5000, 5001, 5002]
-    guesser = NgramGuesser()
-    assert guesser.guess(prompt, 3) == []
+    drafter = NgramDrafter()
+    assert drafter.draft(prompt, 3) == []
     for _ in range(4):
-        guesser.guess(prompt, 3)
-    assert guesser.guess(prompt, 3) == [5003, 5004, 5005]
+        drafter.draft(prompt, 3)
+    assert drafter.draft(prompt, 3) == [5003, 5004, 5005]
 
 
-def test_as_many_are_guessed_as_pay() -> None:
+def test_as_many_are_drafted_as_pay() -> None:
     times = StepTimes()
     for _ in range(50):
         for tokens in range(1, 17):

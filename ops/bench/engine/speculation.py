@@ -1,8 +1,8 @@
-"""`caravan bench speculation`: the same streams with and without guesses, on one engine.
+"""`caravan bench speculation`: the same streams with and without drafts, on one engine.
 
-On made-up weights streams are told what to say, by a bias on one word each, and guesses replay that with a chosen share
+On made-up weights streams are told what to say, by a bias on one word each, and drafts replay that with a chosen share
 of right tokens: what such weights say by themselves parts in 16 bits at the first close draw, and is not replayed.
-On real weights n-grams guess texts of two kinds: those that repeat their prompt, and prose.
+On real weights n-grams draft texts of two kinds: those that repeat their prompt, and prose.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.config import read_model
 from cluster.engine import Engine
 from cluster.ngram import NgramProposer
-from cluster.sequence import Guesser, Request
+from cluster.sequence import Drafter, Request
 from cluster.speculation import Proposer
 from deployments.config import AppConfig
 from model.sampling import uniforms
@@ -42,7 +42,7 @@ TEXTS = {
 PROSE = ("story", "advice", "letter")
 
 
-class ReplayGuesser:
+class ReplayDrafter:
     """Says what is known to come, each token with this chance; otherwise one that is not."""
 
     def __init__(self, recorded: list[int], right: float, seed: int) -> None:
@@ -50,9 +50,9 @@ class ReplayGuesser:
         is_wrong = uniforms(np.full(len(recorded), seed), places) >= right
         self._said = (np.array(recorded) ^ is_wrong).tolist()
 
-    def guess(self, token_ids: list[int], most: int) -> list[int]:
-        guess: list[int] = self._said[len(token_ids) : len(token_ids) + most]
-        return guess
+    def draft(self, token_ids: list[int], most: int) -> list[int]:
+        draft: list[int] = self._said[len(token_ids) : len(token_ids) + most]
+        return draft
 
 
 class ReplayProposer:
@@ -61,13 +61,13 @@ class ReplayProposer:
     def __init__(self, recorded: Mapping[str, list[int]], right: float) -> None:
         self._recorded, self._right = recorded, right
 
-    def guesser(self, request: Request) -> Guesser | None:
+    def drafter(self, request: Request) -> Drafter | None:
         recorded = self._recorded.get(request.request_id)
-        return ReplayGuesser(recorded, self._right, request.sampling.seed) if recorded is not None else None
+        return ReplayDrafter(recorded, self._right, request.sampling.seed) if recorded is not None else None
 
 
 def serve(engine: Engine, run: Run, requests: list[Request], proposer: Proposer | None, tokens: int | None) -> Json:
-    """All of them at once; what a token of a stream takes, and how far guesses went."""
+    """All of them at once; what a token of a stream takes, and how far drafts went."""
     engine.scheduler.speculate(proposer, tokens)
     run.expect([request.request_id for request in requests])
     for request in requests:
@@ -75,7 +75,7 @@ def serve(engine: Engine, run: Run, requests: list[Request], proposer: Proposer 
     run.wait()
     done = list(run.requests.values())
     stats = engine.scheduler.stats()
-    guessed, right = stats.guessed_tokens.total(), stats.right_tokens.total()
+    drafted, right = stats.proposed_tokens.total(), stats.accepted_tokens.total()
     per_token = [1000 * (p.last - p.first) / (p.tokens - 1) for p in done if p.tokens > 1]
     return {
         "ms_per_token": percentiles(per_token)["p50"],
@@ -83,24 +83,24 @@ def serve(engine: Engine, run: Run, requests: list[Request], proposer: Proposer 
         "steps": len(run.reports),
         "tokens_per_step": round(sum(r.num_tokens for r in run.reports) / len(run.reports), 2),
         "scheduler_ms": scheduler_ms(run.reports),
-        "guessed": guessed,
+        "drafted": drafted,
         "right": right,
-        "by_place": [round(stats.right_tokens[i] / n, 3) for i, n in sorted(stats.guessed_tokens.items())],
+        "by_place": [round(stats.accepted_tokens[i] / n, 3) for i, n in sorted(stats.proposed_tokens.items())],
     }
 
 
 def compare(engine: Engine, run: Run, requests: list[Request], proposer: Proposer, tokens: int | None) -> Json:
-    """Without guesses, with them, and whether the streams are the same."""
+    """Without drafts, with them, and whether the streams are the same."""
     without = serve(engine, run, requests, None, None)
     said = {name: progress.token_ids for name, progress in run.requests.items()}
-    guessed = serve(engine, run, requests, proposer, tokens)
+    drafted = serve(engine, run, requests, proposer, tokens)
     same = sum(said[name] == progress.token_ids for name, progress in run.requests.items())
     return {
         "streams": len(requests),
         "without": without,
-        "with": guessed,
-        "share_of_time": round(guessed["ms_per_token"] / without["ms_per_token"], 3),
-        "share_of_throughput": round(guessed["output_throughput"] / without["output_throughput"], 3),
+        "with": drafted,
+        "share_of_time": round(drafted["ms_per_token"] / without["ms_per_token"], 3),
+        "share_of_throughput": round(drafted["output_throughput"] / without["output_throughput"], 3),
         "equal_streams": same,
     }
 
@@ -139,7 +139,7 @@ def bench_speculation(config: AppConfig, batches: list[int], right: float, token
     is_dummy = config.model.load_format == "dummy"
     prompts = {} if is_dummy else texts(config)
     with own_ray(config), placed(config) as group, engine_in(config, group) as (engine, run):
-        result: Json = {"tokens": tokens or "auto", "guesses": {"replayed": right} if is_dummy else "ngram"}
+        result: Json = {"tokens": tokens or "auto", "drafts": {"replayed": right} if is_dummy else "ngram"}
         serve(engine, run, told_streams(4, vocab_size), None, None)  # warm
         result["batches"] = []
         for count in batches if is_dummy else []:
@@ -159,13 +159,13 @@ def speculation_table(title: str, result: Json) -> Table:
     shown = Table("streams", "ms/token without", "with", "share of time", "right", "the same", title=title)
     rows: list[tuple[str, Any]] = [(str(one["streams"]), one) for one in result["batches"]]
     for name, one in (*rows, *result["texts"].items()):
-        guessed = one["with"]
+        drafted = one["with"]
         shown.add_row(
             name,
             f"{one['without']['ms_per_token']:.2f}",
-            f"{guessed['ms_per_token']:.2f}",
+            f"{drafted['ms_per_token']:.2f}",
             f"{one['share_of_time']:.2f}",
-            f"{guessed['right']} of {guessed['guessed']}",
+            f"{drafted['right']} of {drafted['drafted']}",
             f"{one['equal_streams']} of {one['streams']}",
         )
     return shown
