@@ -10,7 +10,7 @@ def size_of(num_tokens: int) -> int:
 
 
 class StepTimes:
-    """Measured; a size that was never seen counts as the next smaller one, so that it is tried."""
+    """Measured; what was never seen is supposed to go on as before, and tried if it should pay."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -30,14 +30,14 @@ class StepTimes:
             known[size] += WEIGHT * (seconds - known[size])
 
     def of(self, num_tokens: int) -> float:
-        """Seconds; 0 if nothing is known."""
-        size = size_of(num_tokens)
-        below = max((s for s in self._seconds if s <= size), default=None)
-        above = min((s for s in self._seconds if s >= size), default=None)
-        if below is None or above is None:
-            return self._seconds.get(above if below is None else below, 0.0)  # type: ignore[arg-type]
-        low, high = self._seconds[below], self._seconds[above]
-        return low if above == below else low + (high - low) * (size - below) / (above - below)
+        """Seconds; 0 if nothing is known. Between two known sizes, or beyond them, on the line through two of them."""
+        size, known = size_of(num_tokens), self._seconds
+        if size in known or not known:
+            return known.get(size, 0.0)
+        high = min((s for s in known if s >= size), default=max(known))
+        low = max((s for s in known if s <= (size if high > size else high // 2)), default=high)
+        slope = (known[high] - known[low]) / (high - low) if high > low else 0.0
+        return known[high] + max(0.0, slope) * (size - high) if size > high else known[high] - slope * (high - size)
 
     def best_length(self, num_decodes: int, num_drafted: int, chance: float, most: int) -> int:
         """How many tokens to draft of each of `num_drafted` sequences, that are right with this chance one by one.
@@ -47,7 +47,10 @@ class StepTimes:
         if size_of(num_decodes) not in self._seconds:
             return 0  # first of all it must be known what is to be beaten
         best, length, right, expected = 0.0, 0, 1.0, float(num_decodes)
+        farthest = 2 * max(self._seconds)  # what is not known is tried little by little
         for drafted in range(most + 1):
+            if num_decodes + drafted * num_drafted > farthest:
+                break
             rate = expected / (self.of(num_decodes + drafted * num_drafted) or 1.0)
             if rate > best:
                 best, length = rate, drafted
