@@ -4,18 +4,15 @@ Legend: T tokens, S sequences, H query heads, D head dim, B block size, W blocks
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from model.batch import ALONE, SAMPLED_AFTER, Batch, Int32Array
 from model.kernels import PROMPT_QUERIES, Cache, Kernels, Pieces, PrefillMetadata, Tokens, piece_tokens
+from model.layers import Additions
 from model.slots import Slots
 from model.transfer import Integers, all_to_device
-
-if TYPE_CHECKING:
-    from model.adapters.slots import StepAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +24,7 @@ class AttentionMetadata:
     num_decodes: int  # tokens of sequences that compute no other; they come first
     prefill: PrefillMetadata | None  # the other sequences
     pieces: Pieces | None = None  # of captured steps, where all tokens count as decodes
-    adapters: "StepAdapters | None" = None  # if any token has one
+    adapters: Additions | None = None  # if any token has one
 
 
 def packed_tokens(batch: Batch) -> list[Int32Array]:
@@ -47,7 +44,7 @@ def packed_tokens(batch: Batch) -> list[Int32Array]:
 
 
 def prepare(
-    batch: Batch, slots: Slots, kernels: Kernels, groups: int, adapters: "StepAdapters | None" = None
+    batch: Batch, slots: Slots, kernels: Kernels, groups: int, adapters: Additions | None = None
 ) -> AttentionMetadata:
     """Of a step launched kernel by kernel. `slots` have been told of it; so many query heads share a KV head."""
     decodes = int(np.count_nonzero(batch.query_lens == 1))

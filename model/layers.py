@@ -38,6 +38,14 @@ class Linear(Protocol):
         ...
 
 
+class Additions(Protocol):
+    """What the adapters of one step add to the products of its layers."""
+
+    def on(self, linear: Linear, layer: int, product: str) -> Linear:
+        """A product of the stage's layer number `layer`, with what is added to it."""
+        ...
+
+
 class StepByStep:
     """What comes before a linear layer as an operation of its own."""
 

@@ -13,28 +13,13 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from model.config import PRODUCTS, StageLayers
+from model.kernels import RANKS, Part
 from model.shards import SUMMED, Shard
 
 if TYPE_CHECKING:
     import torch
 
     from model.adapters import Adapter
-
-RANKS = 16  # ranks that kernels compute at once: the least that a matrix unit takes
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Of a product that several stems make up together, one; all numbers are for rank 1."""
-
-    name: str  # layers.3.attention.wq
-    place: int  # among those of its product
-    index: int  # among all parts of a stage: where its rank is
-    a: int  # where A begins
-    b: int  # where B begins
-    inputs: int
-    start: int  # of its outputs in those of the product
-    outputs: int
 
 
 class Layout:

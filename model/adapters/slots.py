@@ -89,7 +89,7 @@ def most_blocks(tokens: int, count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepAdapters:
-    """Those of one step: what its layers add to their products."""
+    """Those of one step; see `Additions`."""
 
     slots: AdapterSlots
     rows: AdapterRows
@@ -106,7 +106,6 @@ class StepAdapters:
         return cls(slots, AdapterRows(parts[0], parts[1].view(3, -1), PROMPT_BLOCK), kernels)
 
     def on(self, linear: Linear, layer: int, product: str) -> Linear:
-        """A product of the stage's layer number `layer` with what the adapters add to it."""
         return AdaptedLinear(linear, self.slots.products[layer][product], self.rows, self.kernels)
 
 

@@ -5,12 +5,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from model.adapters.layout import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,20 @@ class Int4Weight(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Of a product that several stems make up, one; numbers are for rank 1, see model/adapters/layout.py."""
+
+    name: str  # layers.3.attention.wq
+    place: int  # among those of its product
+    index: int  # among all parts of a stage: where its rank is
+    a: int  # where A begins
+    b: int  # where B begins
+    inputs: int
+    start: int  # of its outputs in those of the product
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRows:
     """Which tokens of a step have which adapter, in blocks of tokens that have the same one; N of them."""
 
@@ -92,11 +103,12 @@ class LowRank:
     values: torch.Tensor  # [slots, elements]
     ranks: torch.Tensor  # [slots, parts of the stage] int32
     widths: torch.Tensor  # [slots] int32
-    parts: "Sequence[Part]"
+    parts: Sequence[Part]
     max_rank: int
 
 
 PIECE_QUERIES = 64  # of a piece in a captured step: small, for there are few
+RANKS = 16  # of adapters, that kernels compute at once: the least that a matrix unit takes
 PROMPT_QUERIES = 128  # of one in a step that is not
 
 Activations = torch.Tensor | Quantized

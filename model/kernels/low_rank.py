@@ -10,18 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from model.adapters.layout import RANKS
-from model.kernels import AdapterRows, LowRank
+from model.kernels import RANKS, AdapterRows, LowRank
 from model.kernels.early import await_inputs, early, let_next_start
 
-DEPTH, DEEPER = 512, 1024  # inputs of a split, of up to 8192 and of more
+DEPTH, DEEPER = 512, 1024  # inputs of a split; deeper ones of many inputs, where a block is small
 COLUMNS = 128  # outputs of a program
 
 
 def shrink(x: torch.Tensor, product: LowRank, rows: AdapterRows) -> torch.Tensor:
     """See `Kernels.shrink`: [splits, N * M, P, R] float32."""
     k, parts, blocks = x.shape[1], product.parts, rows.blocks.shape[1]
-    depth = DEPTH if k <= 8192 else DEEPER
+    depth = DEEPER if k > 8192 and rows.most <= 16 else DEPTH
     splits = triton.cdiv(k, depth)
     out = torch.empty(splits, blocks * rows.most, len(parts), product.max_rank, dtype=torch.float32, device=x.device)
     places = [part.a for part in parts]

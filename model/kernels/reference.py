@@ -1,7 +1,6 @@
 """The kernels in plain torch: slow on a GPU, right anywhere."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
@@ -13,15 +12,13 @@ from model.kernels import (
     Cache,
     Int4Weight,
     LowRank,
+    Part,
     Pieces,
     PrefillMetadata,
     Quantized,
     Tokens,
 )
 from model.packing import unpacked
-
-if TYPE_CHECKING:
-    from model.adapters.layout import Part
 
 FLOAT8_MAX = 448.0  # of e4m3
 
@@ -190,7 +187,7 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(rotation).unsqueeze(1)).flatten(-2).to(x.dtype)
 
 
-def _pairs(product: LowRank, rows: AdapterRows) -> "Iterator[tuple[torch.Tensor, Part, torch.Tensor, torch.Tensor]]":
+def _pairs(product: LowRank, rows: AdapterRows) -> Iterator[tuple[torch.Tensor, Part, torch.Tensor, torch.Tensor]]:
     """The tokens of each block, and of each part that their adapter changes A [r, in] and B transposed, [r, out]."""
     for slot, start, count in rows.blocks.t().tolist():
         for part in product.parts if count else ():
