@@ -196,6 +196,14 @@ def await_ready(head: Head, url: str, pipelines: int = 1) -> None:
     raise LocalError(f"the service was not ready within {READY_TIMEOUT_S} s: {_ready_state(url).get('reason')}")
 
 
+def _live_page(url: str) -> str:
+    """Where it is, if the configuration switches it on."""
+    try:
+        return f"; a live page at {url}/live" if httpx.get(f"{url}/live", timeout=5).status_code == 200 else ""
+    except httpx.HTTPError:
+        return ""
+
+
 def _ready_state(url: str) -> dict[str, Any]:
     try:
         body = httpx.get(f"{url}/ready", timeout=2).json()
@@ -247,9 +255,7 @@ def _deploy(config: Path, num_cpus: int, url: str, once_ready: Callable[[Head, s
             raise LocalError(f"serve deploy failed:\n{deployed.stderr.strip()}")
         try:
             await_ready(head, url)
-            console.print(
-                f"Serving at {url}; metrics at {head.metrics}; if it is switched on, a live page at {url}/live"
-            )
+            console.print(f"Serving at {url}; metrics at {head.metrics}{_live_page(url)}")
             once_ready(head, url)
         finally:
             console.print("Stopping: serve shutdown, then the Ray head ...")
