@@ -25,8 +25,11 @@ from model.weights import open_checkpoint, resolve_path
 OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env")
 
 
-def check_file(path: Path) -> list[str]:
-    """Everything that is wrong with the file, one line each; empty if nothing is."""
+def check_file(path: Path, files: bool = True) -> list[str]:
+    """Everything that is wrong with the file, one line each; empty if nothing is.
+
+    Without `files` what lies on other machines need not be here: the checkpoint, and the file of keys.
+    """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
@@ -35,10 +38,10 @@ def check_file(path: Path) -> list[str]:
         return [f"{path}: not valid YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [f"{path}: must be a mapping with the key applications"]
-    return list(_check(content))
+    return list(_check(content, files))
 
 
-def _check(content: dict[str, Any]) -> Iterable[str]:
+def _check(content: dict[str, Any], files: bool) -> Iterable[str]:
     from ray.serve.schema import ServeDeploySchema
 
     problems = list(unknown_keys(content, ServeDeploySchema, ""))
@@ -51,10 +54,10 @@ def _check(content: dict[str, Any]) -> Iterable[str]:
     applications = content.get("applications")
     for i, application in enumerate(applications if isinstance(applications, list) else []):
         if isinstance(application, dict):
-            yield from _check_application(application, f"applications[{i}]")
+            yield from _check_application(application, f"applications[{i}]", files)
 
 
-def _check_application(application: dict[str, Any], path: str) -> Iterable[str]:
+def _check_application(application: dict[str, Any], path: str, files: bool) -> Iterable[str]:
     if application.get("import_path") != IMPORT_PATH:
         return  # somebody else's application: only Serve's part can be checked
     args = application.get("args") or {}
@@ -63,7 +66,7 @@ def _check_application(application: dict[str, Any], path: str) -> Iterable[str]:
     except ConfigError as error:
         yield from (f"{path}.args.{line}" for line in str(error).splitlines())
         return
-    yield from (f"{path}.args.{line}" for line in (*_check_model(config), *_check_keys(config)))
+    yield from (f"{path}.args.{line}" for line in (*_check_model(config, files), *_check_keys(config)))
     for i, deployment in enumerate(application.get("deployments") or []):
         if isinstance(deployment, dict):
             yield from (f"{path}.{line}" for line in _check_deployment(application, deployment, f"deployments[{i}]"))
@@ -118,10 +121,12 @@ def _check_keys(config: AppConfig) -> Iterable[str]:
             yield from str(error).splitlines()
 
 
-def _check_model(config: AppConfig) -> Iterable[str]:
-    """What only the checkpoint can tell. It may be on other nodes only, so it must at least be named rightly here."""
+def _check_model(config: AppConfig, files: bool) -> Iterable[str]:
+    """What only the checkpoint can tell."""
     if config.model.quantization == "fp8" and config.pipeline.device != "cuda":
         yield FLOAT8_NEEDS_CUDA
+    if not files and not is_here(config.model.path):
+        return
     try:
         model = read_model(config.model)
         split = config.pipeline.split
@@ -130,7 +135,8 @@ def _check_model(config: AppConfig) -> Iterable[str]:
         limit = model.longest_context
         if (config.model.max_model_len or 0) > limit:
             yield f"model.max_model_len: {config.model.max_model_len} is more than the model's {limit}"
-        yield from _check_files(config, model)
+        if files:
+            yield from _check_files(config, model)
     except ValueError as error:
         text = str(error)
         yield text if text.startswith(("model.", "pipeline.")) else f"model.path: {text}"
@@ -156,6 +162,15 @@ def _check_files(config: AppConfig, model: ModelConfig) -> Iterable[str]:
         return
     if not ends:
         yield f"model.path: no file of {path} names a token that ends an answer: each would go on to max_tokens"
+
+
+def is_here(path: str) -> bool:
+    """Whether a checkpoint can be looked at on this machine."""
+    try:
+        resolve_path(path)
+    except ValueError:
+        return False
+    return True
 
 
 def unknown_keys(value: Any, schema: Any, path: str) -> Iterable[str]:

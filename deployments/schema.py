@@ -42,7 +42,7 @@ def schema() -> Json:
         "properties": {"args": {"$ref": "#/$defs/Args"}, "deployments": {"items": deployment}},
         "required": ["args"],
     }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(whole)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **without_titles(whole)}
 
 
 def _user_config(name: str, ours: Json) -> Json:
@@ -64,10 +64,10 @@ def _close(definition: Json) -> None:
                 definition["properties"][name].pop("additionalProperties", None)
 
 
-def _untitled(value: Any) -> Any:
+def without_titles(value: Any) -> Any:
     """Without pydantic's titles, which are the keys once more."""
     if isinstance(value, list):
-        return [_untitled(item) for item in value]
+        return [without_titles(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _untitled(inner) for key, inner in value.items() if key != "title" or not isinstance(inner, str)}
+    return {key: without_titles(inner) for key, inner in value.items() if key != "title" or not isinstance(inner, str)}

@@ -28,11 +28,14 @@ DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
 
 
 @app.command(epilog="Example: caravan check ray_config.yaml")
-def check(file: Annotated[Path, typer.Argument(help="the Serve configuration file")]) -> None:
+def check(
+    file: Annotated[Path, typer.Argument(help="the Serve configuration file")],
+    files: Annotated[bool, typer.Option("--files/--no-files", help="whether its checkpoint must be here")] = True,
+) -> None:
     """Validate a whole Serve configuration, ours and Serve's part: a mistyped key anywhere is an error."""
     from deployments.check import check_file
 
-    problems = check_file(file)
+    problems = check_file(file, files)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
