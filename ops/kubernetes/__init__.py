@@ -1,0 +1,1 @@
+"""The Helm chart (`caravan/`), values for four cases (`values/`), and what of the chart is generated."""
