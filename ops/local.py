@@ -225,9 +225,20 @@ def _raise_if_failed(head: Head) -> None:
 def main(
     config: Annotated[Path, typer.Option(help="the Serve configuration to deploy")] = CONFIG,
     num_cpus: Annotated[int, typer.Option(help="CPUs that Ray may hand out")] = 2,
+    host: Annotated[str, typer.Option(help="listen here, not where the configuration says")] = "",
 ) -> None:
     """Serve a configuration on this machine: a private Ray head, `serve deploy`, and a clean end."""
-    run(config, num_cpus, _serve_until_interrupted)
+    with tempfile.TemporaryDirectory(prefix="cv") as directory:
+        run(_listening_on(host, config, Path(directory)) if host else config, num_cpus, _serve_until_interrupted)
+
+
+def _listening_on(host: str, config: Path, directory: Path) -> Path:
+    """The configuration once more, with another `http_options.host`."""
+    content = yaml.safe_load(config.read_text("utf-8"))
+    content["http_options"] = {**(content.get("http_options") or {}), "host": host}
+    changed = directory / config.name
+    changed.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+    return changed
 
 
 def run(config: Path, num_cpus: int, once_ready: Callable[[Head, str], None]) -> None:
