@@ -10,6 +10,13 @@ from model.config import ModelConfig
 from model.kv_cache import FLOAT8, KVCache
 from model.memory import CONTEXT_BYTES, GRAPH_BYTES
 
+# Memory as the driver says it, of the GPUs that Ray knows by these names.
+GPU_BYTES = {
+    "T4": 16.1e9, "V100": 16.9e9, "A10G": 24.1e9, "L4": 24.1e9, "A100-40G": 42.9e9, "L40S": 48.3e9, "A100-80G": 85.9e9,
+    "A100": 85.9e9, "H100": 85.5e9, "H20": 102.6e9, "RTX-PRO-6000": 102.6e9, "H200": 150.7e9, "B200": 192.3e9,
+    "GB200": 198.7e9, "B300": 288.9e9, "GB300": 298.4e9,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class StageSize:
@@ -68,3 +75,36 @@ def smallest_that_fits(config: EngineConfig, model: ModelConfig, device_bytes: f
         if min(rooms) >= needed:
             return stages
     return None
+
+
+def too_small(config: EngineConfig, model: ModelConfig, gpu: str | None) -> str | None:
+    """Why GPUs of this kind cannot hold the model as it is cut, and what would fit; None if they can.
+
+    Without a kind: if no GPU can that there is.
+    """
+    known = gpu if gpu in GPU_BYTES else max(GPU_BYTES, key=lambda name: GPU_BYTES[name])
+    size, fraction, least = GPU_BYTES[known], config.cache.memory_fraction, model_len(config, model)
+    sizes = stage_sizes(config, model)
+    worst = max(sizes, key=lambda stage: stage.device_bytes(least, fraction))
+    if worst.device_bytes(least, fraction) <= size:
+        return None
+    return (
+        f"pipeline.stages: {len(sizes)}: a stage needs {worst.device_bytes(least, fraction) / 1e9:.0f} GB of its GPU "
+        f"({worst.weight_bytes / 1e9:.1f} for weights, {worst.activation_bytes / 1e9:.1f} beside them, "
+        f"{least * worst.kv_bytes_per_token / 1e9:.1f} for one sequence of {least} tokens, in {fraction:g} of it); "
+        f"{'an' if known[0] in 'AHL' else 'a'} {known}{'' if gpu in GPU_BYTES else ', the largest there is,'} has "
+        f"{size / 1e9:.0f}. What fits: {_what_fits(config, model, size)}"
+    )
+
+
+def _what_fits(config: EngineConfig, model: ModelConfig, size: float) -> str:
+    ways = []
+    for quantization in dict.fromkeys((config.model.quantization, "fp8")):
+        if quantization == "fp8" and model.int4 is not None:
+            continue
+        changed = config.model.model_copy(update={"quantization": quantization})
+        stages = smallest_that_fits(config.model_copy(update={"model": changed}), model, size)
+        if stages is not None:
+            how = " with model.quantization: fp8" if quantization != config.model.quantization else ""
+            ways.append(f"pipeline.stages: {stages}{how}")
+    return " or ".join(ways) or "nothing; lower model.max_model_len, or take larger GPUs"

@@ -15,7 +15,7 @@ from ray.serve import metrics as serve_metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from deployments import asgi, logs
+from deployments import asgi, logs, placement
 from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
 from deployments.gateway import gateway as gateway_
 from deployments.gateway.engine_client import ServeEngineClient
@@ -107,9 +107,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     engine = serve.deployment(
         EngineReplica,
         name="Engine",
-        placement_group_bundles=bundles(config),
-        placement_group_strategy="PACK",
-        ray_actor_options={"num_cpus": config.resources.engine_cpus},
+        **placement.options(config),
         max_ongoing_requests=UNLIMITED,
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -137,14 +135,6 @@ def build(args: dict[str, Any]) -> serve.Application:
         ),
     )
     return gateway.bind(engine.bind(args), args)
-
-
-def bundles(config: AppConfig) -> list[dict[str, float]]:
-    """One replica's placement group: the engine's own process, then one bundle per stage."""
-    stage: dict[str, float] = {"CPU": config.resources.stage_cpus}
-    if config.pipeline.device == "cuda":
-        stage["GPU"] = config.resources.stage_gpus * config.pipeline.tensor_parallel
-    return [{"CPU": config.resources.engine_cpus}, *(dict(stage) for _ in range(config.pipeline.stages))]
 
 
 def autoscaling(config: AppConfig) -> AutoscalingConfig:

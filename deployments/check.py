@@ -12,8 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.config import FLOAT8_NEEDS_CUDA, read_model
+from cluster.sizing import too_small
 from deployments.config import AppConfig, ConfigError, describe, parse_app_config, with_user_config
 from deployments.gateway.tenants import KeyRing
+from deployments.placement import wrong_overrides
 from deployments.serve_file import DEPLOYMENTS, IMPORT_PATH, POLICY
 from model.config import ModelConfig, split_layers
 from model.sampling_defaults import read_sampling_defaults
@@ -25,10 +27,11 @@ from model.weights import open_checkpoint, resolve_path
 OPAQUE = ("args", "user_config", "policy_kwargs", "request_router_kwargs", "runtime_env")
 
 
-def check_file(path: Path, files: bool = True) -> list[str]:
+def check_file(path: Path, files: bool = True, gpu: str | None = None) -> list[str]:
     """Everything that is wrong with the file, one line each; empty if nothing is.
 
     Without `files` what lies on other machines need not be here: the checkpoint, and the file of keys.
+    `gpu`: the kind that stages will get, if `resources.accelerator_type` does not say it.
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
@@ -38,10 +41,10 @@ def check_file(path: Path, files: bool = True) -> list[str]:
         return [f"{path}: not valid YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [f"{path}: must be a mapping with the key applications"]
-    return list(_check(content, files))
+    return list(_check(content, files, gpu))
 
 
-def _check(content: dict[str, Any], files: bool) -> Iterable[str]:
+def _check(content: dict[str, Any], files: bool, gpu: str | None) -> Iterable[str]:
     from ray.serve.schema import ServeDeploySchema
 
     problems = list(unknown_keys(content, ServeDeploySchema, ""))
@@ -54,10 +57,10 @@ def _check(content: dict[str, Any], files: bool) -> Iterable[str]:
     applications = content.get("applications")
     for i, application in enumerate(applications if isinstance(applications, list) else []):
         if isinstance(application, dict):
-            yield from _check_application(application, f"applications[{i}]", files)
+            yield from _check_application(application, f"applications[{i}]", files, gpu)
 
 
-def _check_application(application: dict[str, Any], path: str, files: bool) -> Iterable[str]:
+def _check_application(application: dict[str, Any], path: str, files: bool, gpu: str | None) -> Iterable[str]:
     if application.get("import_path") != IMPORT_PATH:
         return  # somebody else's application: only Serve's part can be checked
     args = application.get("args") or {}
@@ -66,9 +69,11 @@ def _check_application(application: dict[str, Any], path: str, files: bool) -> I
     except ConfigError as error:
         yield from (f"{path}.args.{line}" for line in str(error).splitlines())
         return
-    yield from (f"{path}.args.{line}" for line in (*_check_model(config, files), *_check_keys(config)))
+    yield from (f"{path}.args.{line}" for line in (*_check_model(config, files, gpu), *_check_keys(config)))
     for i, deployment in enumerate(application.get("deployments") or []):
         if isinstance(deployment, dict):
+            if deployment.get("name") == "Engine":
+                yield from (f"{path}.deployments[{i}].{line}" for line in wrong_overrides(config, deployment))
             yield from (f"{path}.{line}" for line in _check_deployment(application, deployment, f"deployments[{i}]"))
 
 
@@ -121,7 +126,7 @@ def _check_keys(config: AppConfig) -> Iterable[str]:
             yield from str(error).splitlines()
 
 
-def _check_model(config: AppConfig, files: bool) -> Iterable[str]:
+def _check_model(config: AppConfig, files: bool, gpu: str | None) -> Iterable[str]:
     """What only the checkpoint can tell."""
     if config.model.quantization == "fp8" and config.pipeline.device != "cuda":
         yield FLOAT8_NEEDS_CUDA
@@ -135,6 +140,9 @@ def _check_model(config: AppConfig, files: bool) -> Iterable[str]:
         limit = model.longest_context
         if (config.model.max_model_len or 0) > limit:
             yield f"model.max_model_len: {config.model.max_model_len} is more than the model's {limit}"
+        if config.pipeline.device == "cuda" and config.cache.memory_gb is None and config.resources.stage_gpus == 1:
+            problem = too_small(config, model, config.resources.accelerator_type or gpu)
+            yield from [problem] if problem else []
         if files:
             yield from _check_files(config, model)
     except ValueError as error:

@@ -117,6 +117,18 @@ class ResourceArgs(Strict):
     engine_cpus: PositiveFloat = Field(default=1.0, description="CPUs per engine process")
     stage_cpus: PositiveFloat = Field(default=1.0, description="CPUs per stage")
     stage_gpus: PositiveFloat = Field(default=1.0, description="GPUs per stage, with device cuda")
+    accelerator_type: str | None = Field(
+        default=None,
+        description="GPUs that stages may take, as Ray calls them: H200, H100, A100-80G; default: any",
+    )
+    node_labels: dict[str, str] = Field(
+        default={},
+        description='labels of the nodes that stages may run on (`ray start --labels`): {"pool": "chat"}',
+    )
+    placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        default="PACK",
+        description="of a pipeline's stages: on few nodes, on one, on many, each on a node of its own",
+    )
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
         default=100,
         description="pipelines that an update starts before it ends old ones, as a share of all; 0 if no GPU is spare",

@@ -31,11 +31,12 @@ DEFAULT_METRICS = "http://127.0.0.1:8080/metrics"
 def check(
     file: Annotated[Path, typer.Argument(help="the Serve configuration file")],
     files: Annotated[bool, typer.Option("--files/--no-files", help="whether its checkpoint must be here")] = True,
+    gpu: Annotated[str, typer.Option(help="what stages will run on, as Ray calls it: H200, H100, A100-80G")] = "",
 ) -> None:
     """Validate a whole Serve configuration, ours and Serve's part: a mistyped key anywhere is an error."""
     from deployments.check import check_file
 
-    problems = check_file(file, files)
+    problems = check_file(file, files, gpu or None)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:

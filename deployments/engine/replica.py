@@ -28,6 +28,7 @@ from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.metrics import Recorder
 from deployments.offload.turns import ModestThreads
+from deployments.placement import first_stage
 from deployments.telemetry import audit
 from model.batch import StageTiming
 from model.text.grammar import Masks
@@ -75,7 +76,7 @@ class EngineReplica:
         if group is None:
             raise ValueError("the Engine deployment needs placement_group_bundles: use the application builder's")
         try:
-            engine = self._engine = launch_engine(config, group, 1, self, self._on_progress)
+            engine = self._engine = launch_engine(config, group, first_stage(config), self, self._on_progress)
             path = resolve_path(config.model.path)
             self._masks = Masks(lambda: load_tokenizer(path), engine.pipeline.wake)
             self._health.await_probe(engine)

@@ -50,8 +50,8 @@ def read_wanted(file: Path, checksums: bool) -> "Wanted":
     """From a Serve configuration. Raises `ValueError` with everything that `caravan check` finds, files aside."""
     import yaml
 
-    from deployments.app import bundles
     from deployments.config import parse_app_config
+    from deployments.placement import bundles
     from ops.preflight.run import Wanted
 
     try:
@@ -66,7 +66,7 @@ def read_wanted(file: Path, checksums: bool) -> "Wanted":
         every_node_serves=content.get("proxy_location", "EveryNode") == "EveryNode",
         http_port=int((content.get("http_options") or {}).get("port", 8000)),
         bundles=changed.get("placement_group_bundles") or bundles(config),
-        strategy=changed.get("placement_group_strategy") or "PACK",
+        strategy=changed.get("placement_group_strategy") or config.resources.placement,
         checksums=checksums,
     )
 

@@ -12,9 +12,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import read_model
-from cluster.launch import model_len, stage_layers
+from cluster.launch import model_len
 from cluster.sizing import stage_sizes
 from deployments.config import AppConfig
+from deployments.placement import first_stage
 from ops.preflight.checks import Finding, Needs, in_order, judge_clocks, judge_link, judge_nodes
 from ops.preflight.facts import NodeFacts, Question, clock, gather
 from ops.preflight.links import TIMEOUT_S, LinkEnd, LinkFigures
@@ -218,7 +219,7 @@ def _place(wanted: Wanted, needs: Needs, links: Mapping[tuple[str, str], object]
 
 def _gpu_links(wanted: Wanted, needs: Needs, group: Any) -> Iterator[Finding]:
     """Between the stages, on their GPUs, by NCCL as they will use it."""
-    first = len(wanted.bundles) - len(stage_layers(wanted.config, read_model(wanted.config.model)))
+    first = first_stage(wanted.config)
     actors = []
     for i in range(first, len(wanted.bundles)):
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)

@@ -17,8 +17,8 @@ from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, StageDied
 from cluster.sequence import Request, TokenEvent
-from deployments.app import bundles
 from deployments.config import AppConfig
+from deployments.placement import bundles
 from model.batch import StageTiming
 from model.heap import freeze_heap
 from model.sampling_params import SamplingParams
