@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 import yaml
 
-from deployments.app import bundles
 from deployments.check import check_file
 from deployments.config import AppConfig, parse_app_config
+from deployments.placement import bundles
 from ops.kubernetes.generate import CHART
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +132,8 @@ def test_the_application_is_one_that_caravan_takes_and_fits_into_its_pods(file: 
     assert config.gateway.replicas >= len(room), "a worker without a gateway is never ready"
     grace = pods_of(service)[1]["spec"]["terminationGracePeriodSeconds"]
     assert grace > config.resources.drain_timeout_s
+    env = {e["name"]: e.get("value") for e in pods_of(service)[1]["spec"]["containers"][0]["env"]}
+    assert float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] or 0) >= config.resources.drain_timeout_s
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > config.resources.drain_timeout_s
 
 

@@ -55,6 +55,7 @@ applications:
   "RAY_SERVE_ENABLE_HA_PROXY" (ternary "1" "0" .Values.serve.haproxy)
   "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S" "60"
   "RAY_SERVE_HAPROXY_MAXCONN" "20000"
+  "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (include "caravan.drain" .)
   "RAY_USAGE_STATS_ENABLED" "0"
 -}}
 {{- range $name, $value := merge (deepCopy .Values.env) $own }}
