@@ -74,7 +74,7 @@ def test_the_image_serves(container: str) -> None:
     names = {part["name"].lower() for part in contents["components"]}
     assert {"ray", "torch", "caravan", "libc6", "tini"} <= names
     assert not {"pytest", "mypy", "pip"} & names
-    written = inside(container, "find / -xdev -writable -type d").splitlines()
+    written = inside(container, "find / -xdev -writable -type d 2>/dev/null || true").splitlines()
     assert {line for line in written if not line.startswith(("/tmp", "/var/tmp", "/run", "/dev", "/proc"))} == set()
 
     port = free_port()

@@ -166,6 +166,16 @@ def test_wrong_values_are_refused_by_helm(change: dict[str, Any], named: str) ->
         chart.render({**values_of(VALUES[0]), **change}, name="caravan")
 
 
+def test_what_changes_in_place_is_passed_on(tmp_path: Path) -> None:
+    values = values_of(CHART.parent / "values" / "7b-8-replicas.yaml")
+    bounds = values["args"].pop("autoscaling")
+    values["deployments"] = [{"name": "Engine", "autoscaling_config": bounds}]
+    written = tmp_path / "serve.yaml"
+    written.write_text(service_of(rendered(values))["spec"]["serveConfigV2"])
+    assert check_file(written, files=False) == []
+    assert yaml.safe_load(written.read_text())["applications"][0]["deployments"] == values["deployments"]
+
+
 def test_choices_reach_their_objects() -> None:
     values = values_of(CHART.parent / "values" / "7b-8-replicas.yaml")
     service = service_of(rendered(values))

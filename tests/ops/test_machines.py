@@ -69,9 +69,8 @@ class Machine:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.log = directory / f"{space.port}.log"
         self.directory = directory / str(space.port)
-        for name in ("etc", "state", "opt"):
+        for name in ("etc", "state"):
             (self.directory / name).mkdir(parents=True)
-        (self.directory / "opt" / "bin").symlink_to(BIN)
         filled = {"RAY_AUTH_TOKEN": token, "NODE_ADDRESS": space.address, "HEAD_ADDRESS": head}
         text = (MACHINES / "caravan.env").read_text()
         for name, value in filled.items():
@@ -80,8 +79,11 @@ class Machine:
         (self.directory / "etc" / "caravan.env").write_text(text)
 
     def command(self, shell: str) -> list[str]:
-        places = {"etc": "/etc/caravan", "state": "/var/lib/caravan", "opt": "/opt/caravan"}
-        mounts = "".join(f"mount --bind {self.directory / name} {place}; " for name, place in places.items())
+        places = {
+            self.directory / "etc": "/etc/caravan", self.directory / "state": "/var/lib/caravan",
+            BIN.parent: "/opt/caravan",
+        }  # fmt: skip
+        mounts = "".join(f"mount --bind {here} {place}; " for here, place in places.items())
         return [*self.space.prefix, "sh", "-ec", f"{mounts}{shell}"]
 
     def environment(self) -> dict[str, str]:

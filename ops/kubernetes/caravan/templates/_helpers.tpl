@@ -38,6 +38,16 @@ applications:
     import_path: deployments.app:build
     args:
       {{- toYaml $args | nindent 6 }}
+    {{- with .Values.deployments }}
+    deployments:
+      {{- toYaml . | nindent 6 }}
+    {{- range . }}
+    {{- if .autoscaling_config }}
+    autoscaling_policy: {policy_function: "deployments.routing.autoscaling:follow_demand"}
+    {{- break }}
+    {{- end }}
+    {{- end }}
+    {{- end }}
 {{- end }}
 
 {{/* Environment of every pod: ops/runbook.md says what each is for. */}}
