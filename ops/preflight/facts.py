@@ -7,7 +7,7 @@ import resource
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from cluster.transport import interface_address
 from deployments.fingerprint import code_digest, samples
 from model.config import split_layers
 from model.weights import MANIFEST, SHAPE, open_checkpoint, read_config, resolve_path
+from ops.sockets import LISTENING, sockets
 
 # What stages, engines and gateways exchange, or compute with: another version of it is another answer, or none.
 PACKAGES = ("ray", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "pyzmq", "msgspec", "xgrammar")
@@ -172,7 +173,7 @@ def _limit(kind: int) -> int:
 
 def _listener(port: int) -> str | None:
     """Who listens on a TCP port of this node; None if nobody does."""
-    inodes = {inode for name in ("tcp", "tcp6") for inode in _listening(Path("/proc/net") / name, port)}
+    inodes = set(sockets(port, LISTENING))
     if not inodes:
         return None
     for process in Path("/proc").iterdir():
@@ -184,15 +185,6 @@ def _listener(port: int) -> str | None:
                             title = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
                             return f"pid {process.name} ({title.strip()[:60]})"
     return "a process of somebody else"
-
-
-def _listening(table: Path, port: int) -> Iterator[str]:
-    """The inodes of sockets that listen on `port`, from the kernel's table."""
-    with suppress(OSError):
-        for line in table.read_text().splitlines()[1:]:
-            columns = line.split()
-            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
-                yield columns[9]
 
 
 def _weights(question: Question) -> Weights:

@@ -93,9 +93,9 @@ securityContext:
 env:
   {{- include "caravan.environment" . | nindent 2 }}
 lifecycle:
-  preStop: # Ray moves what runs here, gateways and engines hand their streams over, then the node ends by itself
+  preStop: # answers through this pod end, Ray moves what runs here and streams with it, then the node ends by itself
     exec:
-      command: [python, -m, ops.drain, --timeout, {{ include "caravan.drain" . | quote }}]
+      command: [python, -m, ops.drain, --port, {{ .Values.serve.port | quote }}, --timeout, {{ include "caravan.drain" . | quote }}]
 livenessProbe: # of the raylet, by Ray's own agent
   httpGet:
     path: /api/local_raylet_healthz
@@ -113,7 +113,7 @@ startupProbe:
 {{- end }}
 
 {{- define "caravan.pod" -}}
-terminationGracePeriodSeconds: {{ add (include "caravan.drain" . | int) 60 }}
+terminationGracePeriodSeconds: {{ add (mul 2 (include "caravan.drain" . | int)) 60 }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
