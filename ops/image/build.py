@@ -92,7 +92,8 @@ def pip_settings(directory: Path) -> tuple[Path, list[str]]:
         for i, word in enumerate(words):
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.is_dir():
-                volumes[str(path)] = str(path)
+                place = path.parent if path.name == "simple" else path  # an index, whose files lie beside it
+                volumes[str(place)] = str(place)
             elif path.is_absolute() and path.is_file():  # not where the image may have one of its own
                 volumes[str(path)] = words[i] = f"/run/pip/{path.name}"
         settings[key] = "\n  ".join(words)
