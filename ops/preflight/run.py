@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.config import read_model
 from cluster.launch import model_len
 from cluster.sizing import stage_sizes
+from deployments.check import is_here
 from deployments.config import AppConfig
 from deployments.placement import first_stage
 from ops.preflight.checks import Finding, Needs, in_order, judge_clocks, judge_link, judge_nodes
@@ -74,9 +75,12 @@ def preflight(wanted: Wanted, address: str) -> Report:
 
 
 def needs_of(config: AppConfig) -> Needs:
-    """What a stage asks of its node."""
+    """What a stage asks of its node; where the checkpoint is not on this one, its sizes are not asked for."""
+    cuda = config.pipeline.device == "cuda"
+    if not is_here(config.model.path):
+        return Needs(gpus=config.pipeline.tensor_parallel if cuda else 0)
     model = read_model(config.model)
-    sizes, cuda = stage_sizes(config, model), config.pipeline.device == "cuda"
+    sizes = stage_sizes(config, model)
     least = model_len(config, model)
     fraction = config.cache.memory_fraction
     step = config.scheduler.max_num_seqs / (len(sizes) + 1) * model.dim * 2  # hidden states of a batch that decodes

