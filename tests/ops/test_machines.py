@@ -179,7 +179,9 @@ def small_config() -> str:
     config["proxy_location"] = "EveryNode"
     config["http_options"]["host"] = "0.0.0.0"
     args = config["applications"][0]["args"]
-    args["autoscaling"] = {"min_replicas": 1, "max_replicas": 1}
+    for deployment in config["applications"][0].get("deployments", []):
+        if deployment["name"] == "Engine":
+            deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
     cpus = os.cpu_count() or 2
     args["resources"] = {"gateway_cpus": 0.2, "engine_cpus": 0.2, "stage_cpus": 0.55 * cpus, "drain_timeout_s": 20.0}
     return yaml.safe_dump(config, sort_keys=False)
