@@ -2,8 +2,8 @@
 
 First its clients: no new ones are sent here any more (a pod that is deleted is no endpoint), and answers on their way
 through its port get time to end, for Ray takes a node for idle whose proxy still carries streams. Then `ray start
---block` is told to end, upon which Ray drains the node: what runs there goes elsewhere, streams with it. Returns when the
-node has ended. The preStop hook of the chart's pods, ExecStop of the systemd units.
+--block` is told to end, upon which Ray drains the node: what runs there goes elsewhere, streams with it. Returns when
+the node has ended. The preStop hook of the chart's pods, ExecStop of the systemd units.
 """
 
 import os
