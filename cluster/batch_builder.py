@@ -19,7 +19,8 @@ def in_order(running: Running, decodes: Slots, chunks: list[tuple[Sequence, int]
     singles = singles[(-running.num_computed[singles]).argsort(kind="stable")]
     others = [(seq.slot, count) for seq, count in chunks if count > 1]
     counts = np.ones(len(singles) + len(others), np.int32)
-    counts[: len(singles)] += running.num_drafted[singles]
+    if running.drafts:
+        counts[: len(singles)] += running.num_drafted[singles]
     if not others:
         return singles, counts
     counts[len(singles) :] = [count for _, count in others]

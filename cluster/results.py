@@ -31,14 +31,13 @@ class Results:
         return events
 
     def _take_sampled(self, step: Step, slots: Slots, live: NDArray[np.bool_], output: StepOutput) -> list[TokenEvent]:
-        sequences, token_ids, rows = step.sampled_sequences, output.token_ids, step.first_rows()
+        sequences, token_ids = step.sampled_sequences, output.token_ids
         plain = live & self._running.is_plain[slots]
-        if output.errors or output.logprobs:
-            plain[rows.searchsorted([*output.errors, *output.logprobs], "right") - 1] = False
-        if step.drafts:
-            plain &= ~np.isin(slots, list(step.drafts))
-        elif plain.all():
+        if not (step.drafts or output.errors or output.logprobs) and plain.all():
             return self._take_plain(sequences, slots, token_ids)
+        rows = step.first_rows()
+        plain[rows.searchsorted([*output.errors, *output.logprobs], "right") - 1] = False
+        plain &= ~np.isin(slots, list(step.drafts))
         few = places(plain)
         events = self._take_plain([sequences[i] for i in few], slots[few], [token_ids[rows[i]] for i in few])
         others = [(sequences[i], int(rows[i])) for i in places(live & ~plain)]

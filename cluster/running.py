@@ -57,6 +57,7 @@ class Running:
         self._free = list(range(max_num_seqs))  # slots
         self._serial = 0
         self.num_constrained = self.num_suspects = 0  # sequences that have a matcher; that are apart
+        self.drafts = False  # whether any are drafted, see speculation.py
         self._priorities: Counter[int] = Counter()
         self._stop_ids: Counter[int] = Counter()
         self.sequences: NDArray[np.object_] = np.full(max_num_seqs, None)
@@ -193,7 +194,7 @@ class Running:
     def advance(self, slots: Slots, counts: Int32Array, sampled: Slots, step_id: int) -> None:
         """What this step computes counts as computed from now on; of those at `sampled` it samples a token."""
         self.num_computed[slots] += counts
-        self.num_pending[slots[sampled]] += 1 + self.num_drafted[slots[sampled]]
+        self.num_pending[slots[sampled]] += 1 + self.num_drafted[slots[sampled]] if self.drafts else 1
         self.num_in_flight[slots] += 1
         self.last_step[slots] = step_id
         if self._blocks.prefix_caching:

@@ -108,7 +108,7 @@ class Scheduler:
         """What is added from now on is drafted, so many tokens of each in a step (None: as many as pay), or not."""
         assert not self.has_work
         self.speculation = Speculation(proposer, self._running, tokens) if proposer is not None else None
-        self._results.speculation = self.speculation
+        self._results.speculation, self._running.drafts = self.speculation, proposer is not None
 
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Queue a request, with a matcher if it has a constraint. Raises `RequestRejected` as `validate` does."""
@@ -303,7 +303,10 @@ class Scheduler:
         pending, last_step = running.num_pending[slots], running.last_step[slots]
         # As many as may be ahead of what is known are, or the last one is.
         can = (pending < MAX_PENDING_TOKENS) & (running.num_computed[slots] < running.max_computed[slots])
-        can &= (pending == 0) | (last_step <= latest) & ~running.is_drafted[slots]
+        ahead = last_step <= latest
+        if running.drafts:
+            ahead &= ~running.is_drafted[slots]
+        can &= (pending == 0) | ahead
         slots = slots[can]
         slots = slots[last_step[can].argsort(kind="stable")]
         first = slots[:share]
@@ -321,7 +324,7 @@ class Scheduler:
         Who is drafted waits for what is sampled, and so do the others: in two cohorts each step would read all weights
         for half of them.
         """
-        is_drafted = self.speculation is not None and self._running.is_drafted[slots].any()
+        is_drafted = self._running.drafts and self._running.is_drafted[slots].any()
         return len(self._cohorts) > self.depth - bool(is_drafted)
 
     def _one_by_one(self, slots: list[int], share: int) -> Slots:
