@@ -27,8 +27,8 @@ class NgramDrafter:
             return []
         count = min(most, self._length)
         draft = token_ids[self._next : self._next + count]
-        while len(draft) < count:  # it has caught up with itself: what repeats, repeats
-            draft += draft[: count - len(draft)] if self._next + len(draft) == len(token_ids) else []
+        if len(draft) < count:  # it has caught up with itself: what repeats, repeats
+            draft = (draft * count)[:count]
         return draft
 
     def _follow(self, token_ids: list[int]) -> None:
