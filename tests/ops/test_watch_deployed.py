@@ -37,6 +37,7 @@ pytestmark = [
 ]
 SHORTENED = 60
 STAGES = 3
+SWITCHED_OFF = "speculation_|adapter"  # metrics of what this small service does not do
 
 
 def config(port: int) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_every_panel_shows_something_under_load(service: Service, watch: Watchin
         for board in ("service", "pipeline")
         for panel in dashboard(board)["panels"]  # type: ignore[arg-type]
         for target in panel.get("targets", [])
-        if panel["title"] not in gpus | later
+        if panel["title"] not in gpus | later and not re.search(SWITCHED_OFF, target["expr"])
     ]
     assert len(targets) > 50
 
