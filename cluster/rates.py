@@ -13,6 +13,7 @@ class Rate:
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
         self.total = 0  # tokens, of all time
+        self.peak = 0.0  # the most per second that it has been
 
     @property
     def per_second(self) -> float:
@@ -24,6 +25,8 @@ class Rate:
         kept = math.exp(-seconds / MEMORY_S)
         self._tokens = self._tokens * kept + tokens
         self._seconds = self._seconds * kept + seconds
+        if self._seconds > 0.2 * MEMORY_S:  # a single step says little
+            self.peak = max(self.peak, self.per_second)
 
 
 class EngineRates:

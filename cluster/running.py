@@ -102,6 +102,12 @@ class Running:
         left: Int32Array = self.num_known + self.num_pending - self.num_computed
         return left
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """That are left to compute of prompts."""
+        left = self.num_left
+        return int(left[left > 1].sum())
+
     def decoding(self) -> Slots:
         """Slots of those that have one token left, but for suspects."""
         decoding = self.num_left == 1

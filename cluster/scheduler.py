@@ -50,6 +50,7 @@ class SchedulerStats:
     running_tokens: int  # prompt and output tokens of running requests
     waiting: int
     waiting_tokens: int
+    queued_tokens: int  # of running and waiting prompts, not computed yet
     kv_blocks_used: int
     kv_blocks_total: int
     preemptions: int  # since the start
@@ -144,6 +145,7 @@ class Scheduler:
             running_tokens=sum(s.num_tokens for s in self._running),
             waiting=len(self._waiting),
             waiting_tokens=self._waiting.num_tokens,
+            queued_tokens=self._waiting.num_tokens + self._running.num_prefill_tokens,
             kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
             preemptions=self._preemptions,

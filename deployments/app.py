@@ -47,8 +47,8 @@ class Gateway:
         return config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        client = ServeEngineClient(self._engine, serve.get_replica_context().app_name)
-        recorder = Recorder(serve_metrics, "gateway")
+        recorder, name = Recorder(serve_metrics, "gateway"), serve.get_replica_context().app_name
+        client = ServeEngineClient(self._engine, name, self._config.cache.block_size, recorder)
         self._app = asgi.create_gateway(self._config, client, recorder, echo_request_id=False)
         open_requests: set[Record] = self._app.state.gateway.open_requests
         threading.Thread(target=_report, args=(recorder, open_requests), name="report", daemon=True).start()
@@ -115,8 +115,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,  # its streams are handed over at once
         max_surge_percent=config.resources.max_surge_percent,
         request_router_config=RequestRouterConfig(
-            request_router_class="deployments.routing.router:MostRoomRouter",
-            request_router_kwargs={"sequences_per_replica": config.scheduler.max_num_seqs},
+            request_router_class="deployments.routing.router:LeastWorkRouter",
             request_routing_stats_period_s=0.5,
         ),
         autoscaling_config=autoscaling(config),

@@ -144,6 +144,12 @@ METRICS: tuple[Metric, ...] = (
         "open_requests", "gateway", "short", "Requests for answers of engines that gateways have open",
         "Demand", "Open requests",
     ),
+    counter(
+        "routed_total", "gateway", "reqps",
+        "Requests by why they went where they did: prefix: most of the prompt is held there; room: elsewhere more of "
+        "it is, but there would be more to wait for; cold: nobody holds any",
+        "Demand", "Requests by routing decision", "reason", known=("prefix", "room", "cold"),
+    ),
     gauge("running", "engine", "short", "Sequences running", "Demand", "Running sequences"),
     gauge("waiting", "engine", "short", "Sequences waiting for KV room or a slot", "Demand", "Waiting sequences"),
     gauge("waiting_tokens", "engine", "short", "Tokens of waiting sequences", "Demand", "Waiting tokens"),

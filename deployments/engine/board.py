@@ -11,8 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from cluster.prefix import Digest
+
 State = Literal["loading", "ready", "stalled", "failed"]
-NAMESPACE = b"caravan"
+NAMESPACE, DIGESTS = b"caravan", b"caravan-digests"
 FORGET_AFTER_S = 60.0  # a replica that died without a word leaves the board after this
 
 
@@ -99,7 +101,23 @@ def remove(app: str, replica: str) -> None:
     """Take a replica that ends properly off the board."""
     from ray.experimental import internal_kv
 
-    internal_kv._internal_kv_del(_key(app, replica), namespace=NAMESPACE)
+    for namespace in (NAMESPACE, DIGESTS):
+        internal_kv._internal_kv_del(_key(app, replica), namespace=namespace)
+
+
+def publish_digest(app: str, replica: str, digest: Digest) -> None:
+    """What its KV cache holds: larger than its status, and read by routers alone."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(_key(app, replica), msgspec.msgpack.encode(digest), namespace=DIGESTS)
+
+
+def read_digests(app: str, replicas: Iterable[str]) -> dict[str, Digest]:
+    """Of those that have said what they hold."""
+    from ray.experimental import internal_kv
+
+    values = {name: internal_kv._internal_kv_get(_key(app, name), namespace=DIGESTS) for name in replicas}
+    return {name: msgspec.msgpack.decode(value, type=Digest) for name, value in values.items() if value}
 
 
 def _key(app: str, replica: str) -> bytes:

@@ -9,6 +9,7 @@ from cluster.errors import EngineStopped
 from cluster.rates import EngineRates
 from cluster.sequence import Request
 from deployments.engine.board import ReplicaStatus, State
+from deployments.routing.outlook import Report
 from model.sampling_params import SamplingParams
 
 PROBE_PERIOD_S = 5.0  # how often an idle pipeline proves itself with one token
@@ -48,6 +49,19 @@ class Health:
             max_num_seqs=self._config.scheduler.max_num_seqs,
             prefill_rate=self.rates.prefill.per_second,
             decode_rate=self.rates.decode.per_second,
+        )
+
+    def report(self, engine: Engine) -> Report:
+        """For the gateways' routers."""
+        stats, max_num_seqs = engine.stats, self._config.scheduler.max_num_seqs
+        return Report(
+            stamp=time.time(),
+            queued_tokens=stats.queued_tokens,
+            sequences=stats.running + stats.waiting,
+            is_full=stats.waiting > 0 or stats.running >= max_num_seqs,
+            prefill_rate=self.rates.prefill.per_second,
+            decode_rate=self.rates.decode.peak,
+            is_ready=self.state(engine)[0] == "ready",
         )
 
     def state(self, engine: Engine | None) -> tuple[State, str]:

@@ -17,6 +17,7 @@ from ray.serve import metrics as serve_metrics
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected, StageDied
 from cluster.launch import launch_engine
+from cluster.prefix import Digest
 from cluster.sequence import Matcher, Request, TokenEvent
 from deployments import logs
 from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
@@ -38,6 +39,7 @@ from model.weights import resolve_path
 log = logging.getLogger(__name__)
 
 PUBLISH_PERIOD_S = 1.0
+DIGEST_PERIOD_S = 2.0
 BEAT_PERIOD_S = 1.0  # how often gateways that have requests here hear that the engine lives
 SWITCH_INTERVAL_S = 0.0002
 AT_ONCE, FOR_EACH, NICENESS = 2, 1, 5  # grammars that are compiled: in all, and of one tenant
@@ -62,6 +64,7 @@ class EngineReplica:
         self._health = Health(self._replica, config)
         self._engine: Engine | None = None
         self._masks: Masks | None = None
+        self._digest: Digest | None = None  # the last one that was published
         self._compiling = ModestThreads("grammars", AT_ONCE, FOR_EACH, waiting=sys.maxsize, niceness=NICENESS)
         self._serving = False  # the constructor is through: what fails from now on is for Serve to replace
         self._stopping = threading.Event()
@@ -70,6 +73,7 @@ class EngineReplica:
             (BEAT_PERIOD_S, self._beat),
             (PUBLISH_PERIOD_S, self._keep_house),
             (PUBLISH_PERIOD_S, self._publish),
+            (DIGEST_PERIOD_S, self._publish_digest),
         ):
             threading.Thread(target=self._repeat, args=(period, work), name=work.__name__, daemon=True).start()
         group = ray.util.get_current_placement_group()
@@ -135,12 +139,9 @@ class EngineReplica:
             raise RuntimeError(f"engine {self._replica} is {state}: {reason}")
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """For `MostRoomRouter`."""
+        """A `Report`, for the routers of all gateways."""
         assert self._engine is not None
-        stats = self._engine.stats
-        kv_use = stats.kv_blocks_used / stats.kv_blocks_total
-        ready = self._health.state(self._engine)[0] == "ready"
-        return {"kv_use": kv_use, "waiting": stats.waiting, "ready": ready, "report": time.time()}
+        return msgspec.structs.asdict(self._health.report(self._engine))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For the scaler (`routing.autoscaling`)."""
@@ -207,6 +208,12 @@ class EngineReplica:
         status, m = self._health.status(self._engine), self._metrics
         told = msgspec.structs.replace(status, generated_tokens=m.generated, stages=m.stages, recoveries=m.recoveries)
         board.publish(self._app, told)
+
+    def _publish_digest(self) -> None:
+        """What the cache holds, if that has changed."""
+        if self._engine is not None and (digest := self._engine.scheduler.blocks.digest()) != self._digest:
+            board.publish_digest(self._app, self._replica, digest)
+            self._digest = digest
 
     def _keep_house(self) -> None:
         """Record metrics, probe an idle pipeline, make room for a replica that works."""

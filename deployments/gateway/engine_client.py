@@ -1,6 +1,7 @@
 """How a gateway speaks to the engines."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol
@@ -13,14 +14,20 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import CaravanError, EngineStopped
+from cluster.prefix import Chain
 from cluster.sequence import Request, TokenEvent
 from deployments import logs
 from deployments.engine import board
 from deployments.engine.board import ReplicaStatus, Sightings
 from deployments.engine.token_link import Inbox, TokenReceiver
+from deployments.metrics import MetricsRecorder
 from deployments.routing.assignments import ASSIGNMENTS
+from deployments.routing.outlook import OUTLOOK, Prompt
+
+log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
+LEARN_PERIOD_S = 1.0  # how often engines' digests are read
 BOARD_S = 1.0  # how long a look at the board may take
 LAST_TOKENS_S = 5.0  # how much later than the end of its call a request's last tokens may come
 
@@ -53,9 +60,11 @@ class ServeEngineClient:
     health check among them, and Serve would replace it.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], app: str) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], app: str, block_size: int, recorder: MetricsRecorder) -> None:
         self._generate: Any = handle.options(method_name="generate", stream=True, _by_reference=False)
         self._app = app
+        self._block_size = block_size
+        self._recorder = recorder
         self._receiver: TokenReceiver | None = None
         self._board: list[ReplicaStatus] = []
         self._sightings = Sightings()
@@ -66,7 +75,7 @@ class ServeEngineClient:
         receiver = self._receiver = self._receiver or self._open_receiver()
         name = request.request_id
         inbox = receiver.open(name)
-        ASSIGNMENTS.open(name, inbox, asyncio.get_running_loop())
+        ASSIGNMENTS.open(name, inbox, asyncio.get_running_loop(), self._prompt(request))
         response = self._generate.remote(name, _encode_request(request), msgspec.structs.astuple(receiver.address))
         self._keep(self._end(response, inbox))
         finished = False
@@ -83,8 +92,14 @@ class ServeEngineClient:
             if not finished:
                 response.cancel()
 
+    def _prompt(self, request: Request) -> Prompt:
+        token_ids = [*request.token_ids, *request.output_ids]
+        shorts = Chain(request.chain_root).shorts(token_ids, self._block_size)
+        return Prompt(len(token_ids), self._block_size, shorts)
+
     def _open_receiver(self) -> TokenReceiver:
         self._keep(self._watch())
+        self._keep(self._learn())
         return TokenReceiver(ray.util.get_node_ip_address(), ASSIGNMENTS.heard)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
@@ -97,6 +112,17 @@ class ServeEngineClient:
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
             ASSIGNMENTS.fail_silent()
+
+    async def _learn(self) -> None:
+        """What engines hold, for the router; and tell of its decisions."""
+        while True:
+            try:
+                OUTLOOK.hold(await asyncio.to_thread(board.read_digests, self._app, ASSIGNMENTS.running or ()))
+            except Exception as error:  # the control plane is away: what was known still holds
+                log.info("what engines hold could not be read: %s", error)
+            for reason, count in OUTLOOK.take_decisions().items():
+                self._recorder.inc("routed_total", count, reason=reason)
+            await asyncio.sleep(LEARN_PERIOD_S)
 
     @staticmethod
     async def _end(response: Any, inbox: Inbox) -> None:

@@ -129,6 +129,7 @@ class Gateway:
                 tenant=request.tenant.name,
                 weight=request.tenant.weight,
                 priority=request.priority,
+                cache_salt=request.salt,
             )
         )
         rules = TextRules(

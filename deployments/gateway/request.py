@@ -28,8 +28,14 @@ class GenerationRequest:
     include_stop: bool = False  # whether the stop string that ends an answer is shown
     prompt_only: bool = False  # the prompt's logprobs are all that is wanted
     priority: int = 0  # a lower one goes first
+    cache_salt: str = ""  # keys and values are shared only with requests of the same, within what the key shares
     calls: CallSyntax | None = None  # how functions are called in it; None: whatever it says is text
     control_tokens: bool = False  # whether their names are shown in the text
+
+    @property
+    def salt(self) -> str:
+        """The key's and the request's own: neither can be made up by the other."""
+        return f"{self.tenant.cache_salt}\0{self.cache_salt}" if self.tenant.cache_salt or self.cache_salt else ""
 
     def copies(self, n: int) -> "list[GenerationRequest]":
         """`n` answers to the same prompt. Each draws by a seed of its own, the first one by the request's."""

@@ -153,6 +153,7 @@ class OpenAI:
             include_stop=bool(request.include_stop_str_in_output),
             prompt_only=isinstance(request, CompletionRequest) and request.prompt_only,
             priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
             calls=self._gateway.prompts.call_syntax if use is not None else None,
             control_tokens=request.skip_special_tokens is False,
         )

@@ -133,7 +133,6 @@ REFUSED: Mapping[str, Refused] = {
     "return_prompt_text": Refused("/tokenize shows the prompt", (False,)),
     "return_token_offsets": Refused("leave it out: text_offset stands in a completion's logprobs", (False,)),
     "routed_experts_prompt_start": Refused(_EXPERTS, (0,)),
-    "cache_salt": Refused("leave it out: give the tenants who must be apart keys of their own"),
     "kv_transfer_params": Refused(_OTHER_CLUSTER),
     "ec_transfer_params": Refused(_OTHER_CLUSTER),
     "vllm_xargs": Refused("leave it out: these are arguments of vLLM's plug-ins"),

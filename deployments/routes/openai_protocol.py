@@ -149,6 +149,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     structured_outputs: dict[str, Any] | None = None
     priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     truncation_side: Literal["left", "right"] | None = None

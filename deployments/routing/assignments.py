@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import CaravanError, EngineLeaving, EngineStopped
+from deployments.routing.outlook import Prompt
 
 SILENCE_S = 4.0  # engines say something every second to whoever has a request with them
 
@@ -29,6 +30,7 @@ class Assignment:
 
     inbox: Failing
     loop: asyncio.AbstractEventLoop
+    prompt: Prompt
     replica: str = ""  # none yet
     since: float = 0.0
 
@@ -48,9 +50,11 @@ class Assignments:
         self._rebuilding: set[str] = set()
         self.running: frozenset[str] | None = None  # replicas that Serve routes to; None: not known yet
 
-    def open(self, request_id: str, inbox: Failing, loop: asyncio.AbstractEventLoop) -> None:
+    def open(
+        self, request_id: str, inbox: Failing, loop: asyncio.AbstractEventLoop, prompt: Prompt | None = None
+    ) -> None:
         with self._lock:
-            assignment = self._open[request_id] = Assignment(inbox, loop)
+            assignment = self._open[request_id] = Assignment(inbox, loop, prompt or Prompt())
             self._counts[assignment.replica] += 1
 
     def close(self, request_id: str) -> None:
@@ -76,6 +80,11 @@ class Assignments:
     def count(self, replica: str) -> int:
         """How many open requests are on it."""
         return self._counts[replica]
+
+    def prompt_of(self, request_id: str) -> Prompt:
+        """What is known of it here."""
+        assignment = self._open.get(request_id)
+        return assignment.prompt if assignment is not None else Prompt()
 
     def replica_of(self, request_id: str) -> str:
         """Where it is now; empty if nowhere."""

@@ -203,7 +203,7 @@ class Client:
     def __init__(self, replicas: dict[str, Replica]) -> None:
         self._replicas = replicas
         handle: Any = Handle(replicas)
-        self._serve = ServeEngineClient(handle, "app")
+        self._serve = ServeEngineClient(handle, "app", 4, Recorded())
         self.engines = ResumingEngineClient(self._serve, 5, 60.0, Recorded())
         self.longest_pause = 0.0
         self.errors: dict[str, list[TokenEvent]] = {}

@@ -1,7 +1,5 @@
-"""How many replicas, and which one: both pure functions of what replicas report."""
+"""How many replicas: a pure function of what they report."""
 
-import heapq
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,6 @@ from deployments.routing.autoscaling import (
     gateways_needed,
     pipelines_needed,
 )
-from deployments.routing.router import AS_GOOD, Load, load_score, ranking
 
 # Llama 2 70B of the shipped file on two H200s: decoding as fast as its 429s showed, which began at 740 waiting answers
 # of 150 tokens; prompts at the 630 TFLOP/s that were measured of each GPU.
@@ -219,73 +216,3 @@ def test_without_the_applications_policy_an_engines_own_view_counts() -> None:
     context = SimpleNamespace(aggregated_metrics=metrics, target_num_replicas=1, policy_state={})
     assert policy(context)[0] == 2
     assert policy(SimpleNamespace(aggregated_metrics={}, target_num_replicas=3, policy_state={}))[0] == 3
-
-
-def test_the_replica_with_the_most_room_is_the_best() -> None:
-    scores = [
-        load_score(Load(kv_use, waiting, routed), 64)
-        for kv_use, waiting, routed in [(0.1, 0, 0), (0.1, 0, 3), (0.1, 10, 3), (0.9, 10, 3), (0.9, 64, 64)]
-    ]
-    assert scores == sorted(scores)
-    assert load_score(Load(0.5, 0, 0), 64) < load_score(Load(0.4, 0, 32), 64), "what is on its way counts"
-
-
-def test_a_gateway_spreads_its_requests_over_replicas_with_about_as_much_room() -> None:
-    def first(*loads: Load) -> int:
-        return ranking(loads, 64)[0]
-
-    assert first(Load(0.5, 0, 0, open=9), Load(0.5 + AS_GOOD / 2, 0, 0, open=8)) == 1
-    assert first(Load(0.5, 0, 0, open=9), Load(0.5 + AS_GOOD * 2, 0, 0, open=0)) == 0, "room comes first"
-    assert first(Load(0.51, 0, 0, open=9), Load(0.5, 0, 0, open=9)) == 1
-    assert first(Load(0.5, 0, 0, True, open=0), Load(0.9, 30, 0, open=9)) == 1, "doubts come before all"
-    assert first(Load(0.9, 0, 0, True), Load(0.1, 0, 0, True)) == 1, "of those in doubt, too"
-    assert ranking([], 64) == []
-
-
-def furthest_apart(seed: int) -> float:
-    """Mean distance between the fullest and the emptiest of 3 replicas with room for 256 sequences each.
-
-    768 streams reach them through 12 gateways, which read reports that come twice a second and are 0.5 s old.
-    """
-    replicas, gateways, seats, rng = 3, 12, 256, random.Random(seed)
-    reported, open_by = [0] * replicas, [[0] * replicas for _ in range(gateways)]
-    routed = [[0] * replicas for _ in range(gateways)]
-    held: list[list[float]] = [[] for _ in range(replicas)]  # when each sequence will be finished
-    ends: list[tuple[float, int, int]] = []
-    now, next_report, distances = 0.0, 0.0, []
-
-    def send() -> None:
-        gateway = rng.randrange(gateways)
-        loads = [
-            Load(min(r, seats) / seats, max(0, r - seats), routed[gateway][i], open=open_by[gateway][i])
-            for i, r in enumerate(reported)
-        ]
-        to = ranking(loads, seats)[0]
-        routed[gateway][to] += 1
-        open_by[gateway][to] += 1
-        # A sequence beyond the seats waits for one: the next that ends.
-        begins = now if len(held[to]) < seats else heapq.heappop(held[to])
-        heapq.heappush(held[to], end := begins + rng.gammavariate(3, 6.0))
-        heapq.heappush(ends, (end, gateway, to))
-
-    old = reported[:]
-    for _ in range(replicas * seats):
-        send()
-    while now < 120:
-        if ends[0][0] > next_report:
-            now, next_report = next_report, next_report + 0.5
-            reported, old = old, [sum(by[i] for by in open_by) for i in range(replicas)]
-            routed = [[0] * replicas for _ in range(gateways)]
-            distances.append(max(old) - min(old))
-            continue
-        now, gateway, to = heapq.heappop(ends)
-        held[to] = [end for end in held[to] if end > now]
-        heapq.heapify(held[to])
-        open_by[gateway][to] -= 1
-        send()
-    return sum(distances[60:]) / len(distances[60:])
-
-
-def test_gateways_that_know_the_same_old_reports_do_not_all_send_to_the_same_replica() -> None:
-    """By the reports alone 25 requests lie between the fullest and the emptiest; so, 6."""
-    assert furthest_apart(0) < 12
