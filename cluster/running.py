@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from cluster.account import Account
 from cluster.block_manager import BlockManager
+from cluster.host_tier import Load
 from cluster.sequence import Found, Sequence
 from model.batch import Int32Array
 
@@ -74,6 +75,7 @@ class Running:
         self.charged_from = np.zeros(max_num_seqs, np.int32)  # tokens from this one on are output to be paid for
         self.has_rules = np.zeros(max_num_seqs, np.bool_)  # its tokens are not simply the likeliest
         self.rules_told = np.zeros(max_num_seqs, np.bool_)  # to the last stage, for this slot
+        self.is_loading = np.zeros(max_num_seqs, np.bool_)  # what it begins with comes from host memory
         self.is_apart = np.zeros(max_num_seqs, np.bool_)  # suspects: they share no batch
         self.is_plain = np.zeros(max_num_seqs, np.bool_)  # see Sequence.is_plain
         self.is_drafted = np.zeros(max_num_seqs, np.bool_)  # it is scheduled only once all its tokens are known
@@ -110,19 +112,19 @@ class Running:
 
     def decoding(self) -> Slots:
         """Slots of those that have one token left, but for suspects."""
-        decoding = self.num_left == 1
+        decoding = (self.num_left == 1) & ~self.is_loading
         return places(decoding & ~self.is_apart if self.num_suspects else decoding)
 
     def prefilling(self) -> list[Sequence]:
         """Those that have more, but for suspects."""
-        found: list[Sequence] = self.sequences[(self.num_left > 1) & ~self.is_apart].tolist()
+        found: list[Sequence] = self.sequences[(self.num_left > 1) & ~(self.is_apart | self.is_loading)].tolist()
         return found
 
     def apart(self) -> list[Sequence]:
         """Suspects, least recently scheduled first."""
         if not self.num_suspects:
             return []
-        slots = places(self.is_apart)
+        slots = places(self.is_apart & ~self.is_loading)
         found: list[Sequence] = self.sequences[slots[np.argsort(self.last_step[slots], kind="stable")]].tolist()
         return found
 
@@ -145,7 +147,7 @@ class Running:
 
     def admit(self, seq: Sequence) -> None:
         """Let it run, with blocks for all it knows now, of which those that were found are computed."""
-        prefix, seq.found = seq.found.blocks.tolist(), Found()
+        prefix, copies, seq.found = seq.found.blocks.tolist(), seq.found.places.tolist(), Found()
         self._blocks.allocate(seq, prefix, seq.num_tokens)
         seq.account.num_running += 1
         seq.account.num_blocks += len(seq.block_table)
@@ -167,6 +169,34 @@ class Running:
         self.charged_from[slot] = max(seq.num_paid_tokens, seq.num_prompt_tokens)
         self.is_apart[slot], self.is_plain[slot], self.is_drafted[slot] = seq.num_deaths > 0, seq.is_plain, False
         self.has_rules[slot], self.rules_told[slot] = not seq.is_greedy, False
+        if copies:
+            self._load(seq, len(prefix), copies)
+
+    def _load(self, seq: Sequence, first: int, copies: list[int]) -> None:
+        """Bring these copies into its blocks from number `first` on; it counts as in flight until they are there."""
+        blocks, host, slot = seq.block_table[first : first + len(copies)], self._blocks.host, seq.slot
+        assert host is not None
+        hashes = [seq.chain.hash(seq.token_ids, first + i, self._blocks.block_size) for i in range(len(copies))]
+        self._blocks.hold(blocks)
+        host.load(Load(slot, int(self.serials[slot]), copies, blocks, hashes))
+        self.is_loading[slot] = True
+        self.num_in_flight[slot] += 1
+
+    def loaded(self, load: Load, num_good: int) -> int:
+        """The first so many of these blocks are there. Returns how many tokens less its sequence has to compute."""
+        self._blocks.let_go(load.blocks)
+        slot, size = load.slot, self._blocks.block_size
+        if self.serials[slot] != load.serial:
+            return 0  # it has left
+        seq, computed = self.sequences[slot], int(self.num_computed[slot]) + num_good * size
+        self.is_loading[slot] = False
+        self.num_in_flight[slot] -= 1
+        self.num_computed[slot], self.num_cacheable[slot] = computed, computed + size
+        self._blocks.mark_computed(seq, computed)
+        if seq.num_output_tokens == len(seq.request.output_ids):
+            seq.num_cached_tokens = min(computed, seq.num_prompt_tokens)
+            self.is_plain[slot] = seq.is_plain
+        return num_good * size
 
     def grow(self, seq: Sequence) -> bool:
         """Blocks for one token more, if it needs any; False if there are none."""
@@ -247,7 +277,8 @@ class Running:
         self._blocks.free(seq)
         slot, seq.slot = seq.slot, -1
         self._free.append(slot)
-        self.sequences[slot], self.serials[slot], self.is_apart[slot] = None, 0, False
+        self.sequences[slot], self.serials[slot] = None, 0
+        self.is_apart[slot] = self.is_loading[slot] = False
         for counts in (self.num_known, self.num_pending, self.num_computed, self.num_drafted, self.num_in_flight):
             counts[slot] = 0
 

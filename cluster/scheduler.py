@@ -23,13 +23,14 @@ from cluster.batch_builder import build_batch, in_order
 from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
 from cluster.fairness import Fairness, Policy
+from cluster.host_tier import HostStats
 from cluster.results import Results
 from cluster.running import Running, Slots, places
 from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
 from cluster.speculation import MOST_DECODES, Proposer, Speculation
 from cluster.step import Step
 from cluster.waiting_queue import WaitingQueue
-from model.batch import Batch, LateMasks, StepOutput
+from model.batch import Batch, Copied, Copies, LateMasks, StepOutput
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed
 MIN_STEP_TOKENS = 256  # while few run: a smaller step takes nearly as long, for it reads the same weights
@@ -55,9 +56,12 @@ class SchedulerStats:
     kv_blocks_total: int
     preemptions: int  # since the start
     prefix_queried_tokens: int  # since the start
-    prefix_hit_tokens: int  # since the start
+    prefix_hit_tokens: int  # since the start, on the device
     proposed_tokens: Counter[int] = field(default_factory=Counter)  # since the start, by place in a draft: 0, 1, ...
     accepted_tokens: Counter[int] = field(default_factory=Counter)
+    host_hit_tokens: int = 0  # since the start, copied back from host memory
+    blocks_evicted: int = 0  # since the start, of the device
+    host: HostStats = HostStats()  # noqa: RUF009
 
 
 class Scheduler:
@@ -90,7 +94,7 @@ class Scheduler:
         self._awaited = AwaitedMasks()
         self._next_step = 0
         self._arrivals = 0
-        self._preemptions = self._prefix_queried = self._prefix_hits = 0
+        self._preemptions = self._prefix_queried = self._prefix_hits = self._host_hits = 0
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +157,9 @@ class Scheduler:
             prefix_hit_tokens=self._prefix_hits,
             proposed_tokens=Counter(self.speculation.proposed) if self.speculation is not None else Counter(),
             accepted_tokens=Counter(self.speculation.accepted) if self.speculation is not None else Counter(),
+            host_hit_tokens=self._host_hits,
+            blocks_evicted=self.blocks.num_evicted,
+            host=self.blocks.host.stats() if self.blocks.host is not None else HostStats(),
         )
 
     def check(self) -> None:
@@ -200,6 +207,23 @@ class Scheduler:
             self._reconsider(step)
         return events
 
+    def copies(self) -> Copies | None:
+        """What stages are to copy between the last batch and the next one."""
+        host = self.blocks.host
+        return host.order(self.epoch, self.blocks) if host is not None else None
+
+    def copied(self, done: Copied) -> None:
+        """Take in that a stage has copied. Who waited for it alone goes on with the next batch."""
+        if self.blocks.host is not None and done.epoch == self.epoch:
+            for load, num_good in self.blocks.host.take(done):
+                self._host_hits += self._running.loaded(load, num_good)
+
+    def forget_cache(self) -> None:
+        """Nothing that is cached now is found any more. Who runs goes on with it."""
+        self.blocks.forget()
+        if self.blocks.host is not None:
+            self.blocks.host.forget()
+
     def _reconsider(self, step: Step) -> None:
         """Clear suspects that have lived through all that they were suspected for."""
         running = self._running
@@ -226,6 +250,9 @@ class Scheduler:
         self._awaited.clear()
         for seq in sorted(self._running, key=lambda s: -s.arrival):
             self._preempt(seq)
+        if self.blocks.host is not None:
+            for load in self.blocks.host.forget_orders():
+                self.blocks.let_go(load.blocks)
         self.blocks.forget()
         self.epoch += 1
         self._next_step = 0
@@ -404,7 +431,7 @@ class Scheduler:
             if not self._running.vacancy_for(head).fits:
                 break
             self._admit(head)
-            if not head.num_deaths:
+            if not head.num_deaths and not self._running.is_loading[head.slot]:
                 return head
         seq = self._fairness.first_of(prefilling)
         if seq is not None:

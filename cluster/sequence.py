@@ -99,11 +99,13 @@ class Drafter(Protocol):
 class Found:
     """The cached beginning of a sequence that waits, as it was when last looked up."""
 
-    __slots__ = ("blocks", "contents")
+    __slots__ = ("blocks", "contents", "copies", "places")
 
     def __init__(self) -> None:
         self.blocks: NDArray[np.int32] = np.empty(0, np.int32)
         self.contents: NDArray[np.int64] = np.empty(0, np.int64)
+        self.places: NDArray[np.int32] = np.empty(0, np.int32)  # in host memory, of what follows
+        self.copies: NDArray[np.int64] = np.empty(0, np.int64)  # what these held
 
 
 class Sequence:

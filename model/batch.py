@@ -161,6 +161,32 @@ class LateMasks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
     masks: dict[int, bytes]  # by row, for each that awaits one; b"": all may be drawn
 
 
+class Copies(msgspec.Struct, frozen=True, array_like=True, tag="copies"):
+    """To all stages, between two batches: KV blocks to be copied to host memory, and back.
+
+    First those go out, as the batches before have left them. Then others come in, when all batches before are done with
+    what they replace; those that come after this do not touch them until all stages have said that they are `Copied`.
+    """
+
+    epoch: int
+    number: int
+    out_blocks: np.ndarray[Any, np.dtype[np.int32]]  # of the device
+    out_places: np.ndarray[Any, np.dtype[np.int32]]  # of host memory
+    out_hashes: bytes  # what each block is known by, one after another
+    in_places: np.ndarray[Any, np.dtype[np.int32]]
+    in_blocks: np.ndarray[Any, np.dtype[np.int32]]
+    in_hashes: bytes
+
+
+class Copied(msgspec.Struct, frozen=True, array_like=True, tag="copied"):
+    """From each stage: it is done with these copies."""
+
+    epoch: int
+    number: int
+    stage: int
+    bad: list[int] = []  # indices into `in_places`: that is not what was put there
+
+
 class StageTiming(msgspec.Struct, frozen=True, array_like=True, tag="timing"):
     """Where one stage spent its time in one step, in seconds of the host's monotonic clock."""
 

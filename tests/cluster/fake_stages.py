@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 
 from cluster.errors import StageDied
+from cluster.prefix import HASH_BYTES
 from cluster.sequence import Request
-from model.batch import SAMPLED, Batch, LateMasks, Rules, StepOutput
+from model.batch import SAMPLED, Batch, Copies, LateMasks, Rules, StepOutput
 from model.sampling import uniform
 
 VOCABULARY = 61
@@ -57,6 +58,7 @@ class FakeStages:
         self._kv = np.zeros(num_blocks * block_size, np.uint64)
         self._newest = np.zeros(num_slots, np.int32)
         self._tables = np.zeros((num_slots, num_blocks), np.int32)
+        self.host: dict[int, tuple[bytes, Cells]] = {}  # by place; it outlives `forget`
         self.forget()
 
     def forget(self) -> None:
@@ -94,6 +96,22 @@ class FakeStages:
             self._newest[slot] = tokens[-1] if not follows else -7  # nobody may go on from there unseen
         return StepOutput(batch.epoch, batch.step_id, tokens, {})
 
+    def copy_out(self, copies: Copies) -> None:
+        kv = self._kv.reshape(-1, self._block_size)
+        for block, place, name in zip(copies.out_blocks, copies.out_places, _hashes(copies.out_hashes), strict=True):
+            self.host[int(place)] = name, kv[block].copy()
+
+    def copy_in(self, copies: Copies) -> list[int]:
+        """As stages do it: what comes is checked against what it is known by. Returns what is bad."""
+        kv, bad = self._kv.reshape(-1, self._block_size), []
+        coming = zip(copies.in_places, copies.in_blocks, _hashes(copies.in_hashes), strict=True)
+        for i, (place, block, name) in enumerate(coming):
+            there = self.host.get(int(place))
+            if there is None or there[0] != name:
+                bad.append(i)
+            kv[block] = there[1] if there is not None and there[0] == name else 77
+        return bad
+
     def _compute(self, table: Table, start: int, token_ids: list[int]) -> int:
         """Write the tokens' KV; returns the hash of all there is then, read from the cache."""
         where = np.arange(start + len(token_ids))
@@ -104,6 +122,10 @@ class FakeStages:
                 raise StageDied(f"token {token_id} at {position}")
             self._kv[cells[position]] = written
         return context_of(self._kv[cells])
+
+
+def _hashes(joined: bytes) -> list[bytes]:
+    return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
 class FakeMatcher:

@@ -10,10 +10,11 @@ import pytest
 from cluster.block_manager import BlockManager
 from cluster.errors import StageDied
 from cluster.fairness import Policy
+from cluster.host_tier import HostTier
 from cluster.pipeline import max_in_flight
-from cluster.scheduler import Scheduler
+from cluster.scheduler import Scheduler, SchedulerStats
 from cluster.sequence import Request, TokenEvent
-from model.batch import Batch, LateMasks
+from model.batch import Batch, Copied, Copies, LateMasks
 from model.sampling_params import SamplingParams
 from model.text.constraint import Constraint
 from tests.cluster.fake_stages import VOCABULARY, FakeMatcher, FakeStages, emptied, said
@@ -41,6 +42,8 @@ class Case:
     lethal: bool  # whether the stages die of what some request makes them compute
     wrong_rate: float | None  # of drafted tokens; None: nothing is drafted
     num_drafted: int | None
+    host_places: int = 0  # of copies of blocks; 0: there is no host tier
+    damage_rate: float = 0.0  # how often some of them are damaged or lost, or all cached content is forgotten
     requests: list[Request] = field(default_factory=list)
     failing: dict[str, int] = field(default_factory=dict)  # request -> tokens after which its matcher fails
     constrained: set[str] = field(default_factory=set)
@@ -134,8 +137,9 @@ class Run:
     def __init__(self, made: Case) -> None:
         self.case, self.rng = made, made.rng
         self.expected = {r.request_id: said(r, r.request_id in made.constrained) for r in made.requests}
+        self.host = HostTier(made.host_places, self.rng.choice([1, 3, 50]), made.depth) if made.host_places else None
         self.scheduler = Scheduler(
-            BlockManager(made.num_blocks, made.block_size, made.prefix_caching),
+            BlockManager(made.num_blocks, made.block_size, made.prefix_caching, self.host),
             depth=made.depth,
             max_num_seqs=made.max_num_seqs,
             max_num_batched_tokens=made.max_num_batched_tokens,
@@ -155,6 +159,9 @@ class Run:
         self.aborted: set[str] = set()
         self._to_come = deque(made.requests)
         self._in_flight: deque[tuple[Batch, Batch]] = deque()  # as scheduled, and as the stages got it
+        self._copies: deque[tuple[int, Copies]] = deque()  # behind so many batches of those in flight
+        self._arriving: list[Copies] = []  # what comes in: at any time
+        self._said: list[Copied] = []  # by the stages, not heard yet
         self._late: dict[int, LateMasks] = {}
 
     def _end(self, name: str, answer: list[int], cache: list[int]) -> tuple[int, str | None]:
@@ -179,9 +186,10 @@ class Run:
         """Fill the pipeline, and take the oldest result."""
         while len(self._in_flight) < max_in_flight(self.case.depth) and self._schedule():
             pass
-        made = self._make_masks()
+        made, copied = self._make_masks(), self._copy()
         if not self._in_flight:
-            assert self._to_come or made or not self.scheduler.has_work, "nothing is computed any more"
+            some = self._to_come or made or copied
+            assert some or not self.scheduler.has_work, "nothing is computed any more"
         elif not self._in_flight[0][0].awaited or self._in_flight[0][0].step_id in self._late:
             self._finish()
         elif self.rng.random() < 0.05:
@@ -193,10 +201,31 @@ class Run:
         if batch is not None:
             assert 0 < batch.num_tokens <= max(self.case.max_num_batched_tokens, 1)
             self._in_flight.append((batch, emptied(batch)))
+        if (copies := self.scheduler.copies()) is not None:
+            self._copies.append((len(self._in_flight), copies))
         return batch is not None
+
+    def _copy(self) -> bool:
+        """What the stages copy now, in their order; what comes in does so when it likes. False if there was nothing."""
+        is_busy = bool(self._copies or self._arriving or self._said)
+        while self._copies and self._copies[0][0] == 0:
+            _, copies = self._copies.popleft()
+            self.stages.copy_out(copies)
+            self._arriving.append(copies)
+        for copies in [c for c in self._arriving if self.rng.random() < 0.5]:
+            self._arriving.remove(copies)
+            bad = self.stages.copy_in(copies)
+            for stage in range(self.case.depth):
+                said = bad if stage == self.case.depth - 1 else []
+                self._said.append(Copied(copies.epoch, copies.number, stage, said))
+        for said_now in [s for s in self._said if self.rng.random() < 0.7]:
+            self._said.remove(said_now)
+            self.scheduler.copied(said_now)
+        return is_busy
 
     def _finish(self) -> None:
         batch, sent = self._in_flight.popleft()
+        self._copies = deque((behind - 1, copies) for behind, copies in self._copies)
         try:
             output = self.stages.run(sent, self._late.pop(batch.step_id, None))
         except StageDied:
@@ -230,11 +259,25 @@ class Run:
                 self.scheduler.abort(name)
                 self.matchers.pop(name, None)
                 self.aborted.add(name)
+        if self.rng.random() < self.case.damage_rate:
+            self._damage()
         if self.rng.random() < self.case.restart_rate:
             self.take(self.lose_stages(accuse=False))
 
+    def _damage(self) -> None:
+        """Copies are no longer what they were, or gone with their node; or an operator wants them forgotten."""
+        what = self.rng.choice(["some", "some", "all", "forget"])
+        for place in [*self.stages.host]:
+            if what == "some" and self.rng.random() < 0.2:
+                self.stages.host[place] = b"damaged", self.stages.host[place][1]
+        if what == "all":
+            self.stages.host.clear()
+        elif what == "forget":
+            self.scheduler.forget_cache()
+
     def lose_stages(self, accuse: bool) -> list[TokenEvent]:
-        self._in_flight.clear()
+        for pending in (self._in_flight, self._copies, self._arriving):
+            pending.clear()  # but not what they have said: it comes late
         self._late.clear()
         self.stages.forget()
         return self.scheduler.restart(accuse)
@@ -251,6 +294,8 @@ class Run:
 
     def check(self) -> None:
         """Every request ended, and said what it says alone."""
+        if self.host is not None and self.host.num_orders:  # loads of requests that are gone may be under way
+            self.take(self.scheduler.restart(accuse=False))
         assert self.scheduler.stats().kv_blocks_used == 0
         for name, events in self.events.items():
             count, error = self.ends[name]
@@ -265,24 +310,52 @@ class Run:
         assert self.deaths <= 3 * guilty, f"{self.deaths} deaths for {guilty} requests"
 
 
-def fuzz(seeds: range) -> None:
+def with_host_tier(made: Case, seed: int) -> Case:
+    """The same, with copies of blocks: many stages are lost, for that is what they are kept for."""
+    rng = random.Random(seed)
+    made.prefix_caching = True
+    made.host_places = rng.choice([1, 3, made.num_blocks, 4 * made.num_blocks])
+    made.damage_rate = rng.choice([0.0, 0.0, 0.05])
+    made.restart_rate = rng.choice([made.restart_rate, 0.05])
+    return made
+
+
+def fuzz(seeds: range, host: bool = False) -> list[SchedulerStats]:
+    found = []
     for seed in seeds:
-        run = Run(case(seed))
+        run = Run(with_host_tier(case(seed), seed) if host else case(seed))
         try:
             run.run()
             run.check()
         except AssertionError as error:
             raise AssertionError(f"case {seed}: {error}") from error
+        found.append(run.scheduler.stats())
+    return found
 
 
 def test_whatever_comes() -> None:
     fuzz(range(QUICK))
 
 
+def test_whatever_comes_with_a_host_tier() -> None:
+    """Not in vain: much is copied back, and much of that was damaged."""
+    stats = fuzz(range(QUICK), host=True)
+    print(*((s.host_hit_tokens, s.host) for s in stats))
+    assert sum(s.host_hit_tokens for s in stats) > 400
+    assert sum(s.host.damaged for s in stats) > 15
+    assert sum(s.host.evicted for s in stats) > 500
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whatever_comes_two_thousand_times() -> None:
     fuzz(range(QUICK, LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_whatever_comes_two_thousand_times_with_a_host_tier() -> None:
+    fuzz(range(QUICK, LONG), host=True)
 
 
 def undisturbed(requests: list[Request], depth: int, wrong_rate: float | None = None) -> Case:
