@@ -117,6 +117,11 @@ class CacheArgs(Strict):
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="share of the GPU's memory to use in all (weights, activations, KV)"
     )
+    host_gb: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="shared memory (/dev/shm) of each stage's node for copies of KV blocks: what leaves the device is "
+        "found there, also by a stage that takes another one's place; 0: none",
+    )
     prefix_caching: bool = Field(default=True, description="reuse KV blocks of equal prompt beginnings")
 
 

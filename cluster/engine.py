@@ -121,6 +121,8 @@ class Engine:
         self._open: dict[str, Opened] = {}
         self._starting: dict[str, Opened] = {}  # admitted, and without a token yet
         self._in_flight: deque[InFlight] = deque()
+        self._copying: dict[int, tuple[float, int]] = {}  # copies under way: since when, how many blocks come in
+        self._reset = False  # whether all cached content is to be forgotten
         self._deaths = 0  # in a row: see `_count_step`
         self._steps = 0  # finished since the last rebuild
         self._recovering: StageDied | None = None
@@ -183,6 +185,11 @@ class Engine:
             self._inbox.append(opened)
             self.pipeline.wake()
 
+    def reset_cache(self) -> None:
+        """Forget all cached keys and values; who runs goes on. Never waits."""
+        self._reset = True
+        self.pipeline.wake()
+
     def close(self) -> None:
         """Stop the loop and end the pipeline. Requests still open get no more tokens. Waits only for seconds."""
         self._closing = True
@@ -225,6 +232,9 @@ class Engine:
             self.stats, self._stats_at = self.scheduler.stats(), now
 
     def _take_inbox(self) -> None:
+        if self._reset:
+            self._reset = False
+            self.scheduler.forget_cache()
         while self._inbox:
             opened = self._inbox.popleft()
             name = opened.request.request_id
@@ -247,6 +257,21 @@ class Engine:
             now = time.monotonic()
             self._in_flight.append(InFlight(batch, now, now - started, self._waits(now)))
             self.pipeline.submit(batch, self._patience.limit(batch.num_tokens))
+            self._copy()
+        self._copy()
+
+    def _copy(self) -> None:
+        """What the last batch leaves to be copied, and what was admitted needs: behind that batch, before the next."""
+        copies = self.scheduler.copies()
+        if copies is not None:
+            self._copying[copies.number] = time.monotonic(), len(copies.in_blocks)
+            self.pipeline.copy(copies)
+
+    def _take_copied(self) -> None:
+        for copied in self.pipeline.take_copied():
+            if self.scheduler.copied(copied):
+                started, num_blocks = self._copying.pop(copied.number)
+                self.scheduler.observe_copies(num_blocks, time.monotonic() - started)
 
     def _waits(self, now: float) -> list[float]:
         """Seconds that requests had waited which were just admitted for the first time."""
@@ -274,6 +299,7 @@ class Engine:
     def _take_results(self) -> None:
         """All that have come; waits for one if there is none."""
         output = self.pipeline.receive(self._wait_s())
+        self._take_copied()
         if output is None:
             self._look_for_hang()
         while output is not None:
@@ -295,6 +321,8 @@ class Engine:
 
     def _look_for_hang(self) -> None:
         deadline, now = self._deadline(), time.monotonic()
+        if any(now - started > self._patience.ceiling_s for started, _ in self._copying.values()):
+            raise StageDied("blocks are not copied in time", "link")
         if deadline is None:
             return
         late = f"step {self._in_flight[0].batch.step_id} has not finished for {now - self.last_progress:.1f} s"
@@ -328,6 +356,7 @@ class Engine:
         self._patience.observe(step.batch.num_tokens, since_last)
         if self.scheduler.speculation is not None and step.batch.num_tokens == step.batch.num_seqs:
             self.scheduler.speculation.times.observe(step.batch.num_tokens, started - self.last_progress)
+        self.scheduler.observe_step(step.batch, since_last)
         events = self.scheduler.update(step.batch, output)
         self.last_progress = time.monotonic()
         seconds = step.scheduler_seconds + self.last_progress - started
@@ -389,6 +418,7 @@ class Engine:
         if self._closing:
             raise death
         self._in_flight.clear()
+        self._copying.clear()
         guilty = self.scheduler.restart(accuse=death.cause != "link")
         self._emit(guilty)
         self._deaths = 1 if guilty else self._deaths + 1  # those before are explained

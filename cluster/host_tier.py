@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.prefix import short
+from cluster.rates import Durations, Rate
 from model.batch import Copied, Copies, Int32Array
 
 NOTHING = 0  # the content of a place
@@ -69,6 +70,7 @@ class HostTier:
         self.num_places = num_places
         self.num_copied_out = self.num_copied_in = self.num_evicted = self.num_damaged = 0  # blocks, since the start
         self._window, self._num_stages = window, num_stages
+        self.copying, self.computing = Durations(), Rate()  # blocks that come in; prompt tokens
         self.contents = np.full(num_places, NOTHING, np.int64)  # of each place: never the same again
         self.shorts = np.zeros(num_places, np.uint32)  # see prefix.py
         self.depths = np.zeros(num_places, np.int32)
@@ -97,6 +99,11 @@ class HostTier:
     def find(self, block_hash: bytes) -> int | None:
         """Where its copy is."""
         return self._found.get(block_hash)
+
+    def is_worth(self, num_blocks: int, block_size: int) -> bool:
+        """Whether to copy so many blocks back is quicker than to compute them, as far as is known."""
+        rate = self.computing.per_second
+        return num_blocks > 0 and (not rate or self.copying.seconds(num_blocks) < num_blocks * block_size / rate)
 
     def want(self, block: int, block_hash: bytes, depth: int) -> None:
         """This block of the device, with so many of its sequence ending with it, is to be copied out."""
@@ -150,15 +157,13 @@ class HostTier:
                 taken.append((block, place, block_hash, depth))
         return taken
 
-    def take(self, copied: Copied) -> list[tuple[Load, int]]:
+    def take(self, copied: Copied) -> list[tuple[Load, int]] | None:
         """A stage is done. Once all are: the loads of that order, and how many blocks of each are good."""
-        order = self._orders.get(copied.number)
-        if order is None:
-            return []
+        order = self._orders[copied.number]
         order.waits_for.discard(copied.stage)
         order.bad.update(copied.bad)
         if order.waits_for:
-            return []
+            return None
         del self._orders[copied.number]
         self._num_leaving -= len(order.out)
         for place, block_hash, depth in order.out:

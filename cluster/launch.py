@@ -7,6 +7,7 @@ from ray.util.placement_group import PlacementGroup
 from cluster.block_manager import BlockManager
 from cluster.config import EngineConfig, in_8_bits, read_model
 from cluster.engine import Engine, Listener
+from cluster.host_tier import HostTier
 from cluster.ngram import NgramProposer
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
@@ -33,14 +34,21 @@ def launch_engine(
     max_model_len = model_len(config, model)
     pipeline = RayPipeline(config, stage_layers(config, model), max_model_len, group, first_bundle, on_progress)
     try:
-        return make_engine(config, pipeline, pipeline.num_blocks or 0, max_model_len, listener, model.vocab_size)
+        host = HostTier(pipeline.num_places, pipeline.copy_window, pipeline.depth) if pipeline.num_places else None
+        return make_engine(config, pipeline, pipeline.num_blocks or 0, max_model_len, listener, model.vocab_size, host)
     except BaseException:
         pipeline.close()
         raise
 
 
 def make_engine(
-    config: EngineConfig, pipeline: Pipeline, num_blocks: int, max_model_len: int, listener: Listener, vocab_size: int
+    config: EngineConfig,
+    pipeline: Pipeline,
+    num_blocks: int,
+    max_model_len: int,
+    listener: Listener,
+    vocab_size: int,
+    host: HostTier | None = None,
 ) -> Engine:
     """A started engine on a ready pipeline. Raises `ValueError` if the cache cannot hold one whole sequence."""
     room = num_blocks * config.cache.block_size
@@ -51,7 +59,7 @@ def make_engine(
         )
     log.info("KV cache: %d blocks of %d tokens", num_blocks, config.cache.block_size)
     scheduler = Scheduler(
-        BlockManager(num_blocks, config.cache.block_size, config.cache.prefix_caching),
+        BlockManager(num_blocks, config.cache.block_size, config.cache.prefix_caching, host),
         depth=pipeline.depth,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

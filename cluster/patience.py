@@ -16,7 +16,7 @@ class Patience:
 
     def __init__(self, floor_s: float, ceiling_s: float) -> None:
         self.floor_s = min(floor_s, ceiling_s)
-        self._ceiling_s = ceiling_s
+        self.ceiling_s = ceiling_s
         self._slowest: dict[int, float] = {}  # size -> seconds, fading
         self._finished = 0  # steps since `restart`
 
@@ -34,9 +34,9 @@ class Patience:
     def limit(self, num_tokens: int) -> float:
         """Seconds that a step of `num_tokens` may take now."""
         if not self._slowest:
-            return self._ceiling_s
+            return self.ceiling_s
         fresh = 3.0 if self._finished < FRESH_STEPS else 1.0
-        return min(self._ceiling_s, fresh * (self.floor_s + FACTOR * self._expected(num_tokens.bit_length())))
+        return min(self.ceiling_s, fresh * (self.floor_s + FACTOR * self._expected(num_tokens.bit_length())))
 
     def _expected(self, size: int) -> float:
         below = [s for s in self._slowest if s <= size]

@@ -15,7 +15,7 @@ import zmq
 
 from cluster.errors import StageDied
 from cluster.transport import Control, Ready, StepOrder
-from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput
+from model.batch import Batch, Copied, Copies, LateMasks, SampledTokens, StageTiming, StepOutput
 
 Activity = Literal["idle", "computing", "receiving", "sending"]
 
@@ -56,6 +56,14 @@ class Pipeline(Protocol):
 
     def send_masks(self, masks: LateMasks) -> None:
         """Hand the last stage what a submitted batch was sent without. Raises `StageDied`."""
+        ...
+
+    def copy(self, copies: Copies) -> None:
+        """Hand all stages what to copy before the next batch. Raises `StageDied`."""
+        ...
+
+    def take_copied(self) -> list[Copied]:
+        """What stages have copied, as they said so far; each only once. `receive` returns when there is some."""
         ...
 
     def receive(self, timeout: float | None) -> StepOutput | None:
@@ -130,6 +138,7 @@ class ControlledPipeline(ABC):
 
     def __init__(self) -> None:
         self._timings: list[StageTiming] = []
+        self._copied: list[Copied] = []
 
     @property
     @abstractmethod
@@ -153,6 +162,17 @@ class ControlledPipeline(ABC):
         except zmq.ZMQError as error:
             raise StageDied(f"the last stage is not reachable: {error}") from error
 
+    def copy(self, copies: Copies) -> None:
+        self._raise_if_dead()
+        try:
+            self._control.send_copies(copies)
+        except zmq.ZMQError as error:
+            raise StageDied(f"a stage is not reachable: {error}") from error
+
+    def take_copied(self) -> list[Copied]:
+        copied, self._copied = self._copied, []
+        return copied
+
     def receive(self, timeout: float | None) -> StepOutput | None:
         """Timings alone wake nobody: they are kept until somebody wants them."""
         until = None if timeout is None else time.monotonic() + timeout
@@ -165,6 +185,9 @@ class ControlledPipeline(ABC):
             if isinstance(message, StageTiming):
                 self._timings.append(message)
                 continue
+            if isinstance(message, Copied):
+                self._copied.append(message)
+                return None
             assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
             if message is None:
                 self._raise_if_dead()

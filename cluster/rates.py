@@ -1,8 +1,10 @@
 """How fast an engine is, as its last steps show: what admission in front of it reckons with."""
 
 import math
+from typing import TYPE_CHECKING
 
-from cluster.engine import StepReport
+if TYPE_CHECKING:
+    from cluster.engine import StepReport
 
 MEMORY_S = 5.0  # steps so many busy seconds ago weigh 1/e
 
@@ -29,6 +31,29 @@ class Rate:
             self.peak = max(self.peak, self.per_second)
 
 
+class Durations:
+    """What work of some size takes: a line through what was seen, of which older things count less."""
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        kept = 0.95
+        self._n = self._n * kept + 1
+        self._x, self._y = self._x * kept + size, self._y * kept + seconds
+        self._xx, self._xy = self._xx * kept + size * size, self._xy * kept + size * seconds
+
+    def seconds(self, size: int) -> float:
+        """0 until anything was seen. Of one size alone: in proportion."""
+        if not self._n:
+            return 0.0
+        spread = self._n * self._xx - self._x * self._x
+        slope = (self._n * self._xy - self._x * self._y) / spread if spread > 1e-6 * self._xx * self._n else -1.0
+        if slope <= 0:
+            return self._y / self._n * max(1.0, size * self._n / self._x)
+        return max(0.0, (self._y - slope * self._x) / self._n) + slope * size
+
+
 class EngineRates:
     """Fed with the report of every step."""
 
@@ -36,7 +61,7 @@ class EngineRates:
         self.prefill = Rate()  # prompt tokens, in steps that compute some
         self.decode = Rate()  # output tokens, in all steps
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: "StepReport") -> None:
         if report.num_prefill_tokens:
             self.prefill.add(report.num_prefill_tokens, report.seconds)
         self.decode.add(report.num_sampled, report.seconds)

@@ -59,6 +59,7 @@ class RayPipeline(ControlledPipeline):
         self._halted = threading.Event()
         self._death = None
         self.num_blocks: int | None = None  # KV blocks of every stage, fixed by the first start
+        self.num_places = self.copy_window = 0  # for copies of them in host memory, too
         self._feeds = False
         self._stages = [
             StageHandle(StageSpec(i, part, config, max_model_len), group, first_bundle + i, config.pipeline.spare)
@@ -126,6 +127,7 @@ class RayPipeline(ControlledPipeline):
         with self._lock:
             self._control, self._halted, self._death = control, threading.Event(), None
         self._timings.clear()
+        self._copied.clear()
         deadline = time.monotonic() + self._config.pipeline.start_timeout_s
         for stage in lost:
             stage.replace()
@@ -143,6 +145,9 @@ class RayPipeline(ControlledPipeline):
             self._halt()
         except Exception as error:  # closing after a failure: whatever is left is killed below
             log.info("stages did not stop by themselves: %s", error)
+        if self.num_places:
+            dropped = [stage.actor.drop_copies.remote() for stage in self._stages]
+            ray.wait(dropped, num_returns=len(dropped), timeout=HEAR_S)
         self._end_all()
 
     # -- start and stop ---------------------------------------------------------------------------------------------
@@ -180,7 +185,9 @@ class RayPipeline(ControlledPipeline):
                 report.num_blocks, time.monotonic() - stage.wanted,
             )  # fmt: skip
         self.num_blocks = self.num_blocks or min(report.num_blocks for report in self.stages)
-        self._get([stage.actor.allocate.remote(self.num_blocks) for stage in stages], deadline)
+        self.num_places = self.num_places or min(report.num_places for report in self.stages)
+        self.copy_window = self.copy_window or min(report.copy_window for report in self.stages)
+        self._get([stage.actor.allocate.remote(self.num_blocks, self.num_places) for stage in stages], deadline)
 
     def _run(self, epoch: int, deadline: float) -> None:
         """Link all stages and let them run; the spares are started once nobody waits."""

@@ -148,6 +148,8 @@ class Running:
     def admit(self, seq: Sequence) -> None:
         """Let it run, with blocks for all it knows now, of which those that were found are computed."""
         prefix, copies, seq.found = seq.found.blocks.tolist(), seq.found.places.tolist(), Found()
+        if copies and not (self._blocks.host and self._blocks.host.is_worth(len(copies), self._blocks.block_size)):
+            copies = []
         self._blocks.allocate(seq, prefix, seq.num_tokens)
         seq.account.num_running += 1
         seq.account.num_blocks += len(seq.block_table)

@@ -212,11 +212,22 @@ class Scheduler:
         host = self.blocks.host
         return host.order(self.epoch, self.blocks) if host is not None else None
 
-    def copied(self, done: Copied) -> None:
-        """Take in that a stage has copied. Who waited for it alone goes on with the next batch."""
-        if self.blocks.host is not None and done.epoch == self.epoch:
-            for load, num_good in self.blocks.host.take(done):
-                self._host_hits += self._running.loaded(load, num_good)
+    def copied(self, done: Copied) -> bool:
+        """Take in that a stage has copied, and whether all have: who waited for it goes on with the next batch."""
+        loads = self.blocks.host.take(done) if self.blocks.host is not None and done.epoch == self.epoch else None
+        for load, num_good in loads or ():
+            self._host_hits += self._running.loaded(load, num_good)
+        return loads is not None
+
+    def observe_copies(self, num_blocks: int, seconds: float) -> None:
+        """So long it took until so many blocks had come from host memory."""
+        if self.blocks.host is not None and num_blocks:
+            self.blocks.host.copying.add(num_blocks, seconds)
+
+    def observe_step(self, batch: Batch, seconds: float) -> None:
+        """So long a step took: what it would take to compute what could be copied."""
+        if self.blocks.host is not None and (tokens := int(batch.query_lens[batch.query_lens > 1].sum())):
+            self.blocks.host.computing.add(tokens, seconds)
 
     def forget_cache(self) -> None:
         """Nothing that is cached now is found any more. Who runs goes on with it."""

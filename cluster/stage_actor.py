@@ -21,6 +21,7 @@ from cluster.pipeline import Doing, max_in_flight
 from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
 from cluster.stage_loop import LINK_MARGIN_S, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
+from model.block_copier import STAGING_BYTES, window_of
 from model.config import ModelConfig, StageLayers, product_of
 from model.group import DecoderGroup
 from model.heap import freed_blocks_returned, freeze_heap
@@ -32,6 +33,8 @@ from model.weights import Checkpoint, open_checkpoint, resolve_path
 from model.weights.dummy import DummyCheckpoint
 
 log = logging.getLogger(__name__)
+
+COPY_BUFFERS = 4  # that copies of blocks need on a GPU: two that stay, and what is gathered for a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class LoadReport:
     pid: int
     num_parameters: int
     num_blocks: int  # KV blocks it has memory for
+    num_places: int  # copies of blocks it has host memory for
+    copy_window: int  # how many of them it copies out at once
     visible_devices: str | None  # CUDA_VISIBLE_DEVICES of its process
 
 
@@ -130,9 +135,10 @@ class StageActor:
             self._group.connect(most, config.pipeline.step_timeout_s + LINK_MARGIN_S)
         self._loaded = 1.0
         num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
+        places, window = self._num_places(), min(map(window_of, self._block_bytes()))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         parameters = sum(decoder.num_parameters for decoder in decoders)
-        return LoadReport(self._host, os.getpid(), parameters, num_blocks, visible)
+        return LoadReport(self._host, os.getpid(), parameters, num_blocks, places, window, visible)
 
     def _log_weights(self, config: ModelConfig, names: list[str], fp8: frozenset[str]) -> None:
         dtype = self._spec.config.model.dtype
@@ -168,10 +174,7 @@ class StageActor:
     def _num_blocks(self) -> int:
         """KV blocks that fit into the memory set aside for them."""
         cache = self._spec.config.cache
-        per_block = [
-            KVCache.bytes_per_block(decoder.config, len(decoder.layers), cache.block_size, self._kv_dtype())
-            for decoder in self._group.decoders
-        ]
+        per_block = self._block_bytes()
         if cache.memory_gb is not None:
             return int(cache.memory_gb * 1e9) // sum(per_block)
         if self._device.type == "cpu":
@@ -181,10 +184,23 @@ class StageActor:
             self._group, cache.memory_fraction, scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
             cache.block_size, self._kv_dtype(), min(1.0, self._gpu_share() or 1.0),
         )  # fmt: skip
+        if cache.host_gb:
+            budgets = [budget - COPY_BUFFERS * STAGING_BYTES for budget in budgets]
         return min(budget // size for budget, size in zip(budgets, per_block, strict=True)) - 1  # one is for padding
 
-    def allocate(self, num_blocks: int) -> None:
-        """The KV cache, and on a GPU the captured steps that work on it: the end of the start, once for all epochs."""
+    def _block_bytes(self) -> list[int]:
+        """Of a KV block, on each device."""
+        size, kinds = self._spec.config.cache.block_size, self._group.decoders
+        return [KVCache.bytes_per_block(d.config, len(d.layers), size, self._kv_dtype()) for d in kinds]
+
+    def _num_places(self) -> int:
+        return int(self._spec.config.cache.host_gb * 1e9) // sum(self._block_bytes())
+
+    def allocate(self, num_blocks: int, num_places: int) -> None:
+        """The KV cache, so many places for copies of its blocks, and on a GPU the captured steps that work on it.
+
+        The end of the start, once for all epochs.
+        """
         cache, scheduler = self._spec.config.cache, self._spec.config.scheduler
         self._stage = Stage(self._group, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
         if self._device.type == "cuda":
@@ -193,7 +209,15 @@ class StageActor:
                 lambda done, total: log.info("stage %d: graph %d/%d", self._spec.index, done, total),
                 self._spec.config.max_decodes,
             )
+        if num_places:
+            member = f"stage {self._spec.index}, {self._spec.layers}"
+            self._stage.keep_copies(copies_family(self._spec.config), member, num_places)
         freeze_heap()
+
+    def drop_copies(self) -> None:
+        """The pipeline ends for good: nobody is to find them."""
+        if self._stage is not None:
+            self._stage.drop_copies()
 
     def listen(self, timeout_s: float) -> tuple[str, int]:
         """Open the meeting point for the link to the next stage, on the last one for that to the first."""
@@ -259,3 +283,13 @@ def devices_of(pipeline: PipelineArgs) -> list[torch.device]:
     if pipeline.device == "cpu":
         return [torch.device("cpu")] * pipeline.tensor_parallel
     return [torch.device("cuda", i) for i in range(pipeline.tensor_parallel)]
+
+
+def copies_family(config: EngineConfig) -> str:
+    """All that copies of KV blocks depend on: those of another one are not looked for. Files go by size and date."""
+    path = resolve_path(config.model.path)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file()) if path.is_dir() else []
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    model = config.model.model_dump(include={"path", "dtype", "quantization", "quantization_ignore", "load_format"})
+    cache, pipeline = config.cache, config.pipeline
+    return str((found, model, cache.dtype, cache.block_size, pipeline.device, pipeline.tensor_parallel))

@@ -9,7 +9,8 @@ import torch
 from cluster.link import Link
 from cluster.pipeline import Activity, Doing
 from cluster.transport import StageChannel, StepOrder, StopRequested
-from model.batch import SAMPLED, Batch, LateMasks, SampledTokens, StageTiming
+from model.batch import SAMPLED, Batch, Copied, Copies, LateMasks, SampledTokens, StageTiming
+from model.block_copier import Copying
 from model.sampling import Sampled
 from model.stage import Stage, Unsampled, to_output
 from model.timing import Span, Stopwatch
@@ -52,7 +53,8 @@ class StageLoop:
         self._upstream, self._downstream, self._tokens = upstream, downstream, tokens
         self._max_in_flight = max_in_flight
         self._stopwatch = Stopwatch(stage.decoder.device)
-        self._inbox: deque[StepOrder] = deque()
+        self._inbox: deque[StepOrder | Copies] = deque()
+        self._copying: deque[Copying] = deque()
         self._outbox: deque[Launched] = deque()
         self._computed: tuple[StepOrder, Unsampled] | None = None  # the last stage: a step whose tokens are to be drawn
         self._masks: dict[int, LateMasks] = {}  # by step id, for batches that were sent without
@@ -87,12 +89,14 @@ class StageLoop:
             while True:
                 self._take_orders()
                 if self._may_launch():
-                    self._launch(self._inbox.popleft())
+                    self._begin(self._inbox.popleft())
                 if self._computed is not None and self._may_sample(self._computed[0].batch):
                     self._sample(*self._computed)
                 while self._outbox and self._outbox[0].span.is_over():
                     self._check_links()
                     self._report(self._outbox.popleft())
+                while self._copying and self._copying[0].is_over:
+                    self._report_copies(self._copying.popleft())
         except StopRequested:
             return
         except Exception:
@@ -106,7 +110,7 @@ class StageLoop:
 
     def _take_orders(self) -> None:
         """All that have arrived; waits for one if there is nothing else to do."""
-        wait = not self._may_launch() and not self._outbox
+        wait = not self._may_launch() and not self._outbox and not self._copying
         if wait:
             self._receive_tokens(self._expected)  # nothing is delayed by that now
         while (order := self._channel.receive(wait)) is not None:
@@ -117,6 +121,10 @@ class StageLoop:
             if isinstance(order, LateMasks):
                 self._masks[order.step_id] = order
                 continue
+            if isinstance(order, Copies):
+                if order.epoch == self._epoch:
+                    self._inbox.append(order)
+                continue
             batch = order.batch
             if (batch.epoch, batch.step_id) != (self._epoch, self._expected):
                 expected = f"{self._expected} of epoch {self._epoch}"
@@ -125,7 +133,7 @@ class StageLoop:
             self._inbox.append(order)
             if self._is_fed and len(batch.sample_rows):
                 self._awaiting_tokens.append(order)
-        if self._outbox and not self._may_launch():
+        if (self._outbox or self._copying) and not self._may_launch():
             time.sleep(POLL_S)
 
     def _may_sample(self, batch: Batch) -> bool:
@@ -136,6 +144,8 @@ class StageLoop:
             return False
         if not self._inbox:
             return False
+        if isinstance(self._inbox[0], Copies):
+            return True
         if self._tokens is not None:
             return True  # what one device waits for, the other has been given before: no host has a part in it
         if self._is_fed and self._inbox[0].batch.tokens_from > self._tokens_until:
@@ -164,6 +174,18 @@ class StageLoop:
         assert SAMPLED not in tokens.token_ids
         self._stage.feed(batch, to_device(tokens.token_ids, torch.int64, self._stage.decoder.device))
         self._tokens_until = tokens.step_id
+
+    def _begin(self, order: StepOrder | Copies) -> None:
+        if isinstance(order, StepOrder):
+            self._launch(order)
+        else:
+            self._turn_to("computing")
+            self._copying.append(self._stage.copier.start(order))
+            self._turn_to("idle")
+
+    def _report_copies(self, copying: Copying) -> None:
+        bad = self._stage.copier.finish(copying)
+        self._channel.send(Copied(self._epoch, copying.copies.number, self._index, bad))
 
     def _launch(self, order: StepOrder) -> None:
         batch, timeout_s = order.batch, order.timeout_s + LINK_MARGIN_S

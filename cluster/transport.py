@@ -19,7 +19,17 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from model.batch import Batch, LateMasks, SampledTokens, StageTiming, StepOutput, decode_array, encode_array
+from model.batch import (
+    Batch,
+    Copied,
+    Copies,
+    LateMasks,
+    SampledTokens,
+    StageTiming,
+    StepOutput,
+    decode_array,
+    encode_array,
+)
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -36,8 +46,8 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     timeout_s: float
 
 
-FromStage = Ready | StepOutput | StageTiming
-ToStage = StepOrder | SampledTokens | LateMasks
+FromStage = Ready | StepOutput | StageTiming | Copied
+ToStage = StepOrder | SampledTokens | LateMasks | Copies
 STOP = b""  # to a stage: leave the loop
 
 encode = msgspec.msgpack.Encoder(enc_hook=encode_array).encode
@@ -111,6 +121,12 @@ class Control(ABC):
     def send_masks(self, masks: LateMasks) -> None:
         """To the last stage. Raises `zmq.ZMQError` if it is not connected."""
         self._put(self._last, encode(masks))
+
+    def send_copies(self, copies: Copies) -> None:
+        """To all stages. Raises `zmq.ZMQError` if one is not connected."""
+        payload = encode(copies)
+        for stage in range(self._last + 1):
+            self._put(stage, payload)
 
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after a wakeup or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""

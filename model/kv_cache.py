@@ -32,9 +32,11 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.token_bytes = KVCache.bytes_per_block(config, 1, 1, dtype)  # of one layer
+        self.block_bytes = KVCache.bytes_per_block(config, n_layers, block_size, dtype)
         self.num_bytes = (num_blocks + 1) * KVCache.bytes_per_block(config, n_layers, block_size, dtype)
-        self.k = _layers(shape, dtype, device)
-        self.v = _layers(shape, dtype, device)
+        self.storages: list[torch.Tensor] = []  # all there is, each [layers, N, ...]
+        self.k = _layers(shape, dtype, device, self.storages)
+        self.v = _layers(shape, dtype, device, self.storages)
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, n_layers: int, block_size: int, dtype: torch.dtype) -> int:
@@ -43,12 +45,17 @@ class KVCache:
         return 2 * n_layers * block_size * config.n_kv_heads * per_head
 
 
-def _layers(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> list[Cache]:
+def _layers(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, storages: list[torch.Tensor]
+) -> list[Cache]:
     """One per layer. Zeros, not garbage: a masked position still multiplies its value by 0, and 0 * NaN is NaN."""
-    values = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
+    values = torch.zeros(shape, dtype=dtype, device=device)
+    storages.append(values)
     if dtype != FLOAT8:
-        return list(values)
+        return list(values.unbind(0))
     layers, blocks, block_size, kv_heads, _ = shape
     # A head's scales of one block lie side by side, as a kernel that reads one head wants them.
-    scales = torch.zeros(layers, blocks, kv_heads, block_size, 1, device=device).transpose(2, 3).unbind(0)
-    return [Quantized(*pair) for pair in zip(values, scales, strict=True)]
+    scales = torch.zeros(layers, blocks, kv_heads, block_size, 1, device=device)
+    storages.append(scales)
+    pairs = zip(values.unbind(0), scales.transpose(2, 3).unbind(0), strict=True)
+    return [Quantized(*pair) for pair in pairs]

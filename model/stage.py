@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from model.adapters.slots import AdapterSlots, StepAdapters
 from model.adapters.store import StageAdapters
 from model.attention import prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, Rules, StepOutput
+from model.block_copier import BlockCopier, window_of
 from model.config import StageLayers
 from model.follower import Follower
 from model.graphs import StepGraphs
 from model.group import DecoderGroup
+from model.host_arena import SHARED, HostArena, near
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampler import Sampler
@@ -66,11 +69,32 @@ class Stage:
         if self.layers.is_last:
             self._sampler = Sampler(num_slots + 1, decoder.config.vocab_size, len(decoder.rotary), decoder.device)
         self._graphs: StepGraphs | None = None
+        self._copier: BlockCopier | None = None
 
     @property
     def caches(self) -> list[KVCache]:
         """Of each device."""
         return [self.kv, *(follower.kv for follower in self._followers)]
+
+    @property
+    def copier(self) -> BlockCopier:
+        """Of blocks to host memory and back, which it must have been given."""
+        assert self._copier is not None, "this stage keeps no copies"
+        return self._copier
+
+    def keep_copies(self, family: str, member: str, num_places: int, directory: Path = SHARED) -> None:
+        """From now on blocks can be copied to host memory: an arena for each device. See `HostArena`."""
+        arenas = []
+        for i, cache in enumerate(self.caches):
+            with near(cache.storages[0].device):
+                arenas.append(HostArena(family, f"{member}, device {i}", num_places, cache.block_bytes, directory))
+        self._copier = BlockCopier(self.caches, arenas, window_of(self.caches[0].block_bytes))
+
+    def drop_copies(self) -> None:
+        """Give the host memory back."""
+        if self._copier is not None:
+            self._copier.close()
+            self._copier = None
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """Shape of the hidden state between stages, residual added: (T, C)."""

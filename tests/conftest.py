@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, StageDied
+from cluster.host_tier import HostTier
 from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
@@ -166,10 +168,20 @@ def make_engine() -> Iterator[MakeEngine]:
         prefix_caching: bool = True,
         config: ModelConfig = TINY,
         device: str = "cpu",
+        host_places: int = 0,
+        copies: Path | None = None,
     ) -> tuple[Engine, Collector]:
-        pipeline = LocalPipeline(make_stages(config, stages, num_blocks, block_size, device=device))
+        """With `host_places`, blocks are copied to files in `copies`."""
+        made = make_stages(config, stages, num_blocks, block_size, device=device)
+        host = HostTier(host_places, 8, stages) if host_places else None
+        if host is not None:  # a model as small as this one computes faster than anybody copies
+            host.is_worth = lambda num_blocks, block_size: num_blocks > 0  # type: ignore[method-assign]
+        for i, stage in enumerate(made if host_places else []):
+            assert copies is not None
+            stage.keep_copies("tests", f"stage {i}", host_places, copies)
+        pipeline = LocalPipeline(made)
         scheduler = Scheduler(
-            BlockManager(num_blocks, block_size, prefix_caching),
+            BlockManager(num_blocks, block_size, prefix_caching, host),
             depth=stages,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -64,8 +64,8 @@ def poisoned(stage: Stage, death: Any) -> None:
 class MortalStageActor(StageActor):
     """Its process ends when it sees the mark."""
 
-    def allocate(self, num_blocks: int) -> None:
-        super().allocate(num_blocks)
+    def allocate(self, num_blocks: int, num_places: int) -> None:
+        super().allocate(num_blocks, num_places)
         assert self._stage is not None
         if self._spec.layers.is_last:
             poisoned(self._stage, lambda: os._exit(1))
