@@ -21,7 +21,7 @@ from deployments.gateway.gateway import Gateway
 from deployments.gateway.guard import OPEN_PATHS, Guard
 from deployments.live import page as live
 from deployments.metrics import MetricsRecorder
-from deployments.routes import openai, tokens
+from deployments.routes import openai, operators, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs
 from deployments.telemetry.answers import Answers, create_series
@@ -64,6 +64,7 @@ def create_gateway(
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
     app.include_router(live.router(gateway))
+    app.include_router(operators.router(gateway))
 
     @app.get("/health", summary="Whether this process lives")
     async def health() -> dict[str, str]:

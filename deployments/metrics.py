@@ -175,6 +175,29 @@ METRICS: tuple[Metric, ...] = (
         "speculation_accepted_tokens_total", "engine", "short", "Drafted tokens that were what was drawn",
         "Pipeline", "Accepted tokens/s, by place", "place",
     ),
+    counter(
+        "kv_blocks_evicted_total", "engine", "short", "KV blocks whose content on the device made way",
+        "Cache", "KV blocks evicted/s",
+    ),
+    counter(
+        "host_cache_hit_tokens_total", "engine", "short", "Tokens copied back from host memory instead of computed",
+        "Cache", "Host tier hits, tokens/s",
+    ),
+    gauge("host_blocks_used", "engine", "short", "Copies of KV blocks in host memory", "Cache", "Copies in host"),
+    gauge("host_blocks_total", "engine", "short", "Copies of KV blocks there is room for", "Cache", "Room for copies"),
+    counter(
+        "host_blocks_copied_total", "engine", "short", "KV blocks copied to host memory (out) and back (in)",
+        "Cache", "KV blocks copied/s", "direction", known=("in", "out"),
+    ),
+    counter(
+        "host_blocks_evicted_total", "engine", "short", "Copies of KV blocks that made way for others",
+        "Cache", "Copies evicted/s",
+    ),
+    counter(
+        "host_blocks_damaged_total", "engine", "short",
+        "Copies that were not what was put there, or lost with their node: computed again",
+        "Cache", "Damaged copies/s",
+    ),
     counter("stage_steps_total", "engine", "short", "Steps a stage has computed", "Pipeline", "Steps/s", "stage"),
     counter(
         "stage_busy_seconds_total", "engine", "percentunit", "Time a stage computed",

@@ -316,6 +316,7 @@ def add(
     requests_per_minute: Annotated[int | None, typer.Option(help="more get 429")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="prompt and output; beyond it, 429")] = None,
     priority: Annotated[int | None, typer.Option(help="the most urgent priority it may ask for; default 0")] = None,
+    operator: Annotated[bool | None, typer.Option("--operator", help="it may reset the engines' caches")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="cached prompts are shared only with the same salt")] = None,
 ) -> None:
     """Make an API key. It is shown once and kept nowhere; the file gets its sha256."""
@@ -325,7 +326,7 @@ def add(
     try:
         key = add_key(
             file, name, weight=weight, priority=priority, requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute, cache_salt=cache_salt,
+            tokens_per_minute=tokens_per_minute, cache_salt=cache_salt, operator=operator,
         )  # fmt: skip
     except (ConfigError, OSError) as error:
         fail(str(error))

@@ -6,6 +6,7 @@ gateway must be able to say "loading 43 %".
 Clocks of two nodes are never compared: a reader counts by its own how long a replica has said nothing new.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Literal
 
@@ -14,7 +15,7 @@ import msgspec
 from cluster.prefix import Digest
 
 State = Literal["loading", "ready", "stalled", "failed"]
-NAMESPACE, DIGESTS = b"caravan", b"caravan-digests"
+NAMESPACE, DIGESTS, RESETS = b"caravan", b"caravan-digests", b"caravan-resets"
 FORGET_AFTER_S = 60.0  # a replica that died without a word leaves the board after this
 
 
@@ -103,6 +104,21 @@ def remove(app: str, replica: str) -> None:
 
     for namespace in (NAMESPACE, DIGESTS):
         internal_kv._internal_kv_del(_key(app, replica), namespace=namespace)
+
+
+def order_reset(app: str) -> None:
+    """All engines of `app` are to forget what they have cached."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(app.encode(), os.urandom(8), namespace=RESETS)
+
+
+def last_reset(app: str) -> bytes | None:
+    """The last such order, which differs from all others; None if there was none."""
+    from ray.experimental import internal_kv
+
+    found: bytes | None = internal_kv._internal_kv_get(app.encode(), namespace=RESETS)
+    return found
 
 
 def publish_digest(app: str, replica: str, digest: Digest) -> None:

@@ -109,22 +109,32 @@ class EngineMetrics:
         m.set("waiting_tokens", stats.waiting_tokens)
         m.set("kv_blocks_used", stats.kv_blocks_used)
         m.set("kv_blocks_total", stats.kv_blocks_total)
+        m.set("host_blocks_used", stats.host.used)
+        m.set("host_blocks_total", stats.host.total)
         for name, total in (
             ("generated_tokens_total", self._generated),
             ("preemptions_total", stats.preemptions),
             ("prefix_cache_queried_tokens_total", stats.prefix_queried_tokens),
-            ("prefix_cache_hit_tokens_total", stats.prefix_hit_tokens),
+            ("prefix_cache_hit_tokens_total", stats.prefix_hit_tokens + stats.host_hit_tokens),
+            ("host_cache_hit_tokens_total", stats.host_hit_tokens),
+            ("kv_blocks_evicted_total", stats.blocks_evicted),
+            ("host_blocks_evicted_total", stats.host.evicted),
+            ("host_blocks_damaged_total", stats.host.damaged),
         ):
-            m.inc(name, total - self._counted.get(name, 0))
-            self._counted[name] = total
+            self._raise(name, name, total)
+        for direction, blocks in (("in", stats.host.copied_in), ("out", stats.host.copied_out)):
+            self._raise("host_blocks_copied_total", direction, blocks, direction=direction)
         self._record_drafts("speculation_proposed_tokens_total", stats.proposed_tokens)
         self._record_drafts("speculation_accepted_tokens_total", stats.accepted_tokens)
 
     def _record_drafts(self, name: str, totals: Counter[int]) -> None:
         for place, total in totals.items():
-            key = f"{name} {place}"
-            self._recorder.inc(name, total - self._counted.get(key, 0), place=str(place))
-            self._counted[key] = total
+            self._raise(name, f"{name} {place}", total, place=str(place))
+
+    def _raise(self, name: str, key: str, total: int, **labels: str) -> None:
+        """A counter to a total of all time."""
+        self._recorder.inc(name, total - self._counted.get(key, 0), **labels)
+        self._counted[key] = total
 
 
 def stage_status(place: Place, timings: list[StageTiming]) -> StageStatus:

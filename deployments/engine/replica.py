@@ -64,6 +64,7 @@ class EngineReplica:
         self._health = Health(self._replica, config)
         self._engine: Engine | None = None
         self._masks: Masks | None = None
+        self._last_reset: bytes | None = None  # the order that was followed last
         self._digest: Digest | None = None  # the last one that was published
         self._compiling = ModestThreads("grammars", AT_ONCE, FOR_EACH, waiting=sys.maxsize, niceness=NICENESS)
         self._serving = False  # the constructor is through: what fails from now on is for Serve to replace
@@ -74,6 +75,7 @@ class EngineReplica:
             (PUBLISH_PERIOD_S, self._keep_house),
             (PUBLISH_PERIOD_S, self._publish),
             (DIGEST_PERIOD_S, self._publish_digest),
+            (PUBLISH_PERIOD_S, self._obey),
         ):
             threading.Thread(target=self._repeat, args=(period, work), name=work.__name__, daemon=True).start()
         group = ray.util.get_current_placement_group()
@@ -214,6 +216,14 @@ class EngineReplica:
         if self._engine is not None and (digest := self._engine.scheduler.blocks.digest()) != self._digest:
             board.publish_digest(self._app, self._replica, digest)
             self._digest = digest
+
+    def _obey(self) -> None:
+        """Forget the cache, if somebody has ordered that since this replica last looked."""
+        order = board.last_reset(self._app)
+        if self._engine is not None and order != self._last_reset:
+            self._engine.reset_cache()
+            log.info("all cached keys and values are forgotten, as was ordered")
+        self._last_reset = order
 
     def _keep_house(self) -> None:
         """Record metrics, probe an idle pipeline, make room for a replica that works."""

@@ -51,6 +51,10 @@ class EngineClient(Protocol):
         """What the engine replicas say of themselves."""
         ...
 
+    async def reset_cache(self) -> None:
+        """Have all engines forget the keys and values that they have cached."""
+        ...
+
 
 class ServeEngineClient:
     """Through a Serve handle, which picks the replica (see router.py); tokens come back by the token link.
@@ -138,6 +142,9 @@ class ServeEngineClient:
             inbox.fail(cause if known else EngineStopped(f"the engine failed: {type(cause).__name__}"))
         except _GONE as error:
             inbox.fail(EngineStopped(f"the engine went away: {type(error).__name__}"))
+
+    async def reset_cache(self) -> None:
+        await asyncio.wait_for(asyncio.to_thread(board.order_reset, self._app), BOARD_S)
 
     async def replicas(self) -> list[ReplicaStatus]:
         """As the board says, which is kept by the cluster's control plane: while that is away, as it last said."""

@@ -96,6 +96,9 @@ class ResumingEngineClient:
             finally:
                 await stream.aclose()
 
+    async def reset_cache(self) -> None:
+        await self._engine.reset_cache()
+
     async def replicas(self) -> list[ReplicaStatus]:
         return await self._engine.replicas()
 

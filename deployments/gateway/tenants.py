@@ -50,6 +50,7 @@ class Tenant(Strict):
     cache_salt: Annotated[str, Field(pattern=r"^[!-~]{0,256}$")] = Field(
         default="", description="it shares cached keys and values only with tenants of the same salt"
     )
+    operator: bool = Field(default=False, description="it may change the service itself: POST /v1/cache/reset")
     tokens_per_minute: PositiveInt | None = Field(default=None, description="prompt and output; beyond it, 429")
 
 
@@ -171,7 +172,7 @@ def sha256(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def add_key(path: Path, name: str, **settings: float | int | str | None) -> str:
+def add_key(path: Path, name: str, **settings: float | int | str | bool | None) -> str:
     """Make a key for a tenant, new or known, and put its digest into the file. Returns the key: it is kept nowhere.
 
     Raises `ConfigError` if the file or a setting is not valid.

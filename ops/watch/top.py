@@ -19,6 +19,10 @@ from deployments.metrics import EXPORTED_PREFIX
 Labels = tuple[tuple[str, str], ...]
 Sample = dict[tuple[str, Labels], float]  # (metric name without prefix, labels) -> value
 BAR = 12  # characters
+RATES = {
+    "preemptions_total", "generated_tokens_total", "prefix_cache_queried_tokens_total", "prefix_cache_hit_tokens_total",
+    "host_cache_hit_tokens_total",
+}  # fmt: skip
 SCRAPE_TIMEOUT_S = 5.0
 BUSY, CLEARLY = 0.05, 1.1  # a stage that others wait for: its share of the time, and how much more than theirs
 
@@ -49,7 +53,18 @@ class ReplicaView:
     preemptions: float = 0.0
     output_tokens: float = 0.0  # per second
     accepted: float = math.nan  # share of the drafted tokens; NaN: none were
+    asked: float = 0.0  # tokens that the cache was asked for, per second
+    found: float = 0.0  # and that it held
+    found_in_host: float = 0.0  # in host memory
     stages: list[StageView] = field(default_factory=list)
+
+    @property
+    def hit_rate(self) -> float:
+        return self.found / self.asked
+
+    @property
+    def host_hit_rate(self) -> float:
+        return self.found_in_host / self.asked
 
 
 @dataclass(slots=True)
@@ -140,7 +155,7 @@ def summarise(previous: Sample, current: Sample, seconds: float) -> ClusterView:
             gauges[who][name] += rate((name, labels))
         elif "le" not in by:
             gauges[who][name] = value
-            if name in ("preemptions_total", "generated_tokens_total"):
+            if name in RATES:
                 gauges[who][name] = rate((name, labels))
     for who, values in gauges.items():
         if "running" in values:
@@ -165,6 +180,9 @@ def _replica(who: tuple[str, str], values: dict[str, float]) -> ReplicaView:
         last_token_age=values["last_token_age_seconds"],
         loaded=values["weights_loaded_ratio"],
         preemptions=values["preemptions_total"],
+        asked=values.get("prefix_cache_queried_tokens_total", 0.0),
+        found=values.get("prefix_cache_hit_tokens_total", 0.0),
+        found_in_host=values.get("host_cache_hit_tokens_total", 0.0),
         output_tokens=values["generated_tokens_total"],
         accepted=accepted / proposed if (proposed := values["speculation_proposed_tokens_total"]) else math.nan,
     )
@@ -210,6 +228,7 @@ def render(view: ClusterView) -> RenderableType:
         "running",
         "waiting",
         "KV in use",
+        "found in cache",
         "last token",
         "preempted/s",
         "accepted",
@@ -225,6 +244,7 @@ def render(view: ClusterView) -> RenderableType:
             f"{replica.running:.0f}",
             f"{replica.waiting:.0f}",
             bar(replica.kv_use),
+            f"{replica.hit_rate:.0%} ({replica.host_hit_rate:.0%} host)" if replica.asked else "-",
             Text(f"{replica.last_token_age:.1f} s ago", style=age_style),
             f"{replica.preemptions:.1f}",
             "-" if math.isnan(replica.accepted) else f"{replica.accepted:.0%}",

@@ -75,6 +75,9 @@ class LocalEngine:
                 self.left_at = self.steps
                 self.engine.abort(request.request_id)
 
+    async def reset_cache(self) -> None:
+        self._engine.reset_cache()
+
     async def replicas(self) -> list[ReplicaStatus]:
         """One, so fast that whoever comes is admitted."""
         stats = self.engine.stats

@@ -57,7 +57,7 @@ class ScriptedEngine:
         self.pause = asyncio.Event()
         self.pause.set()
         self.requests: list[Request] = []
-        self.open = 0
+        self.open = self.resets = 0
         self.statuses: list[ReplicaStatus] = []
         self.looks = 0
 
@@ -79,6 +79,9 @@ class ScriptedEngine:
                 await self.pause.wait()
         finally:
             self.open -= 1
+
+    async def reset_cache(self) -> None:
+        self.resets += 1
 
     async def replicas(self) -> list[ReplicaStatus]:
         self.looks += 1

@@ -53,6 +53,9 @@ class FailingEngine:
         finally:
             self.closed += 1
 
+    async def reset_cache(self) -> None:
+        raise NotImplementedError
+
     async def replicas(self) -> list[ReplicaStatus]:
         return []
 

@@ -35,6 +35,9 @@ class Guarded:
         headers = {} if key is None else {header: f"Bearer {key}" if header == "Authorization" else key}
         return await self.client.post("/v1/chat/completions", json={**CHAT, **body}, headers=headers)
 
+    async def post(self, path: str, key: str | None) -> httpx.Response:
+        return await self.client.post(path, headers={"Authorization": f"Bearer {key}"} if key else {})
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -281,5 +284,40 @@ def test_a_priority_is_bounded_by_the_key(file: Path) -> None:
         assert (await service.chat(key, priority=7)).status_code == 200
         assert (await service.chat(urgent, priority=-5)).status_code == 200
         assert [r.priority for r in service.engine.requests] == [7, -5]
+
+    asyncio.run(test())
+
+
+def test_what_is_cached_is_shared_with_the_same_salt_alone(file: Path) -> None:
+    """The key's and the request's own; who has none shares with all who have none."""
+    plain, other = add_key(file, "plain"), add_key(file, "other")
+    apart, within = add_key(file, "apart", cache_salt="a"), add_key(file, "within", cache_salt="a")
+
+    async def test() -> None:
+        service = Guarded(auth={"keys_file": str(file)})
+        for key, given in ((plain, {}), (other, {}), (apart, {}), (within, {}), (plain, {"cache_salt": "a"}),
+                           (apart, {"cache_salt": "b"}), (plain, {"cache_salt": "b"})):  # fmt: skip
+            assert (await service.chat(key, **given)).status_code == 200
+        roots = [request.chain_root for request in service.engine.requests]
+        assert roots[0] == roots[1]
+        assert roots[2] == roots[3]
+        assert len(set(roots)) == 5
+        refused = await service.chat(plain, cache_salt="")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
+
+    asyncio.run(test())
+
+
+def test_only_operators_reset_the_cache(file: Path) -> None:
+    user, operator = add_key(file, "user"), add_key(file, "ops", operator=True)
+
+    async def test() -> None:
+        service = Guarded(auth={"keys_file": str(file)})
+        refused = await service.post("/v1/cache/reset", user)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_an_operator")
+        assert (await service.post("/v1/cache/reset", operator)).status_code == 202
+        assert service.engine.resets == 1
+        without_keys = Guarded()
+        assert (await without_keys.post("/v1/cache/reset", None)).status_code == 403
 
     asyncio.run(test())
