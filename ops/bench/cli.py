@@ -363,6 +363,7 @@ def recovery(
     stage: Annotated[int, typer.Option(help="which stage to kill, counted from 0")] = 1,
     streams: Annotated[int, typer.Option(help="streams at once")] = 64,
     new_tokens: Annotated[int, typer.Option(help="tokens of each stream")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of each stream's prompt")] = 128,
     spare: Annotated[bool, typer.Option(help="with pipeline.spare, whatever the file says")] = False,
     output: Output = None,
 ) -> None:
@@ -378,7 +379,7 @@ def recovery(
             if spare:
                 pipeline = app_config.pipeline.model_copy(update={"spare": True})
                 app_config = app_config.model_copy(update={"pipeline": pipeline})
-            result = bench_recovery(app_config, streams, new_tokens, stage)
+            result = bench_recovery(app_config, streams, new_tokens, stage, prompt_tokens)
     except ValueError as error:
         fail(f"{config}: {error}")
     report(recovery_table(f"{app_config.model.name}: {config}", result), result, output)
