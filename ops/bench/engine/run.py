@@ -172,11 +172,11 @@ def placed(config: AppConfig) -> Iterator[Any]:
 
 
 @contextmanager
-def engine_in(config: AppConfig, group: Any) -> Iterator[tuple[Engine, Run]]:
+def engine_in(config: AppConfig, group: Any, run: Run | None = None) -> Iterator[tuple[Engine, Run]]:
     """An engine with its stage actors in `group`."""
     from cluster.launch import launch_engine
 
-    run = Run()
+    run = run or Run()
     engine = launch_engine(config, group, 1, run)
     run.blocks = engine.scheduler.blocks
     freeze_heap()
