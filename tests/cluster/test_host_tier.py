@@ -56,7 +56,7 @@ def test_what_was_evicted_comes_back_and_says_the_same(
     assert ask(engine, collector, "again") == expected
     stats = engine.scheduler.stats()
     assert stats.host_hit_tokens >= 5 * 36, stats
-    assert stats.host_blocks_damaged == 0
+    assert stats.host.damaged == 0
     assert cached(collector, "again0") >= 36, "usage tells of both tiers"
 
 
@@ -73,7 +73,7 @@ def test_what_was_damaged_is_computed_again(make_engine: MakeEngine, tmp_path: P
     assert ask(engine, collector, "again") == expected
     assert ask(engine, collector, "third") == expected
     stats = engine.scheduler.stats()
-    assert stats.host_blocks_damaged >= 5
+    assert stats.host.damaged >= 5
     assert stats.host_hit_tokens > 0
 
 
@@ -105,7 +105,7 @@ def test_lost_stages_find_what_they_had_computed(make_engine: MakeEngine, tmp_pa
     assert collector.wait(names) == whole.wait(names)
     assert collector.recoveries
     assert engine.scheduler.stats().host_hit_tokens >= len(PROMPTS) * 60
-    assert engine.scheduler.stats().host_blocks_damaged == 0
+    assert engine.scheduler.stats().host.damaged == 0
 
 
 def test_all_is_forgotten_when_an_operator_says_so(make_engine: MakeEngine, tmp_path: Path) -> None:

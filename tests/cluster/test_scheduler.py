@@ -315,7 +315,7 @@ def with_host_tier(made: Case, seed: int) -> Case:
     rng = random.Random(seed)
     made.prefix_caching = True
     made.host_places = rng.choice([1, 3, made.num_blocks, 4 * made.num_blocks])
-    made.damage_rate = rng.choice([0.0, 0.0, 0.05])
+    made.damage_rate = rng.choice([0.0, 0.05, 0.2])
     made.restart_rate = rng.choice([made.restart_rate, 0.05])
     return made
 
@@ -341,7 +341,7 @@ def test_whatever_comes_with_a_host_tier() -> None:
     """Not in vain: much is copied back, and much of that was damaged."""
     stats = fuzz(range(QUICK), host=True)
     print(*((s.host_hit_tokens, s.host) for s in stats))
-    assert sum(s.host_hit_tokens for s in stats) > 400
+    assert sum(s.host_hit_tokens for s in stats) > 200
     assert sum(s.host.damaged for s in stats) > 15
     assert sum(s.host.evicted for s in stats) > 500
 

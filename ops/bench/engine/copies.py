@@ -72,7 +72,7 @@ def _measure(engine: Engine, run: Watched, num_tokens: int, others: int, returni
         "inter_token_alone_s": {q: round(v, 4) for q, v in percentiles(alone).items()},
         "inter_token_beside_s": {q: round(v, 4) for q, v in percentiles(beside).items()},
         "copied_back_tokens": stats.host_hit_tokens,
-        "damaged": stats.host_blocks_damaged,
+        "damaged": stats.host.damaged,
     }
 
 
