@@ -31,7 +31,7 @@ def engine_config(stages: int, **pipeline: Any) -> EngineConfig:
     return EngineConfig(
         model=ModelArgs(path=golden.MODEL, name="smollm2", dtype="float32", max_model_len=2048),
         pipeline=PipelineArgs(stages=stages, device="cpu", **pipeline),
-        cache=CacheArgs(memory_gb=0.1),
+        cache=CacheArgs(memory_gb=0.1, host_gb=0.05),
         scheduler=SchedulerArgs(max_num_seqs=32, max_num_batched_tokens=512),
     )
 
@@ -48,13 +48,27 @@ def two_stages(ray_cluster: None) -> Iterator[tuple[Engine, Collector]]:
     engine, collector, group = launch(2)
     pids = [report.pid for report in pipeline(engine).stages]
     yield engine, collector
+    copies = arenas(engine)
+    assert len(copies) == 2
+    assert all(Path(path).exists() for path in copies)
     engine.close()
+    assert not any(Path(path).exists() for path in copies), "shared memory is left behind"
     engine.scheduler.check()
     remove_placement_group(group)
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if psutil.pid_exists(pid)], "stage processes outlived the engine"
+
+
+def arenas(engine: Engine) -> list[str]:
+    """Files with the copies of KV blocks, of each stage."""
+    asked = [
+        stage.actor.__ray_call__.remote(lambda actor: str(actor._stage.copier._arenas[0]._path))
+        for stage in pipeline(engine)._stages
+    ]
+    found: list[str] = ray.get(asked)
+    return found
 
 
 def pipeline(engine: Engine) -> RayPipeline:
@@ -81,6 +95,23 @@ def test_two_processes_hold_their_layers_only(two_stages: tuple[Engine, Collecto
     for report in reports:
         memory = psutil.Process(report.pid).memory_full_info()
         assert memory.uss < whole + 400e6, f"stage {report.pid} holds {memory.uss / 1e6:.0f} MB: more than its share"
+
+
+def test_a_killed_stage_leaves_its_copies_to_who_takes_its_place(two_stages: tuple[Engine, Collector]) -> None:
+    engine, collector = two_stages
+    prompt = [(37 * i) % 900 + 100 for i in range(300)]
+    engine.add(request("whole", prompt, max_tokens=40))
+    whole = collector.wait(["whole"])["whole"]
+    engine.reset_cache()
+    engine.add(request("killed", prompt, max_tokens=40))
+    while len(collector.tokens("killed")) < 20:
+        time.sleep(0.01)
+    before, files = engine.scheduler.stats().host_hit_tokens, arenas(engine)
+    os.kill(pipeline(engine).stages[1].pid, signal.SIGKILL)
+    assert collector.wait(["killed"])["killed"] == whole
+    assert engine.scheduler.stats().host_hit_tokens - before >= 288, "computed again"
+    assert engine.scheduler.stats().host_blocks_damaged == 0
+    assert arenas(engine) == files
 
 
 def test_the_garbage_collector_leaves_alone_what_a_stage_started_with(two_stages: tuple[Engine, Collector]) -> None:
