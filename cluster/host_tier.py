@@ -88,7 +88,12 @@ class HostTier:
 
     def stats(self) -> HostStats:
         return HostStats(
-            len(self._found), self.num_places, self.num_copied_in, self.num_copied_out, self.num_evicted, self.num_damaged
+            len(self._found),
+            self.num_places,
+            self.num_copied_in,
+            self.num_copied_out,
+            self.num_evicted,
+            self.num_damaged,
         )
 
     @property

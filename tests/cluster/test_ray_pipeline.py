@@ -110,7 +110,7 @@ def test_a_killed_stage_leaves_its_copies_to_who_takes_its_place(two_stages: tup
     os.kill(pipeline(engine).stages[1].pid, signal.SIGKILL)
     assert collector.wait(["killed"])["killed"] == whole
     assert engine.scheduler.stats().host_hit_tokens - before >= 288, "computed again"
-    assert engine.scheduler.stats().host_blocks_damaged == 0
+    assert engine.scheduler.stats().host.damaged == 0
     assert arenas(engine) == files
 
 
