@@ -387,29 +387,6 @@ def recovery(
         fail("not all streams finished")
 
 
-@bench.command(epilog="Example: caravan bench copies my.yaml --tokens 3500")
-def copies(
-    config: Annotated[Path, typer.Argument(help="the Serve configuration of the engine, with cache.host_gb")],
-    tokens: Annotated[int, typer.Option(help="of a conversation that comes back")] = 3500,
-    others: Annotated[int, typer.Option(help="sequences that decode meanwhile")] = 16,
-    returning: Annotated[int, typer.Option(help="conversations that come back at once")] = 8,
-    output: Output = None,
-) -> None:
-    """The engine alone in a Ray of its own, with the host tier and without: what comes back, what others pay."""
-    from ops.bench.engine.copies import bench_copies, copies_table
-    from ops.bench.engine.run import own_ray
-
-    app_config = read_app_config(config)
-    if not app_config.cache.host_gb:
-        fail(f"{config}: cache.host_gb is 0: there is nothing to compare")
-    try:
-        with own_ray(app_config):
-            result = bench_copies(app_config, tokens, others, returning)
-    except ValueError as error:
-        fail(f"{config}: {error}")
-    report(copies_table(f"{app_config.model.name}: {config}", result), result, output)
-
-
 @bench.command(epilog="Example: caravan bench constraints ray_config.yaml --streams 32")
 def constraints(
     config: Annotated[Path, typer.Argument(help="the Serve configuration whose engine to measure")],
