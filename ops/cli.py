@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-bench.command(epilog="Example: caravan bench copies my.yaml --tokens 3500")(copies)
+bench.command(name="copies", epilog="Example: caravan bench copies my.yaml --tokens 3500")(copies)
 app.add_typer(bench, name="bench")
 app.command(name="chaos", epilog="Example: caravan chaos --faults stage,engine,node --requests 1000 --streams 64")(
     chaos

@@ -10,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from cluster.prefix import Chain, root
+from deployments import serve_file
 from model.weights import resolve_path
 from ops.local import await_ready, ray_head
 from ops.watch import top
@@ -50,9 +52,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         },
         pipeline={"stages": 1, "split": "auto"},
         cache={"memory_gb": 0.012},  # 23,000 tokens each: all conversations fit into all of them, and not into one
-        gateway={"replicas": GATEWAYS},
         autoscaling={"min_replicas": PIPELINES, "max_replicas": PIPELINES},
     )
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    gateway = serve_file.deployment(config["applications"][0], "Gateway")
+    gateway["autoscaling_config"] |= {"min_replicas": GATEWAYS, "max_replicas": GATEWAYS}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
     with ray_head(PIPELINES * 2 + GATEWAYS) as head:
         deployed = head.serve("deploy", str(directory / "config.yaml"))
         assert deployed.returncode == 0, deployed.stderr
