@@ -103,7 +103,13 @@ class Machine:
         with self.log.open("ab") as log:
             command = self.command(shell)
             process = subprocess.Popen(command, env=self.environment(), stdout=log, stderr=log, start_new_session=True)
+        self.unit = unit
         self.processes.append(process)
+
+    def restart(self) -> None:
+        """A unit that has ended, as Restart=always says: a worker's ends if the head is not there yet."""
+        if self.processes[-1].poll() is not None:
+            self.start_unit(self.unit)
 
     def run(self, shell: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         prepared = f"set -a; . /etc/caravan/caravan.env; set +a; {shell}"
@@ -155,7 +161,11 @@ def test_the_pages_commands_between_two_machines(machines: list[Machine], tmp_pa
         machine.start_unit(f"{unit}.service")
     nodes = 'python -c \'import ray; ray.init(address="\'$NODE_ADDRESS\':6379", logging_level="ERROR"); '
     count = nodes + 'assert sum(n["Alive"] for n in ray.nodes()) == 2\''
-    await_success(one, count, tmp_path, 120)
+    deadline = time.monotonic() + 200
+    while one.run(count, tmp_path).returncode:
+        two.restart()
+        assert time.monotonic() < deadline, two.log.read_text(errors="replace")[-1500:]
+        time.sleep(1)
     for line in page_commands(4):
         done = one.run(line, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -170,8 +180,8 @@ def test_the_pages_commands_between_two_machines(machines: list[Machine], tmp_pa
     assert len(said.stdout) > 60
     shown = one.run("caravan top --once --metrics http://$NODE_ADDRESS:8080/metrics", tmp_path)
     assert shown.returncode == 0, shown.stderr
-    two.processes[0].terminate()  # systemctl stop
-    two.processes[0].wait(60)
+    two.processes[-1].terminate()  # systemctl stop
+    two.processes[-1].wait(60)
 
 
 def small_config() -> str:
