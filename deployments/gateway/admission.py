@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from deployments.config import AppConfig
 from deployments.engine.board import ReplicaStatus
 from deployments.errors import ApiError, too_many
+from deployments.gateway.crowd import Answer, Crowd
 from deployments.gateway.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
 REFRESH_S = 0.5  # how old what engines report may be
+GROUPS = 32  # what other gateways have open is taken for so many kinds of answers
 SAME_ANSWER_S = 0.02  # for so long a tenant that was refused is refused again without another look
 
 
@@ -41,20 +43,6 @@ class Capacity:
             max_seqs=sum(r.max_num_seqs for r in replicas),
             kv_tokens=sum(r.kv_blocks_total * r.block_size for r in replicas),
         )
-
-
-@dataclass(slots=True)
-class Answer:
-    """One open answer, in tokens."""
-
-    prompt: int
-    max_tokens: int
-    output: int = 0  # so far
-
-    @property
-    def waiting(self) -> int:
-        """Prompt tokens that are still to be computed, as far as is known: all until the first token."""
-        return 0 if self.output else self.prompt
 
 
 @dataclass(slots=True)
@@ -80,31 +68,38 @@ class Sizes:
 
 
 def expected_wait(
-    ahead: Sequence[Answer], new: Sequence[Answer], capacity: Capacity, mean_output: float, share: float = 1.0
+    ahead: Crowd, new: Sequence[Answer], capacity: Capacity, mean_output: float, share: float = 1.0
 ) -> float:
     """Seconds until an engine begins with `new`, behind the answers `ahead`, with this share of the engines.
 
     Its own prompts do not count: however long, an idle engine takes them. Rates that are not known yet count as
     endless for prompts (a replica measures that one before it is ready) and as nothing for answers that must end.
     """
-    prefill = sum(answer.waiting for answer in ahead)
-    wait = prefill / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
+    prefill_rate = capacity.prefill_rate * share or math.inf
+    wait = ahead.waiting / prefill_rate
     seqs = max(1, int(capacity.max_seqs * share))
-    running = ahead[:seqs]  # first come, first served
-    held = sum(answer.prompt + answer.output for answer in ahead)
-    size = max(1.0, held / len(ahead)) if ahead else 1.0
-    kv = (held + sum(answer.prompt for answer in new) - capacity.kv_tokens * share) / size
-    lacking = min(len(ahead), math.ceil(max(len(ahead) + len(new) - seqs, kv)))
+    running = min(ahead.count, seqs)  # first come, first served
+    size = max(1.0, ahead.held / ahead.count) if ahead.count else 1.0
+    kv = (ahead.held + sum(answer.prompt for answer in new) - capacity.kv_tokens * share) / size
+    lacking = min(ahead.count, math.ceil(max(ahead.count + len(new) - seqs, kv)))
     if lacking <= 0:
         return wait
-    speed = capacity.decode_rate * share / len(running)  # tokens/s of one answer
+    speed = capacity.decode_rate * share / running  # tokens/s of one answer
     if not speed:
         return math.inf
     # Whoever runs now ends after what is left of the average answer; whoever takes that place, one answer later.
-    left = sorted(max(1.0, min(mean_output, a.max_tokens) - a.output) for a in running)
-    rounds, place = divmod(lacking - 1, len(left))
-    begun = sum(a.waiting for a in running) / (capacity.prefill_rate * share) if capacity.prefill_rate else 0.0
-    return max(wait, begun + (left[place] + rounds * mean_output) / speed)
+    rounds, place = divmod(lacking - 1, running)
+    to_begin = max(0, running - ahead.begun) / max(1, ahead.count - ahead.begun)  # share of those that have not
+    begun = ahead.waiting * to_begin / prefill_rate
+    return max(wait, begun + (ahead.left(place, mean_output) + rounds * mean_output) / speed)
+
+
+@dataclass(slots=True)
+class Crowded:
+    """What one tenant has open."""
+
+    weight: float
+    crowd: Crowd
 
 
 class Admission:
@@ -117,8 +112,9 @@ class Admission:
         self._replicas = replicas
         self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
         self._sizes = Sizes()
-        self._open: dict[int, tuple[Tenant, Answer]] = {}  # in order of arrival
-        self._others: list[Answer] = []  # what other gateways have sent
+        self._open: dict[int, tuple[str, Answer]] = {}  # by the answer's number: whose it is
+        self._all, self._tenants = Crowd(), dict[str, Crowded]()  # the same in sums
+        self._others = Crowd()  # what other gateways have sent
         self._numbers = itertools.count()
         self._refused: dict[str, tuple[float, float]] = {}  # tenant -> when, and how long it would have waited
         self._asking: asyncio.Task[None] | None = None
@@ -147,17 +143,19 @@ class Admission:
         self._capacity = Capacity.of(ready) if ready else None
         if self._alone:
             return
-        own = [answer for _, answer in self._open.values()]
-        begun = [answer for answer in own if answer.output]
-        running = max(0, sum(r.running for r in ready) - len(begun))
-        held = max(0, sum(r.running_tokens for r in ready) - sum(a.prompt + a.output for a in begun))
-        waiting = max(0, sum(r.waiting for r in ready) - (len(own) - len(begun)))
-        tokens = max(0, sum(r.waiting_tokens for r in ready) - sum(a.waiting for a in own))
+        own = self._all
+        running = max(0, sum(r.running for r in ready) - own.begun)
+        held = max(0, sum(r.running_tokens for r in ready) - (own.held - own.waiting))
+        waiting = max(0, sum(r.waiting for r in ready) - (own.count - own.begun))
+        tokens = max(0, sum(r.waiting_tokens for r in ready) - own.waiting)
         length = max(1, int(self._sizes.output))  # theirs are taken to be like ours, and to end one after the other
-        self._others = [
-            *(Answer(held // running, length, 1 + i * length // running) for i in range(running)),
-            *(Answer(tokens // waiting, length) for _ in range(waiting)),
-        ]
+        self._others = Crowd()
+        groups = min(running, GROUPS)
+        for i in range(groups):
+            times = (i + 1) * running // groups - i * running // groups
+            self._others.add(Answer(held // running, length, 1 + i * length // groups), times)
+        if waiting:
+            self._others.add(Answer(tokens // waiting, length), waiting)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -177,32 +175,45 @@ class Admission:
 
     def _wait(self, tenant: Tenant, new: Sequence[Answer], capacity: Capacity) -> float:
         """By its own share of the engines, or by all of them, whichever is sooner: what others leave is used."""
-        ahead = [*self._others, *(answer for _, answer in self._open.values())]
+        ahead = self._others + self._all if self._others.count else self._all
         wait = expected_wait(ahead, new, capacity, self._sizes.output)
-        weights = {other.name: other.weight for other, _ in self._open.values()}
-        if wait <= self.target_s or not set(weights) - {tenant.name}:
+        own = self._tenants.get(tenant.name)
+        if wait <= self.target_s or len(self._tenants) == (own is not None):
             return wait
-        share = tenant.weight / sum({**weights, tenant.name: tenant.weight}.values())
-        own = [answer for other, answer in self._open.values() if other.name == tenant.name]
-        return min(wait, expected_wait(own, new, capacity, self._sizes.output, share))
+        weights = sum(other.weight for name, other in self._tenants.items() if name != tenant.name) + tenant.weight
+        crowd = own.crowd if own is not None else Crowd()
+        return min(wait, expected_wait(crowd, new, capacity, self._sizes.output, tenant.weight / weights))
 
     def open(self, tenant: Tenant, answers: Sequence[Answer]) -> "Ticket":
         """Take a request for these answers. Raises `ApiError` 429 if it would wait too long."""
         self._check(tenant, answers)
         numbers = [next(self._numbers) for _ in answers]
+        crowded = self._tenants.setdefault(tenant.name, Crowded(tenant.weight, Crowd()))
+        crowded.weight = tenant.weight
         for number, answer in zip(numbers, answers, strict=True):
-            self._open[number] = tenant, answer
+            self._open[number] = tenant.name, answer
+            self._all.add(answer)
+            crowded.crowd.add(answer)
             self._sizes.expect(answer.max_tokens)
         return Ticket(self, numbers)
 
     def grow(self, number: int, tokens: int) -> None:
-        if number in self._open:
-            self._open[number][1].output += tokens
+        if number in self._open and tokens:
+            name, answer = self._open[number]
+            self._all.grow(answer, tokens)
+            self._tenants[name].crowd.grow(answer, tokens)
+            answer.output += tokens
 
     def close(self, number: int, complete: bool) -> None:
-        found = self._open.pop(number, None)
-        if found is not None and complete:
-            self._sizes.end(found[1].output)
+        name, answer = self._open.pop(number, ("", None))
+        if answer is None:
+            return
+        self._all.add(answer, -1)
+        self._tenants[name].crowd.add(answer, -1)
+        if not self._tenants[name].crowd.count:
+            del self._tenants[name]
+        if complete:
+            self._sizes.end(answer.output)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from deployments.config import AppConfig
 from deployments.errors import ApiError, TimeExceeded
 from deployments.fingerprint import fingerprint
 from deployments.gateway.accounting import Accounting, Usage
-from deployments.gateway.admission import Admission, Answer, Ticket
+from deployments.gateway.admission import Admission, Ticket
 from deployments.gateway.constraints import ConstraintChecker
+from deployments.gateway.crowd import Answer
 from deployments.gateway.engine_client import EngineClient
 from deployments.gateway.limits import Limits
 from deployments.gateway.pieces import Piece, TextRules, merged, pieces
