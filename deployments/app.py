@@ -9,16 +9,18 @@ import threading
 import time
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import metrics as serve_metrics
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, DeploymentActorConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments import asgi, logs, placement
 from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
 from deployments.gateway import gateway as gateway_
 from deployments.gateway.engine_client import ServeEngineClient
+from deployments.limits.ledger import LEDGER, LedgerActor, RayLedger
 from deployments.metrics import Recorder
 from deployments.telemetry import audit
 from deployments.telemetry.record import Record
@@ -49,7 +51,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         recorder, name = Recorder(serve_metrics, "gateway"), serve.get_replica_context().app_name
         client = ServeEngineClient(self._engine, name, self._config.cache.block_size, recorder)
-        self._app = asgi.create_gateway(self._config, client, recorder, echo_request_id=False)
+        self._app = asgi.create_gateway(self._config, client, recorder, RayLedger(), echo_request_id=False)
         open_requests: set[Record] = self._app.state.gateway.open_requests
         threading.Thread(target=_report, args=(recorder, open_requests), name="report", daemon=True).start()
         return self._app
@@ -128,6 +130,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.resources.drain_timeout_s,
         max_surge_percent=100,
         health_check_period_s=2,
+        deployment_actors=[
+            DeploymentActorConfig(name=LEDGER, actor_class=ray.remote(LedgerActor), actor_options={"num_cpus": 0})
+        ],
         # As many as are asked for; a range in the file lets the scaler choose. Only what scales reports its load.
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.gateway.replicas, max_replicas=config.gateway.replicas, look_back_period_s=20.0

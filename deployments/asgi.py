@@ -20,6 +20,7 @@ from deployments.gateway.engine_client import EngineClient
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.guard import OPEN_PATHS, Guard
 from deployments.live import page as live
+from deployments.limits.shared import Ledger
 from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, operators, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
@@ -38,13 +39,18 @@ Every answer carries an `X-Request-Id`, the client's own if it sent one.
 
 
 def create_gateway(
-    config: AppConfig, engine: EngineClient, recorder: MetricsRecorder, *, echo_request_id: bool = True
+    config: AppConfig,
+    engine: EngineClient,
+    recorder: MetricsRecorder,
+    ledger: Ledger | None = None,
+    *,
+    echo_request_id: bool = True,
 ) -> FastAPI:
     """The ASGI application. Raises `ValueError` if the checkpoint's tokenizer or template cannot be read.
 
     `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
     """
-    gateway = Gateway(config, engine, recorder)
+    gateway = Gateway(config, engine, recorder, ledger)
     create_series(recorder, config.gateway.routes)
     app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
     add_docs(app)

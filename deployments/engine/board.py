@@ -6,7 +6,9 @@ gateway must be able to say "loading 43 %".
 Clocks of two nodes are never compared: a reader counts by its own how long a replica has said nothing new.
 """
 
+import math
 import os
+import time
 from collections.abc import Iterable
 from typing import Literal
 
@@ -16,6 +18,7 @@ from cluster.prefix import Digest
 
 State = Literal["loading", "ready", "stalled", "failed"]
 NAMESPACE, DIGESTS, RESETS = b"caravan", b"caravan-digests", b"caravan-resets"
+LIST_PERIOD_S = 2.0  # how often a reader asks who has come
 FORGET_AFTER_S = 60.0  # a replica that died without a word leaves the board after this
 
 
@@ -68,15 +71,6 @@ def publish(app: str, status: ReplicaStatus) -> None:
     from ray.experimental import internal_kv
 
     internal_kv._internal_kv_put(_key(app, status.replica), msgspec.msgpack.encode(status), namespace=NAMESPACE)
-
-
-def read(app: str) -> list[ReplicaStatus]:
-    """All that is on the board, of replicas that died without a word too."""
-    from ray.experimental import internal_kv
-
-    keys = internal_kv._internal_kv_list(_key(app, ""), namespace=NAMESPACE)
-    values = [internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys]
-    return [msgspec.msgpack.decode(value, type=ReplicaStatus) for value in values if value]
 
 
 class Sightings:
@@ -134,6 +128,34 @@ def read_digests(app: str, replicas: Iterable[str]) -> dict[str, Digest]:
 
     values = {name: internal_kv._internal_kv_get(_key(app, name), namespace=DIGESTS) for name in replicas}
     return {name: msgspec.msgpack.decode(value, type=Digest) for name, value in values.items() if value}
+
+
+class Reader:
+    """One reader of the board. A look costs the control plane one call; now and then one more, for who has come."""
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._sightings = Sightings()
+        self._keys: list[bytes] = []
+        self._listed_at = -math.inf
+
+    def look(self) -> list[ReplicaStatus]:
+        """All that have spoken lately. Whoever has died without a word is taken off the board after a while."""
+        from ray.experimental import internal_kv
+
+        now = time.monotonic()
+        if now - self._listed_at > LIST_PERIOD_S:
+            self._keys = list(internal_kv._internal_kv_list(_key(self._app, ""), namespace=NAMESPACE))
+            self._listed_at = now
+        if not self._keys:
+            return []
+        found = internal_kv.internal_kv_get_gcs_client().internal_kv_multi_get(self._keys, NAMESPACE)
+        statuses = [msgspec.msgpack.decode(value, type=ReplicaStatus) for value in found.values() if value]
+        alive = self._sightings.aged(statuses, now)
+        for replica in {status.replica for status in statuses} - {status.replica for status in alive}:
+            remove(self._app, replica)  # should it live after all, it says so within a second
+            self._keys.remove(_key(self._app, replica))
+        return alive
 
 
 def _key(app: str, replica: str) -> bytes:

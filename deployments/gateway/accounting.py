@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from cluster.errors import CaravanError
 from deployments.errors import ApiError
 from deployments.gateway.admission import Ticket
-from deployments.gateway.limits import Limits
 from deployments.gateway.pieces import Piece
 from deployments.gateway.request import GenerationRequest
 from deployments.gateway.tenants import Tenant
+from deployments.limits.shared import SharedLimits
 from deployments.metrics import MetricsRecorder
 from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.record import Record
@@ -37,7 +37,7 @@ class Accounting:
     """The books of one gateway. `prompts_in_log` shows the prompts of requests if they may be logged at all."""
 
     def __init__(
-        self, recorder: MetricsRecorder, limits: Limits, load: GatewayLoad, prompts_in_log: Tokenizer | None
+        self, recorder: MetricsRecorder, limits: SharedLimits, load: GatewayLoad, prompts_in_log: Tokenizer | None
     ) -> None:
         self._recorder = recorder
         self._limits = limits
@@ -67,7 +67,7 @@ class Accounting:
                 usage.ticket.grow(index, piece.num_tokens)
                 if piece.finish_reason in ("stop", "length"):
                     usage.ticket.end(index)
-                self._limits.spend(request.tenant, piece.num_tokens, now)
+                self._limits.spend(request.tenant, piece.num_tokens)
                 if last and piece.num_tokens:
                     self._recorder.observe("inter_token_seconds", (now - last) / piece.num_tokens)
                 last = now

@@ -108,7 +108,7 @@ class Admission:
     def __init__(self, config: AppConfig, replicas: Callable[[], Awaitable[list[ReplicaStatus]]]) -> None:
         self.target_s = config.admission.target_ttft_s
         self.max_age_s = config.gateway.ready_max_age_s
-        self._alone = config.gateway.replicas == 1
+        self.alone = config.gateway.replicas == 1
         self._replicas = replicas
         self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
         self._sizes = Sizes()
@@ -141,7 +141,7 @@ class Admission:
     def take(self, ready: Sequence[ReplicaStatus]) -> None:
         """The ready engines. What they have and is not ours came from other gateways, if there are any."""
         self._capacity = Capacity.of(ready) if ready else None
-        if self._alone:
+        if self.alone:
             return
         own = self._all
         running = max(0, sum(r.running for r in ready) - own.begun)

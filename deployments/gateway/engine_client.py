@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from cluster.prefix import Chain
 from cluster.sequence import Request, TokenEvent
 from deployments import logs
 from deployments.engine import board
-from deployments.engine.board import ReplicaStatus, Sightings
+from deployments.engine.board import ReplicaStatus
 from deployments.engine.token_link import Inbox, TokenReceiver
 from deployments.metrics import MetricsRecorder
 from deployments.routing.assignments import ASSIGNMENTS
@@ -71,7 +70,7 @@ class ServeEngineClient:
         self._recorder = recorder
         self._receiver: TokenReceiver | None = None
         self._board: list[ReplicaStatus] = []
-        self._sightings = Sightings()
+        self._reader = board.Reader(app)
         self._reading: asyncio.Task[list[ReplicaStatus]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself keeps only weak references
 
@@ -149,10 +148,10 @@ class ServeEngineClient:
     async def replicas(self) -> list[ReplicaStatus]:
         """As the board says, which is kept by the cluster's control plane: while that is away, as it last said."""
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(asyncio.to_thread(board.read, self._app))
+            self._reading = asyncio.create_task(asyncio.to_thread(self._reader.look))
         await asyncio.wait({self._reading}, timeout=BOARD_S)
         if self._reading.done() and self._reading.exception() is None:
-            self._board = self._sightings.aged(self._reading.result(), time.monotonic())
+            self._board = self._reading.result()
         return [_as_routed(replica) for replica in self._board]
 
 

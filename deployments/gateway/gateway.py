@@ -18,12 +18,12 @@ from deployments.gateway.admission import Admission, Ticket
 from deployments.gateway.constraints import ConstraintChecker
 from deployments.gateway.crowd import Answer
 from deployments.gateway.engine_client import EngineClient
-from deployments.gateway.limits import Limits
 from deployments.gateway.pieces import Piece, TextRules, merged, pieces
 from deployments.gateway.prompts import Prompts
 from deployments.gateway.request import GenerationRequest, RequestBounds, check_priority
 from deployments.gateway.resume import ResumingEngineClient
 from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant
+from deployments.limits.shared import Ledger, SharedLimits
 from deployments.metrics import MetricsRecorder
 from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.answers import create_tenant_series
@@ -46,7 +46,9 @@ class Generation:
 class Gateway:
     """One model's tokenizer, template and limits in front of an engine client."""
 
-    def __init__(self, config: AppConfig, engine: EngineClient, recorder: MetricsRecorder) -> None:
+    def __init__(
+        self, config: AppConfig, engine: EngineClient, recorder: MetricsRecorder, ledger: Ledger | None = None
+    ) -> None:
         path = resolve_path(config.model.path)
         self.config = config
         self.recorder = recorder
@@ -70,7 +72,7 @@ class Gateway:
         self.key_audit = KeyAudit()
         self._known: list[Tenant] | None = None  # tenants as last read
         self.keys = KeyRing(config.auth, self._keys_changed)
-        self.limits = Limits(g.replicas)
+        self.limits = SharedLimits(ledger, g.replicas, self._on_gateways)
         self.accounting = Accounting(
             recorder, self.limits, self.load, self.tokenizer if config.logging.log_prompts else None
         )
@@ -92,8 +94,12 @@ class Gateway:
         self.admission.target_s, self.admission.max_age_s = config.admission.target_ttft_s, g.ready_max_age_s
         self.accounting.prompts_in_log = self.tokenizer if config.logging.log_prompts else None
 
+    def _on_gateways(self, count: int) -> None:
+        self.admission.alone = count == 1
+
     def close(self) -> None:
         """End what was started beside this process."""
+        self.limits.close()
         self.constraints.close()
         self.prompts.close()
 
@@ -148,7 +154,7 @@ class Gateway:
         self, stream: AsyncGenerator[Piece, None], requests: Sequence[GenerationRequest], usage: Usage
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of a whole request, if it is taken, for as long as it may last."""
-        usage.ticket = self._admit(requests, usage)
+        usage.ticket = await self._admit(requests, usage)
         with self.accounting.recorded(requests[0], usage):
             try:
                 async for piece in within(stream, self.config.gateway.request_timeout_s):
@@ -158,14 +164,14 @@ class Gateway:
                 await stream.aclose()
                 usage.ticket.close()
 
-    def _admit(self, requests: Sequence[GenerationRequest], usage: Usage) -> Ticket:
+    async def _admit(self, requests: Sequence[GenerationRequest], usage: Usage) -> Ticket:
         tenant = requests[0].tenant
         try:
             answers = [Answer(len(r.prompt.token_ids), r.sampling.max_tokens) for r in requests]
             ticket = self.admission.open(tenant, answers)
             try:
-                self.limits.take_prompt(tenant, usage.prompt_tokens, time.monotonic())
-            except ApiError:
+                await self.limits.take_prompt(tenant, usage.prompt_tokens)
+            except BaseException:
                 ticket.close()
                 raise
         except ApiError as error:

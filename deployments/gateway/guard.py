@@ -100,7 +100,7 @@ class Guard:
         self._returning = loop.call_later(RETURN_AFTER_S, begin)
 
     def _limits_of(self, scope: Scope) -> dict[str, str]:
-        return self._gateway.limits.headers(scope["state"]["tenant"], time.monotonic())
+        return self._gateway.limits.headers(scope["state"]["tenant"])
 
     async def _check(self, scope: Scope) -> None:
         """Find out whose request it is. Raises `ApiError` for what need not be read."""
@@ -109,7 +109,7 @@ class Guard:
             tenant = scope["state"]["tenant"] = self._tenant(scope, headers)
             self._check_headers(scope, headers)
             if scope["method"] == "POST":
-                self._gateway.limits.take_request(tenant, time.monotonic())
+                await self._gateway.limits.take_request(tenant)
                 if scope["path"].removeprefix(scope.get("root_path", "")) not in NEED_NO_ENGINE:
                     await self._gateway.admission.refresh()
                     self._gateway.admission.check(tenant)

@@ -1,5 +1,13 @@
 """How old a replica's news is, whatever its clock says."""
 
+from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+from ray.experimental import internal_kv
+
+from deployments.engine import board
 from deployments.engine.board import FORGET_AFTER_S, ReplicaStatus, Sightings
 
 
@@ -32,3 +40,51 @@ def test_whoever_says_nothing_new_grows_old_and_is_forgotten_in_the_end() -> Non
     assert ages(sightings, 100.0, dead=8.0) == {"dead": 0.0}, "it has come back"
     assert ages(sightings, 101.0) == {}
     assert ages(sightings, 102.0, dead=8.0) == {"dead": 0.0}, "and was away in between"
+
+
+class Kept:
+    """Ray's key-value store, counting calls."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.calls: Counter[str] = Counter()
+
+    def put(self, key: bytes, value: bytes, namespace: bytes) -> None:
+        self.values[key] = value
+
+    def list(self, prefix: bytes, namespace: bytes) -> list[bytes]:
+        self.calls["list"] += 1
+        return [key for key in self.values if key.startswith(prefix)]
+
+    def delete(self, key: bytes, namespace: bytes) -> None:
+        self.values.pop(key, None)
+
+    def internal_kv_multi_get(self, keys: Sequence[bytes], namespace: bytes) -> dict[bytes, bytes]:
+        self.calls["get"] += 1
+        return {key: self.values[key] for key in keys if key in self.values}
+
+
+def test_the_dead_are_forgotten_and_a_look_is_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 500 that died without a word nothing is left; before, each look asked for each of them."""
+    kept, clock = Kept(), [1000.0]
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", kept.put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_list", kept.list)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", kept.delete)
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: kept)
+    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    reader = board.Reader("app")
+    assert reader.look() == []
+    for i in range(500):
+        board.publish("app", status(f"dead-{i}", 7.0))
+    board.publish("other", status("theirs", 7.0))
+    looks = 0
+    while clock[0] < 1000 + FORGET_AFTER_S + 5:
+        clock[0] += 0.5
+        board.publish("app", status("lives", clock[0]))
+        found = reader.look()
+        looks += 1
+        assert looks < 5 or "lives" in {s.replica for s in found}
+    assert {s.replica for s in found} == {"lives"}
+    assert set(kept.values) == {b"app/lives", b"other/theirs"}
+    assert looks - 6 < kept.calls["get"] <= looks, "none while nobody was known"
+    assert kept.calls["list"] <= looks / 4 + 2

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from deployments.asgi import create_gateway
 from deployments.config import AuthArgs, ConfigError, parse_app_config
 from deployments.gateway import tenants
-from deployments.gateway.limits import Limits, duration
 from deployments.gateway.tenants import ANONYMOUS, KeyRing, Tenant, add_key, sha256
+from deployments.limits.buckets import Limits, duration
 from ops.cli import app
 from tests.deployments.gateway.test_gateway import ARGS, Recorded, ScriptedEngine
 

@@ -2,9 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deployments.errors import ApiError, too_many
 from deployments.gateway.tenants import Tenant
+
+
+class Refusal(NamedTuple):
+    """The limit that is reached, and the seconds until it is not."""
+
+    what: str
+    per_minute: float
+    wait: float
 
 
 @dataclass(slots=True)
@@ -25,35 +34,58 @@ class Bucket:
 
 
 class Limits:
-    """The buckets of all tenants. One gateway of several keeps its share of each limit."""
+    """The buckets of all tenants. Whoever cannot ask what others let through keeps a share of each limit."""
 
     def __init__(self, gateways: int = 1) -> None:
-        self._gateways = gateways
+        self.gateways = gateways
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     def take_request(self, tenant: Tenant, now: float) -> None:
         """Raises `ApiError` 429 if this request is one too many, or tokens are still owed."""
-        requests, tokens = self._bucket(tenant, "requests", now), self._bucket(tenant, "tokens", now)
-        if tokens is not None and (wait := tokens.seconds_until(1)) > 0:
-            raise limited(tenant, "tokens", tokens, wait)
-        if requests is not None:
-            if (wait := requests.seconds_until(1)) > 0:
-                raise limited(tenant, "requests", requests, wait)
-            requests.level -= 1
+        if (refusal := self.try_request(tenant, now)) is not None:
+            raise limited(tenant, refusal)
 
     def take_prompt(self, tenant: Tenant, tokens: int, now: float) -> None:
         """Raises `ApiError` 429 if there is no room for so many tokens now."""
+        if (refusal := self.try_prompt(tenant, tokens, now)) is not None:
+            raise limited(tenant, refusal)
+
+    def try_request(self, tenant: Tenant, now: float) -> Refusal | None:
+        """None: it is taken."""
+        requests, tokens = self._bucket(tenant, "requests", now), self._bucket(tenant, "tokens", now)
+        if tokens is not None and (wait := tokens.seconds_until(1)) > 0:
+            return Refusal("tokens", tokens.per_minute, wait)
+        if requests is not None:
+            if (wait := requests.seconds_until(1)) > 0:
+                return Refusal("requests", requests.per_minute, wait)
+            requests.level -= 1
+        return None
+
+    def try_prompt(self, tenant: Tenant, tokens: int, now: float) -> Refusal | None:
+        """None: there is room for it."""
         bucket = self._bucket(tenant, "tokens", now)
         if bucket is not None:
             if (wait := bucket.seconds_until(tokens)) > 0:
-                raise limited(tenant, "tokens", bucket, wait)
+                return Refusal("tokens", bucket.per_minute, wait)
             bucket.level -= tokens
+        return None
 
     def spend(self, tenant: Tenant, tokens: int, now: float) -> None:
         """Count output as it is made: nobody knows its length before."""
         bucket = self._bucket(tenant, "tokens", now)
         if bucket is not None:
             bucket.level -= tokens
+
+    def levels(self, tenant: Tenant, now: float) -> dict[str, float]:
+        """What is left of each limit."""
+        found = {what: self._bucket(tenant, what, now) for what in ("requests", "tokens")}
+        return {what: bucket.level for what, bucket in found.items() if bucket is not None}
+
+    def put(self, tenant: Tenant, levels: dict[str, float], now: float) -> None:
+        """Go on from these levels, of the whole limits, or from this one's share of them."""
+        for what, level in levels.items():
+            if (bucket := self._bucket(tenant, what, now)) is not None:
+                bucket.level = level / self.gateways
 
     def headers(self, tenant: Tenant, now: float) -> dict[str, str]:
         """x-ratelimit-*: the limit, what remains of it, and when it is whole again."""
@@ -70,15 +102,16 @@ class Limits:
         limit = tenant.requests_per_minute if what == "requests" else tenant.tokens_per_minute
         if limit is None:
             return None
-        share = limit / self._gateways
+        share = limit / self.gateways
         bucket = self._buckets.setdefault((tenant.name, what), Bucket(share, share, now))
         bucket.per_minute = share  # it may have been changed in the file of keys
         bucket.refill(now)
         return bucket
 
 
-def limited(tenant: Tenant, what: str, bucket: Bucket, wait: float) -> ApiError:
-    message = f"Rate limit reached for {tenant.name} on {what} per minute: limit {bucket.per_minute:.0f}"
+def limited(tenant: Tenant, refusal: Refusal) -> ApiError:
+    what, per_minute, wait = refusal
+    message = f"Rate limit reached for {tenant.name} on {what} per minute: limit {per_minute:.0f}"
     return too_many(f"{message}. Please try again in {duration(wait)}.", what, "rate_limit_exceeded", wait)
 
 
