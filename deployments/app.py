@@ -22,6 +22,7 @@ from deployments.gateway import gateway as gateway_
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.limits.ledger import LEDGER, LedgerActor, RayLedger
 from deployments.metrics import Recorder
+from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry import audit
 from deployments.telemetry.record import Record
 
@@ -49,9 +50,9 @@ class Gateway:
         return config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        recorder, name = Recorder(serve_metrics, "gateway"), serve.get_replica_context().app_name
-        client = ServeEngineClient(self._engine, name, self._config.cache.block_size, recorder)
-        self._app = asgi.create_gateway(self._config, client, recorder, RayLedger(), echo_request_id=False)
+        recorder, name, load = Recorder(serve_metrics, "gateway"), serve.get_replica_context().app_name, GatewayLoad()
+        client = ServeEngineClient(self._engine, name, self._config.cache.block_size, recorder, load)
+        self._app = asgi.create_gateway(self._config, client, recorder, RayLedger(), load, echo_request_id=False)
         open_requests: set[Record] = self._app.state.gateway.open_requests
         threading.Thread(target=_report, args=(recorder, open_requests), name="report", daemon=True).start()
         return self._app

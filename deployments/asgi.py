@@ -19,16 +19,19 @@ from deployments.errors import ApiError, from_engine
 from deployments.gateway.engine_client import EngineClient
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.guard import OPEN_PATHS, Guard
-from deployments.live import page as live
 from deployments.limits.shared import Ledger
+from deployments.live import page as live
 from deployments.metrics import MetricsRecorder
 from deployments.routes import openai, operators, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs
+from deployments.routing.gateway_load import GatewayLoad
 from deployments.telemetry.answers import Answers, create_series
 from deployments.version import package_version
 
 log = logging.getLogger(__name__)
+
+NO_ENGINE = "no engine runs: the first request starts one, if none is starting yet"
 
 DESCRIPTION = """Models of the Llama 2 family behind OpenAI's API.
 
@@ -43,6 +46,7 @@ def create_gateway(
     engine: EngineClient,
     recorder: MetricsRecorder,
     ledger: Ledger | None = None,
+    load: GatewayLoad | None = None,
     *,
     echo_request_id: bool = True,
 ) -> FastAPI:
@@ -50,7 +54,7 @@ def create_gateway(
 
     `echo_request_id` is False behind Ray Serve's proxy, which writes the X-Request-Id of every answer by itself.
     """
-    gateway = Gateway(config, engine, recorder, ledger)
+    gateway = Gateway(config, engine, recorder, ledger, load)
     create_series(recorder, config.gateway.routes)
     app = FastAPI(title="Caravan", description=DESCRIPTION, version=package_version(), docs_url=None, redoc_url=None)
     add_docs(app)
@@ -117,7 +121,7 @@ async def _ready(gateway: Gateway) -> Response:
             state, reason = "stalled", f"has not been heard of for {status.age_s:.0f} s"
         replicas.append({"replica": status.replica, "state": state, "reason": reason, "loaded": status.loaded})
     ready = any(replica["state"] == "ready" for replica in replicas)
-    reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or "no engine replica is running yet"
+    reason = "" if ready else "; ".join(str(r["reason"]) for r in replicas) or NO_ENGINE
     body: dict[str, Any] = {"ready": ready, "reason": reason, "replicas": replicas}
     if gateway.refused_config:
         body["refused_configuration"] = gateway.refused_config

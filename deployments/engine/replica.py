@@ -122,6 +122,9 @@ class EngineReplica:
                 if not finished:
                     self._engine.abort(request_id)
 
+    async def awake(self) -> None:
+        """Nothing to do: to be called is enough, for Serve starts an engine then if none runs."""
+
     async def _matcher(self, request: Request) -> Matcher | None:
         """For a request with a constraint. Its grammar was compiled before, by a gateway; it may still take a while."""
         constraint = request.sampling.constraint

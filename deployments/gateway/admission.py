@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 0.5  # how old what engines report may be
 GROUPS = 32  # what other gateways have open is taken for so many kinds of answers
+LOADS_S = 30.0  # when to come back, where as many are held as may be while no engine runs
 SAME_ANSWER_S = 0.02  # for so long a tenant that was refused is refused again without another look
 
 
@@ -110,6 +111,8 @@ class Admission:
         self.max_age_s = config.gateway.ready_max_age_s
         self.alone = config.gateway.replicas == 1
         self._replicas = replicas
+        self._max_seqs = config.scheduler.max_num_seqs
+        self.loading = ""  # how far the engine has come that loads, in words
         self._capacity: Capacity | None = None  # None: no engine is ready, as far as is known
         self._sizes = Sizes()
         self._open: dict[int, tuple[str, Answer]] = {}  # by the answer's number: whose it is
@@ -136,6 +139,8 @@ class Admission:
         except Exception:
             log.exception("what engines report cannot be read; what is known stays")
         else:
+            loading = sorted((r for r in replicas if r.state == "loading"), key=lambda r: -r.loaded)
+            self.loading = loading[0].reason if loading else ""
             self.take([r for r in replicas if r.state == "ready" and r.age_s <= self.max_age_s])
 
     def take(self, ready: Sequence[ReplicaStatus]) -> None:
@@ -187,6 +192,8 @@ class Admission:
     def open(self, tenant: Tenant, answers: Sequence[Answer]) -> "Ticket":
         """Take a request for these answers. Raises `ApiError` 429 if it would wait too long."""
         self._check(tenant, answers)
+        if self._capacity is None and self._all.count - self._all.begun >= self._max_seqs:
+            raise overloaded(LOADS_S)  # as many are held as one pipeline can begin with
         numbers = [next(self._numbers) for _ in answers]
         crowded = self._tenants.setdefault(tenant.name, Crowded(tenant.weight, Crowd()))
         crowded.weight = tenant.weight

@@ -21,10 +21,13 @@ from deployments.engine.board import ReplicaStatus
 from deployments.engine.token_link import Inbox, TokenReceiver
 from deployments.metrics import MetricsRecorder
 from deployments.routing.assignments import ASSIGNMENTS
+from deployments.routing.gateway_load import GatewayLoad
 from deployments.routing.outlook import OUTLOOK, Prompt
 
 log = logging.getLogger(__name__)
 
+HELD_LOOK_S = 0.05  # how often a request that is held looks for an engine
+CALL_S, CALL_AGAIN_S = 2.0, 20.0  # how long an engine is called that does not run, and how soon again
 WATCH_PERIOD_S = 0.5  # how often silent engines are looked for
 LEARN_PERIOD_S = 1.0  # how often engines' digests are read
 BOARD_S = 1.0  # how long a look at the board may take
@@ -35,6 +38,7 @@ _GONE = (
     RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError, grpc.RpcError,
     asyncio.CancelledError,
 )  # fmt: skip
+
 
 _encode_request = msgspec.msgpack.Encoder().encode
 
@@ -63,7 +67,17 @@ class ServeEngineClient:
     health check among them, and Serve would replace it.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], app: str, block_size: int, recorder: MetricsRecorder) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        app: str,
+        block_size: int,
+        recorder: MetricsRecorder,
+        load: GatewayLoad,
+    ) -> None:
+        self._awake: Any = handle.options(method_name="awake", _by_reference=False)
+        self._waking: asyncio.Task[None] | None = None
+        self._load = load
         self._generate: Any = handle.options(method_name="generate", stream=True, _by_reference=False)
         self._app = app
         self._block_size = block_size
@@ -77,6 +91,8 @@ class ServeEngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         receiver = self._receiver = self._receiver or self._open_receiver()
         name = request.request_id
+        if not ASSIGNMENTS.running:
+            await self._await_engine(request)
         inbox = receiver.open(name)
         ASSIGNMENTS.open(name, inbox, asyncio.get_running_loop(), self._prompt(request))
         response = self._generate.remote(name, _encode_request(request), msgspec.structs.astuple(receiver.address))
@@ -99,6 +115,28 @@ class ServeEngineClient:
         token_ids = [*request.token_ids, *request.output_ids]
         shorts = Chain(request.chain_root).shorts(token_ids, self._block_size)
         return Prompt(len(token_ids), self._block_size, shorts)
+
+    async def _await_engine(self, request: Request) -> None:
+        """Until Serve routes to one. Where none runs for want of work, Serve starts one when it is called."""
+        with self._load.holding(request.request_id, len(request.token_ids)):
+            while not ASSIGNMENTS.running:
+                if self._waking is None or self._waking.done():
+                    self._waking = asyncio.create_task(self._wake())
+                await asyncio.sleep(HELD_LOOK_S)
+
+    async def _wake(self) -> None:
+        """Call an engine, but do not insist: while a call waits Serve starts one engine and asks no policy for more."""
+        response = self._awake.remote()
+        try:
+            async with asyncio.timeout(CALL_S):
+                await response
+        except TimeoutError:
+            response.cancel()
+        except (*_GONE, RayTaskError) as error:
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            log.info("no engine answers yet: %s", type(error).__name__)
+        await asyncio.sleep(CALL_AGAIN_S if not ASSIGNMENTS.running else 0.0)
 
     def _open_receiver(self) -> TokenReceiver:
         self._keep(self._watch())

@@ -21,6 +21,8 @@ from deployments.telemetry.record import spent
 log = logging.getLogger(__name__)
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect a stream
+HELD_S = 0.2  # how soon it is noticed that no engine runs
+LOADING_S = 2.0  # how often a stream says how far the engine has come that it waits for
 COMMENT = b": waiting\n\n"  # a line that clients of server-sent events skip
 # Of one body; more than any request has tokens. A text of 8 MB is decoded in 10 ms, as many bytes of empty lists in a
 # second, in which no stream moves.
@@ -91,10 +93,23 @@ async def answer(
     if not stream:
         body = await or_disconnect(http, _whole(generation, written))
         return Response(body, media_type="application/json")
-    # The first piece is awaited here, so that an engine that refuses is still an HTTP error.
-    first = await or_disconnect(http, anext(generation.pieces))
-    parts = _events(first, gateway, generation, written)
-    return EventStream(generation, parts, gateway.config.gateway.keepalive_s)
+    # The first piece is awaited here, so that an engine that refuses is still an HTTP error; unless no engine runs.
+    first = asyncio.ensure_future(anext(generation.pieces))
+    await or_disconnect(http, _first_or_held(first, gateway))
+    return EventStream(generation, first, _events(first, gateway, generation, written), gateway)
+
+
+async def _first_or_held(first: "asyncio.Future[Piece]", gateway: Gateway) -> None:
+    """Until the first piece is there, or requests are known to be held because no engine runs. Raises what it does."""
+    try:
+        while not first.done() and not gateway.load.held:
+            await asyncio.wait({first}, timeout=HELD_S)
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        raise
 
 
 async def _whole(generation: Generation, written: AnswerFormat) -> bytes:
@@ -111,11 +126,12 @@ async def _made(pieces: list[Piece], make: Callable[[], bytes]) -> bytes:
 
 
 async def _events(
-    first: Piece, gateway: Gateway, generation: Generation, written: AnswerFormat
+    coming: "asyncio.Future[Piece]", gateway: Gateway, generation: Generation, written: AnswerFormat
 ) -> AsyncIterator[bytes]:
     """Server-sent events. What fails under way, be it the engine or this request alone, is said in the stream."""
     usage = generation.usage
     try:
+        first = await coming
         yield written.opening() + await _made([first], lambda: written.chunk(first, usage))
         unseen: dict[int, list[int]] = {}  # by answer: tokens that have added nothing to be shown yet
         async for piece in generation.pieces:
@@ -135,13 +151,26 @@ class EventStream(StreamingResponse):
     """A stream whose generation is closed with it, even if the client has left before the first byte.
 
     While nothing comes, because the pipeline is being rebuilt, say, a comment every `keepalive_s` keeps the connection
-    from being taken for dead.
+    from being taken for dead; while no engine runs, comments say how far the one has come that loads.
     """
 
-    def __init__(self, generation: Generation, parts: AsyncIterator[bytes], keepalive_s: float) -> None:
+    def __init__(
+        self, generation: Generation, first: "asyncio.Future[Piece]", parts: AsyncIterator[bytes], gateway: Gateway
+    ) -> None:
         super().__init__(parts, media_type="text/event-stream", headers=UNBUFFERED)
+        self._first = first
         self._generation = generation
-        self._keepalive_s = keepalive_s
+        self._gateway = gateway
+
+    def _period(self) -> float:
+        keepalive_s = self._gateway.config.gateway.keepalive_s
+        return min(LOADING_S, keepalive_s) if self._gateway.load.held else keepalive_s
+
+    async def _comment(self) -> bytes:
+        if not self._gateway.load.held:
+            return COMMENT
+        await self._gateway.admission.refresh()
+        return f": {self._gateway.admission.loading or 'starting an engine'}\n\n".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         turn = asyncio.Lock()
@@ -155,15 +184,19 @@ class EventStream(StreamingResponse):
 
         async def keep_alive() -> None:
             while True:
-                await asyncio.sleep(self._keepalive_s)
-                if sent and asyncio.get_running_loop().time() - sent >= self._keepalive_s:
-                    await send_in_turn({"type": "http.response.body", "body": COMMENT, "more_body": True})
+                period = self._period()
+                await asyncio.sleep(period)
+                if sent and asyncio.get_running_loop().time() - sent >= period:
+                    body = await self._comment()
+                    await send_in_turn({"type": "http.response.body", "body": body, "more_body": True})
 
         comments = asyncio.create_task(keep_alive())
         try:
             await super().__call__(scope, receive, send_in_turn)
         finally:
             comments.cancel()
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
             await self._generation.pieces.aclose()
 
 

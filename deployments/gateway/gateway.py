@@ -47,12 +47,17 @@ class Gateway:
     """One model's tokenizer, template and limits in front of an engine client."""
 
     def __init__(
-        self, config: AppConfig, engine: EngineClient, recorder: MetricsRecorder, ledger: Ledger | None = None
+        self,
+        config: AppConfig,
+        engine: EngineClient,
+        recorder: MetricsRecorder,
+        ledger: Ledger | None = None,
+        load: GatewayLoad | None = None,
     ) -> None:
         path = resolve_path(config.model.path)
         self.config = config
         self.recorder = recorder
-        self.load = GatewayLoad()
+        self.load = load or GatewayLoad()
         self.refused_config = ""  # why a change of the configuration was not taken in
         self.created = int(time.time())
         self.open_requests: set[Record] = set()

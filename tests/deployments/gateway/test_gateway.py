@@ -520,7 +520,7 @@ def test_ready_says_why_not(run: Run) -> None:
             )  # fmt: skip
 
         for statuses, code, word in (
-            ([], 503, "no engine replica"),
+            ([], 503, "no engine runs"),
             ([status("loading", "loading 43 %")], 503, "loading 43 %"),
             ([status("stalled", "no step has finished for 80 s")], 503, "80 s"),
             ([status("ready", "", age=60)], 503, "not been heard of"),
