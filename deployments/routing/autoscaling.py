@@ -2,7 +2,8 @@
 
 Engines say what they have and what they can do, gateways what no engine has: requests that were refused, and those
 that are held because no engine runs. A pipeline more is wanted once a request would wait for half of the time after
-which it is refused (`admission.target_ttft_s`); one less, if the others have room for everything that is open.
+which it is refused (`admission.target_ttft_s`), or seats get scarce; one less, if the others have ample room for
+everything that is open.
 Serve applies bounds and delays around this. It ships this file by value: it imports nothing of ours.
 """
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 AIM = 0.5  # of `admission.target_ttft_s`: what loads meanwhile must come before the first refusal
-FULL = 0.8  # how full those that stay may be: what comes in bursts needs room
+FULL, ROOMY = 0.8, 0.6  # share of seats taken beyond which there should be more, and below which fewer: what comes in
+# bursts needs room, and so does what comes while another pipeline loads
 BUSY, IDLE = 0.7, 0.4  # processor of a gateway beyond which there should be more of them, and below which fewer
 
 Metrics = Mapping[str, Mapping[Any, float]]  # name -> replica -> mean of the last seconds, as Serve gives them
@@ -80,8 +82,8 @@ def pipelines_needed(demand: Demand, one: Pipeline, target_s: float) -> Need:
     read = demand.waiting_tokens / (one.prefill_rate * aim) if one.prefill_rate else 0.0
     turned_away = demand.refused_tokens_per_s / one.prefill_rate if one.prefill_rate else 0.0
     computed = demand.prefilled_per_s / one.prefill_rate if one.prefill_rate else 0.0
-    least = max(sits * patience + refused, read + turned_away, 1.0)
-    return Need(least, max(least, sits / FULL + refused, computed / FULL))
+    least = max(sits * patience + refused, read + turned_away, demand.running / seats / FULL, 1.0)
+    return Need(least, max(least, sits / ROOMY + refused, computed / ROOMY))
 
 
 def demand_of(engines: Metrics, gateways: Metrics) -> Demand:

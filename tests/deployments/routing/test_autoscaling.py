@@ -36,15 +36,17 @@ def demand(**values: float) -> Demand:
 def test_it_grows_before_the_first_refusal(prompt: int, output: int, refused_at: int) -> None:
     """With the load of that report: by the old constants one pipeline of four was wanted when 429s began."""
 
-    def wanted(waiting: int) -> int:
-        tokens = {"running_tokens": 512 * (prompt + output / 2), "waiting_tokens": float(waiting * prompt)}
-        load = demand(running=512, waiting=waiting, mean_output=output, **tokens)
-        return pipelines_needed(load, SHIPPED, TARGET_S).met_from(1)
+    def wanted(running: int, waiting: int, pipelines: int = 1) -> int:
+        tokens = {"running_tokens": running * (prompt + output / 2), "waiting_tokens": float(waiting * prompt)}
+        load = demand(running=running, waiting=waiting, mean_output=output, **tokens)
+        return pipelines_needed(load, SHIPPED, TARGET_S).met_from(pipelines)
 
-    assert wanted(0) == 1
-    first = next(n for n in range(refused_at) if wanted(n) > 1)
-    assert 0.2 * refused_at < first < 0.6 * refused_at, "in the middle of the way: what loads needs time"
-    assert wanted(refused_at) == 2, "by what waits; those refused say whether it is enough"
+    assert wanted(400, 0) == 1
+    assert wanted(420, 0) == 2, "before anybody waits: what loads needs time"
+    assert wanted(512, refused_at) == 2, "by what waits; those refused say whether it is enough"
+    assert wanted(1024, 0, 2) == 3
+    assert wanted(620, 0, 2) == 2, "no way back before there is room"
+    assert wanted(300, 0, 2) == 1
 
 
 @pytest.mark.parametrize(
