@@ -2,10 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from deployments.errors import ApiError, too_many
-from deployments.gateway.tenants import Tenant
+
+
+class Limited(Protocol):
+    """Who has limits; None: no limit."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def requests_per_minute(self) -> int | None: ...
+    @property
+    def tokens_per_minute(self) -> int | None: ...
 
 
 class Refusal(NamedTuple):
@@ -40,17 +50,17 @@ class Limits:
         self.gateways = gateways
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
-    def take_request(self, tenant: Tenant, now: float) -> None:
+    def take_request(self, tenant: Limited, now: float) -> None:
         """Raises `ApiError` 429 if this request is one too many, or tokens are still owed."""
         if (refusal := self.try_request(tenant, now)) is not None:
             raise limited(tenant, refusal)
 
-    def take_prompt(self, tenant: Tenant, tokens: int, now: float) -> None:
+    def take_prompt(self, tenant: Limited, tokens: int, now: float) -> None:
         """Raises `ApiError` 429 if there is no room for so many tokens now."""
         if (refusal := self.try_prompt(tenant, tokens, now)) is not None:
             raise limited(tenant, refusal)
 
-    def try_request(self, tenant: Tenant, now: float) -> Refusal | None:
+    def try_request(self, tenant: Limited, now: float) -> Refusal | None:
         """None: it is taken."""
         requests, tokens = self._bucket(tenant, "requests", now), self._bucket(tenant, "tokens", now)
         if tokens is not None and (wait := tokens.seconds_until(1)) > 0:
@@ -61,7 +71,7 @@ class Limits:
             requests.level -= 1
         return None
 
-    def try_prompt(self, tenant: Tenant, tokens: int, now: float) -> Refusal | None:
+    def try_prompt(self, tenant: Limited, tokens: int, now: float) -> Refusal | None:
         """None: there is room for it."""
         bucket = self._bucket(tenant, "tokens", now)
         if bucket is not None:
@@ -70,24 +80,24 @@ class Limits:
             bucket.level -= tokens
         return None
 
-    def spend(self, tenant: Tenant, tokens: int, now: float) -> None:
+    def spend(self, tenant: Limited, tokens: int, now: float) -> None:
         """Count output as it is made: nobody knows its length before."""
         bucket = self._bucket(tenant, "tokens", now)
         if bucket is not None:
             bucket.level -= tokens
 
-    def levels(self, tenant: Tenant, now: float) -> dict[str, float]:
+    def levels(self, tenant: Limited, now: float) -> dict[str, float]:
         """What is left of each limit."""
         found = {what: self._bucket(tenant, what, now) for what in ("requests", "tokens")}
         return {what: bucket.level for what, bucket in found.items() if bucket is not None}
 
-    def put(self, tenant: Tenant, levels: dict[str, float], now: float) -> None:
+    def put(self, tenant: Limited, levels: dict[str, float], now: float) -> None:
         """Go on from these levels, of the whole limits, or from this one's share of them."""
         for what, level in levels.items():
             if (bucket := self._bucket(tenant, what, now)) is not None:
                 bucket.level = level / self.gateways
 
-    def headers(self, tenant: Tenant, now: float) -> dict[str, str]:
+    def headers(self, tenant: Limited, now: float) -> dict[str, str]:
         """x-ratelimit-*: the limit, what remains of it, and when it is whole again."""
         found = {}
         for what in ("requests", "tokens"):
@@ -98,7 +108,7 @@ class Limits:
                 found[f"x-ratelimit-reset-{what}"] = duration(bucket.seconds_until(bucket.per_minute))
         return found
 
-    def _bucket(self, tenant: Tenant, what: str, now: float) -> Bucket | None:
+    def _bucket(self, tenant: Limited, what: str, now: float) -> Bucket | None:
         limit = tenant.requests_per_minute if what == "requests" else tenant.tokens_per_minute
         if limit is None:
             return None
@@ -109,7 +119,7 @@ class Limits:
         return bucket
 
 
-def limited(tenant: Tenant, refusal: Refusal) -> ApiError:
+def limited(tenant: Limited, refusal: Refusal) -> ApiError:
     what, per_minute, wait = refusal
     message = f"Rate limit reached for {tenant.name} on {what} per minute: limit {per_minute:.0f}"
     return too_many(f"{message}. Please try again in {duration(wait)}.", what, "rate_limit_exceeded", wait)

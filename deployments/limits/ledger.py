@@ -9,18 +9,25 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from deployments.gateway.tenants import Tenant
 from deployments.limits.buckets import Limits, Refusal
 
 LEDGER = "ledger"
 GONE_S = 10.0  # a gateway that has not been heard of for so long is one no more
 
 
+class TenantLimits(NamedTuple):
+    """Of a tenant what the ledger needs to know."""
+
+    name: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+
+
 class Take(NamedTuple):
     """What a gateway asks for, or says that it has used."""
 
     gateway: str
-    tenant: dict[str, Any]  # name and limits
+    tenant: TenantLimits | None  # None: it only says that it is there
     requests: int = 0  # one, or none
     tokens: int = 0  # of a prompt
     spent: int = 0  # of answers, since it last said so
@@ -49,9 +56,9 @@ class LedgerActor:
         now = time.monotonic()
         self._gateways[take.gateway] = now
         self._gateways = {name: at for name, at in self._gateways.items() if now - at < GONE_S}
-        if not take.tenant:
+        tenant = take.tenant
+        if tenant is None:
             return Verdict(None, {}, len(self._gateways))
-        tenant = Tenant.model_construct(**take.tenant)
         self._limits.spend(tenant, take.spent, now)
         refusal = self._limits.try_request(tenant, now) if take.requests else None
         if take.tokens:

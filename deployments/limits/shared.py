@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from deployments.gateway.tenants import Tenant
-from deployments.limits.buckets import Limits, limited
-from deployments.limits.ledger import LostLedger, Take, Verdict
+from deployments.limits.buckets import Limited, Limits, limited
+from deployments.limits.ledger import LostLedger, Take, TenantLimits, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +33,24 @@ class SharedLimits:
         self._name = secrets.token_hex(8)
         self._known = Limits()  # as the ledger last said
         self._own = Limits(gateways)  # a share, to go by without it
-        self._tenants: dict[str, Tenant] = {}
+        self._tenants: dict[str, Limited] = {}
         self._spent: Counter[str] = Counter()
         self._lost_until = 0.0
         self._settling: asyncio.Task[None] | None = None
 
-    async def take_request(self, tenant: Tenant) -> None:
+    async def take_request(self, tenant: Limited) -> None:
         """Raises `ApiError` 429 if this request is one too many, or tokens are still owed."""
         if self._settling is None and self._ledger is not None:
             self._settling = asyncio.create_task(self._settle())
         if _is_limited(tenant) and not await self._asked(tenant, requests=1):
             self._own.take_request(tenant, time.monotonic())
 
-    async def take_prompt(self, tenant: Tenant, tokens: int) -> None:
+    async def take_prompt(self, tenant: Limited, tokens: int) -> None:
         """Raises `ApiError` 429 if there is no room for so many tokens now."""
         if tenant.tokens_per_minute is not None and not await self._asked(tenant, tokens=tokens):
             self._own.take_prompt(tenant, tokens, time.monotonic())
 
-    def spend(self, tenant: Tenant, tokens: int) -> None:
+    def spend(self, tenant: Limited, tokens: int) -> None:
         """Count output as it is made: nobody knows its length before."""
         if tenant.tokens_per_minute is not None:
             now = time.monotonic()
@@ -60,7 +59,7 @@ class SharedLimits:
             self._known.spend(tenant, tokens, now)
             self._own.spend(tenant, tokens, now)
 
-    def headers(self, tenant: Tenant) -> dict[str, str]:
+    def headers(self, tenant: Limited) -> dict[str, str]:
         """x-ratelimit-*, as far as is known here."""
         return (self._own if self._is_lost else self._known).headers(tenant, time.monotonic())
 
@@ -72,7 +71,7 @@ class SharedLimits:
     def _is_lost(self) -> bool:
         return self._ledger is None or time.monotonic() < self._lost_until
 
-    async def _asked(self, tenant: Tenant, requests: int = 0, tokens: int = 0) -> bool:
+    async def _asked(self, tenant: Limited, requests: int = 0, tokens: int = 0) -> bool:
         """Whether the ledger has answered. Raises `ApiError` if it says no."""
         if self._is_lost:
             return False
@@ -94,7 +93,8 @@ class SharedLimits:
             verdict = await self._ledger.take(take)
         except LostLedger as error:
             if take.spent:
-                self._spent[take.tenant["name"]] += take.spent
+                assert take.tenant is not None
+                self._spent[take.tenant.name] += take.spent
             log.warning("limits hold for this gateway alone, by its share of %d: %s", self._own.gateways, error)
             self._lost_until = time.monotonic() + RETRY_S
             return None
@@ -113,17 +113,13 @@ class SharedLimits:
                     await self._ask(Take(self._name, _limits_of(tenant), spent=self._spent.pop(name, 0)))
                 if time.monotonic() - said > BEAT_S:
                     said = time.monotonic()
-                    await self._ask(Take(self._name, {}))
+                    await self._ask(Take(self._name, None))
             await asyncio.sleep(SETTLE_S)
 
 
-def _is_limited(tenant: Tenant) -> bool:
+def _is_limited(tenant: Limited) -> bool:
     return tenant.requests_per_minute is not None or tenant.tokens_per_minute is not None
 
 
-def _limits_of(tenant: Tenant) -> dict[str, str | int | None]:
-    return {
-        "name": tenant.name,
-        "requests_per_minute": tenant.requests_per_minute,
-        "tokens_per_minute": tenant.tokens_per_minute,
-    }
+def _limits_of(tenant: Limited) -> TenantLimits:
+    return TenantLimits(tenant.name, tenant.requests_per_minute, tenant.tokens_per_minute)

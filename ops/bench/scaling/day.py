@@ -1,8 +1,8 @@
 """A day of load on simulated pipelines: `python -m ops.bench.scaling.day --output day.json --plot day.png`.
 
-The scaler, admission and router are the real code, bounds and delays are Serve's own; what is simulated are clients,
-the clock, and pipelines as fluids, with the rates of Llama 2 70B on two H200s and 600 s to load. Beside it runs what
-Serve does by itself, which counts requests, for two numbers to count to.
+Scaler and admission are the real code, bounds and delays are Serve's own; what is simulated are clients, the clock,
+routing to the emptiest, and pipelines as fluids: Llama 2 70B on two H200s, 600 s to load. Beside it runs what Serve
+does by itself, which counts requests, for two numbers to count to.
 """
 
 import json
@@ -19,7 +19,6 @@ import typer
 from deployments.gateway.admission import Capacity, expected_wait
 from deployments.gateway.crowd import Answer, Crowd
 from deployments.routing.autoscaling import follow_demand
-from deployments.routing.router import Load, ranking
 
 DAY_S, STEP_S = 86_400, 5
 PROMPT, OUTPUT = 400, 250  # tokens of the mean request
@@ -126,10 +125,7 @@ class Cluster:
             if not running or self.wait(now) > TARGET_S:
                 refused += part
                 continue
-            loads = [
-                Load((p.running / MAX_SEQS), round(p.waiting), 0, open=round(p.running + p.waiting)) for p in running
-            ]
-            best = running[ranking(loads, MAX_SEQS)[0]]
+            best = min(running, key=lambda pipe: (pipe.waiting, pipe.running))
             room = best.running < MAX_SEQS - 1
             rate = min(PREFILL_RATE / PROMPT, math.inf if room else best.decode_rate / OUTPUT)
             self.waits.append((best.waiting / rate, part))
@@ -151,12 +147,13 @@ class Clock:
 Policy = Callable[[Json, float, int, int], int]  # reports, requests open, running, target -> target
 
 
-def our_policy(config: Any, clock: Clock) -> Policy:
+def our_policy(config: Any) -> Policy:
+    """`follow_demand`, in Serve's wrapper of delays."""
     from ray.serve import autoscaling_policy
 
     engine_key, gateway_key = Key("Engine"), Key("Gateway")
     wrapped = autoscaling_policy._apply_app_level_autoscaling_config(follow_demand)
-    states: Json = {}
+    states: dict[Any, Any] = {}
 
     def decide(reports: Json, requests: float, running: int, target: int) -> int:
         nonlocal states
@@ -179,10 +176,13 @@ def our_policy(config: Any, clock: Clock) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class Key:
+    """A deployment, as Serve's contexts are found by."""
+
     name: str
 
 
-def serves_policy(config: Any, clock: Clock) -> Policy:
+def serves_policy(config: Any) -> Policy:
+    """What Serve does without us: so many requests open for each replica."""
     from ray.serve import autoscaling_policy
 
     wrapped = autoscaling_policy._apply_autoscaling_config(autoscaling_policy.default_autoscaling_policy)
@@ -195,12 +195,14 @@ def serves_policy(config: Any, clock: Clock) -> Policy:
             total_num_requests=requests,
         )  # fmt: skip
         decision, state = wrapped(context)
-        return math.ceil(decision)
+        wanted: int = math.ceil(decision)
+        return wanted
 
     return decide
 
 
 def reports_of(cluster: Cluster, now: float, refused_per_s: float) -> Json:
+    """What replicas say to Serve."""
     running = cluster.running(now)
     held = 0.0 if running else min(512.0, refused_per_s * TARGET_S)
     engine: Json = {}
@@ -233,9 +235,7 @@ def mean_of(reports: list[Json]) -> Json:
     return found
 
 
-def simulate(
-    make: Callable[[Any, Clock], Policy], min_replicas: int, max_replicas: int, target_requests: float
-) -> Json:
+def simulate(make: Callable[[Any], Policy], min_replicas: int, max_replicas: int, target_requests: float) -> Json:
     """One day under one policy."""
     from ray.serve import autoscaling_policy
     from ray.serve.config import AutoscalingConfig
@@ -247,7 +247,7 @@ def simulate(
     )  # fmt: skip
     real, autoscaling_policy.time = autoscaling_policy.time, clock
     try:
-        return _day(Cluster(), make(config, clock), clock, min_replicas, max_replicas)
+        return _day(Cluster(), make(config), clock, min_replicas, max_replicas)
     finally:
         autoscaling_policy.time = real
 
@@ -296,6 +296,7 @@ def percentile(waits: list[tuple[float, float]], share: float) -> float:
 
 
 def draw(results: dict[str, Json], path: Path) -> None:
+    """Load, pipelines and refusals over the day."""
     import matplotlib
 
     matplotlib.use("Agg")
