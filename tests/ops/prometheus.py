@@ -46,12 +46,12 @@ class Watching:
     def names(self, status: str) -> list[str]:
         return [name for what, name, _ in list(self.told) if what == status]
 
-    def await_told(self, name: str, status: str, timeout: float) -> dict[str, str]:
-        """The labels of the first such message. Fails if none comes in time."""
+    def await_told(self, name: str, status: str, timeout: float, **wanted: str) -> dict[str, str]:
+        """The labels of the first such message with these among them. Fails if none comes in time."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for what, which, labels in list(self.told):
-                if (what, which) == (status, name):
+                if (what, which) == (status, name) and wanted.items() <= labels.items():
                     return labels
             time.sleep(0.3)
         firing = self.query('ALERTS{alertstate=~"firing|pending"}')

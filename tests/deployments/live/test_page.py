@@ -141,6 +141,7 @@ def test_shares_of_a_stage() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.skipif(bool(missing()), reason=f"not installed: {missing()}")
 def test_in_a_real_browser_while_a_stage_is_killed(tmp_path: Path) -> None:
