@@ -66,6 +66,7 @@ def build_batch(
         seq = running.sequences[slots[row]]
         if seq.prompt_logprobs is not None and start[row] < seq.num_prompt_tokens:
             prompt_rows.append(_prompt_row(row, seq, int(start[row] + counts[row])))
+    adapters = running.adapter_slots[slots]
     batch = Batch(
         epoch=epoch,
         step_id=step_id,
@@ -82,6 +83,8 @@ def build_batch(
         masks=masks,
         awaited=[one.row for one in unmasked],
         prompt_rows=prompt_rows,
+        adapters=adapters if adapters.any() else adapters[:0],
+        placed=running.adapters.take_placed(),
     )
     return batch, unmasked
 

@@ -7,12 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.fairness import Policy
 from cluster.speculation import MOST_DECODES, MOST_DRAFTED
+from model.adapters import MAX_RANK, NAME
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName
 from model.weights import read_config, resolve_path
 
 FLOAT8_NEEDS_CUDA = "model.quantization: fp8 needs pipeline.device: cuda"
 FORMAT_NAMES = ", ".join(("none", *PROMPT_FORMATS))
+AdapterName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+DEFAULT_ADAPTERS = 8  # that run at once
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -53,6 +56,21 @@ class ModelArgs(Strict):
     max_model_len: PositiveInt | None = Field(
         default=None, description="longest prompt + output, in tokens; default: what the model was trained for"
     )
+    adapters: dict[AdapterName, str] = Field(
+        default={}, description="LoRA adapters that clients may name as model: name: path (PEFT directory or GGUF)"
+    )
+    adapter_dir: str | None = Field(
+        default=None, description="directory of further adapters, each under its own name, loaded when it is asked for"
+    )
+    max_loaded_adapters: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        default=None, description="adapters that run at once; default: 8 if adapters or adapter_dir say any, else 0"
+    )
+    max_adapter_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = Field(
+        default=64, description="the largest rank of an adapter: each of those that run at once takes room for it"
+    )
+    max_host_adapters: PositiveInt = Field(
+        default=64, description="adapters that stages keep in their hosts' memory, from where one is loaded in no time"
+    )
     prompt_format: Literal["auto", "none"] | PromptFormatName = Field(
         default="auto", description="of chats: the checkpoint's own template, or one of these: " + FORMAT_NAMES
     )
@@ -61,6 +79,13 @@ class ModelArgs(Strict):
         description="what a request in OpenAI's form does not say; none: OpenAI's (temperature 1); checkpoint: "
         "temperature, top_p, top_k, min_p and repetition_penalty of generation_config.json",
     )
+
+    @property
+    def num_adapters(self) -> int:
+        """Slots for adapters; 0: none are served."""
+        if self.max_loaded_adapters is not None:
+            return self.max_loaded_adapters
+        return DEFAULT_ADAPTERS if self.adapters or self.adapter_dir else 0
 
 
 class PipelineArgs(Strict):

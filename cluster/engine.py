@@ -8,16 +8,18 @@ import logging
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
+from cluster.adapter_library import AdapterLibrary
 from cluster.errors import CaravanError, Cause, EngineStopped, RequestRejected, StageDied
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline, max_in_flight
 from cluster.scheduler import Scheduler
-from cluster.sequence import Matcher, Request, Start, TokenEvent
+from cluster.sequence import AdapterRef, Matcher, Request, Start, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,14 @@ class Opened:
     is_aborted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An adapter to be loaded, and who wants to know how that went."""
+
+    adapter: AdapterRef
+    done: "Future[None]"
+
+
 class Engine:
     """Scheduler + pipeline + thread. `add` and `abort` are safe from any thread."""
 
@@ -106,6 +116,7 @@ class Engine:
         patience: Patience | None = None,
         recovery_attempts: int = DEFAULT_RECOVERY_ATTEMPTS,
         vocab_size: int | None = None,
+        max_host_adapters: int = 64,
     ) -> None:
         """`vocab_size`, if given, is what token ids are held against."""
         self.scheduler = scheduler
@@ -117,7 +128,8 @@ class Engine:
         self._recovery_attempts = recovery_attempts
         self._vocab_size = vocab_size
         self._patience = patience or Patience(DEFAULT_HANG_S, DEFAULT_STEP_TIMEOUT_S)
-        self._inbox: deque[Opened] = deque()  # to be added, or aborted
+        self._adapters = AdapterLibrary(scheduler.adapters, pipeline.depth, max_host_adapters, pipeline.load_adapter)
+        self._inbox: deque[Opened | Wanted] = deque()  # to be added, or aborted; to be loaded
         self._open: dict[str, Opened] = {}
         self._starting: dict[str, Opened] = {}  # admitted, and without a token yet
         self._in_flight: deque[InFlight] = deque()
@@ -190,6 +202,13 @@ class Engine:
         self._reset = True
         self.pipeline.wake()
 
+    def load_adapter(self, adapter: AdapterRef) -> "Future[None]":
+        """Have all stages read an adapter, and never wait; the future raises `ValueError` if it cannot be served."""
+        done: Future[None] = Future()
+        self._inbox.append(Wanted(adapter, done))
+        self.pipeline.wake()
+        return done
+
     def close(self) -> None:
         """Stop the loop and end the pipeline. Requests still open get no more tokens. Waits only for seconds."""
         self._closing = True
@@ -213,6 +232,7 @@ class Engine:
                 self._turned = time.monotonic()
                 try:
                     self._take_inbox()
+                    self._take_adapters()
                     self._fill()
                     self._send_masks()
                     self._refresh_stats()
@@ -237,13 +257,28 @@ class Engine:
             self.scheduler.forget_cache()
         while self._inbox:
             opened = self._inbox.popleft()
+            if isinstance(opened, Wanted):
+                self._adapters.load(opened.adapter, opened.done)
+                continue
             name = opened.request.request_id
             if not opened.is_aborted:
                 self.scheduler.add(opened.request, opened.matcher)
+                if opened.request.adapter is not None:
+                    self._adapters.open(opened.request.adapter, name)
             elif self._open.get(name) is opened:  # and not another one by now
-                del self._open[name]
+                self._close(name)
                 self._starting.pop(name, None)
                 self.scheduler.abort(name)
+
+    def _close(self, name: str) -> None:
+        opened = self._open.pop(name, None)
+        if opened is not None and opened.request.adapter is not None:
+            self._adapters.close(opened.request.adapter, name)
+
+    def _take_adapters(self) -> None:
+        """Adapters that all stages have by now may run; what one cannot have is the end of who needs it."""
+        for name, error in self._adapters.take(self.pipeline.take_loaded()):
+            self._emit(self.scheduler.fail(name, error))
 
     def _fill(self) -> None:
         """As many batches as may be under way."""
@@ -368,7 +403,7 @@ class Engine:
             events = [self._started(event) if event.request_id in self._starting else event for event in events]
         for event in events:
             if event.finish_reason is not None:
-                self._open.pop(event.request_id, None)
+                self._close(event.request_id)
                 self._starting.pop(event.request_id, None)
             if event.error is not None:
                 log.error("request %s failed, and nothing else: %s", event.request_id, event.error)
@@ -400,8 +435,9 @@ class Engine:
             self._listener.on_death(death)
             try:
                 replaced = self.pipeline.recover(self.scheduler.epoch, fresh=self._deaths > LINKED_AGAIN)
+                self._adapters.read_again()
             except StageDied as again:
-                death = again
+                death, replaced = again, None
         self._patience.restart()
         self._steps = 0
         self.last_progress = time.monotonic()

@@ -65,12 +65,21 @@ def make_engine(
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_model_len=max_model_len,
         policy=config.scheduler.policy,
+        max_adapters=config.model.num_adapters,
     )
     if config.speculation.proposer == "ngram":
         tokens = config.speculation.tokens
         scheduler.speculate(NgramProposer(), None if tokens == "auto" else tokens)
     patience = Patience(config.pipeline.hang_timeout_s, config.pipeline.step_timeout_s)
-    engine = Engine(scheduler, pipeline, listener, patience, config.pipeline.recovery_attempts, vocab_size)
+    engine = Engine(
+        scheduler,
+        pipeline,
+        listener,
+        patience,
+        config.pipeline.recovery_attempts,
+        vocab_size,
+        config.model.max_host_adapters,
+    )
     engine.start()
     return engine
 

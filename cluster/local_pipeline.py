@@ -150,6 +150,7 @@ class LocalPipeline(ControlledPipeline):
         self._links = [LocalLink() for _ in self._stages[1:]]
         self._timings.clear()
         self._copied.clear()
+        self._loaded.clear()
         ends = [None, *self._links, None]
         self._loops = [
             StageLoop(i, stage, self._control.channels[i], epoch, ends[i], ends[i + 1], None, max_in_flight(self.depth))

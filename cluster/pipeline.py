@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from cluster.errors import StageDied
-from cluster.transport import Control, Ready, StepOrder
+from cluster.transport import AdapterLoaded, Control, LoadAdapter, Ready, StepOrder
 from model.batch import Batch, Copied, Copies, LateMasks, SampledTokens, StageTiming, StepOutput
 
 Activity = Literal["idle", "computing", "receiving", "sending"]
@@ -64,6 +64,14 @@ class Pipeline(Protocol):
 
     def take_copied(self) -> list[Copied]:
         """What stages have copied, as they said so far; each only once. `receive` returns when there is some."""
+        ...
+
+    def load_adapter(self, order: LoadAdapter) -> None:
+        """Have all stages read an adapter; does not wait. Raises `StageDied`."""
+        ...
+
+    def take_loaded(self) -> list[AdapterLoaded]:
+        """What stages have said of adapters so far; each only once. `receive` returns when one says something."""
         ...
 
     def receive(self, timeout: float | None) -> StepOutput | None:
@@ -139,6 +147,7 @@ class ControlledPipeline(ABC):
     def __init__(self) -> None:
         self._timings: list[StageTiming] = []
         self._copied: list[Copied] = []
+        self._loaded: list[AdapterLoaded] = []
 
     @property
     @abstractmethod
@@ -173,6 +182,17 @@ class ControlledPipeline(ABC):
         copied, self._copied = self._copied, []
         return copied
 
+    def load_adapter(self, order: LoadAdapter) -> None:
+        self._raise_if_dead()
+        try:
+            self._control.send_adapter(order)
+        except zmq.ZMQError as error:
+            raise StageDied(f"a stage is not reachable: {error}") from error
+
+    def take_loaded(self) -> list[AdapterLoaded]:
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
     def receive(self, timeout: float | None) -> StepOutput | None:
         """Timings alone wake nobody: they are kept until somebody wants them."""
         until = None if timeout is None else time.monotonic() + timeout
@@ -187,6 +207,9 @@ class ControlledPipeline(ABC):
                 continue
             if isinstance(message, Copied):
                 self._copied.append(message)
+                return None
+            if isinstance(message, AdapterLoaded):
+                self._loaded.append(message)
                 return None
             assert not isinstance(message, Ready), "stages say that they are ready only once, at the start"
             if message is None:

@@ -128,6 +128,7 @@ class RayPipeline(ControlledPipeline):
             self._control, self._halted, self._death = control, threading.Event(), None
         self._timings.clear()
         self._copied.clear()
+        self._loaded.clear()
         deadline = time.monotonic() + self._config.pipeline.start_timeout_s
         for stage in lost:
             stage.replace()

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.account import Account
+from cluster.adapters import AdapterRoom
 from cluster.block_manager import BlockManager
 from cluster.host_tier import Load
 from cluster.sequence import Found, Sequence
@@ -52,8 +53,8 @@ class Running:
     if there are more, it prefills. What they hold is given and taken back here alone.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, adapters: AdapterRoom) -> None:
+        self._blocks, self.adapters = blocks, adapters
         self._seqs: dict[str, Sequence] = {}
         self._free = list(range(max_num_seqs))  # slots
         self._serial = 0
@@ -73,6 +74,7 @@ class Running:
         self.max_computed = np.zeros(max_num_seqs, np.int32)  # then it ends
         self.num_cacheable = np.zeros(max_num_seqs, np.int32)  # tokens that are needed to fill its next block
         self.charged_from = np.zeros(max_num_seqs, np.int32)  # tokens from this one on are output to be paid for
+        self.adapter_slots = np.zeros(max_num_seqs, np.int32)  # 0: none
         self.has_rules = np.zeros(max_num_seqs, np.bool_)  # its tokens are not simply the likeliest
         self.rules_told = np.zeros(max_num_seqs, np.bool_)  # to the last stage, for this slot
         self.is_loading = np.zeros(max_num_seqs, np.bool_)  # what it begins with comes from host memory
@@ -162,6 +164,8 @@ class Running:
         computed = len(prefix) * self._blocks.block_size
         if seq.num_output_tokens == len(seq.request.output_ids):
             seq.num_cached_tokens = min(computed, seq.num_prompt_tokens)
+        adapter = seq.request.adapter
+        self.adapter_slots[slot] = self.adapters.acquire(adapter.digest) if adapter is not None else 0
         self._serial += 1
         self.sequences[slot], self.serials[slot] = seq, self._serial
         self.num_known[slot], self.num_computed[slot], self.newest[slot] = seq.num_tokens, computed, seq.token_ids[-1]
@@ -277,11 +281,14 @@ class Running:
         self.num_constrained -= seq.matcher is not None
         self.num_suspects -= seq.num_deaths > 0
         self._blocks.free(seq)
+        if seq.request.adapter is not None:
+            self.adapters.release(seq.request.adapter.digest)
         slot, seq.slot = seq.slot, -1
         self._free.append(slot)
         self.sequences[slot], self.serials[slot] = None, 0
         self.is_apart[slot] = self.is_loading[slot] = False
-        for counts in (self.num_known, self.num_pending, self.num_computed, self.num_drafted, self.num_in_flight):
+        counted = self.num_known, self.num_pending, self.num_computed, self.num_drafted, self.num_in_flight
+        for counts in (*counted, self.adapter_slots):
             counts[slot] = 0
 
     def check(self, accounts: Iterable[Account[Sequence]]) -> None:
@@ -300,6 +307,7 @@ class Running:
             assert left[seq.slot] > 0, f"nothing of {seq.request_id} is left to compute"
             assert self.num_in_flight[seq.slot] or not self.num_pending[seq.slot] + self.num_drafted[seq.slot]
             assert self.is_apart[seq.slot] == (seq.num_deaths > 0)
+        self.adapters.check(Counter(seq.request.adapter.digest for seq in self if seq.request.adapter is not None))
         for account in accounts:
             own = [seq for seq in self if seq.account is account]
             held = sum(len(seq.block_table) for seq in own)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cluster.adapters import AdapterRoom
 from cluster.awaited_masks import AwaitedMasks
 from cluster.batch_builder import build_batch, in_order
 from cluster.block_manager import BlockManager
@@ -76,8 +77,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         policy: Policy = "fcfs",
+        max_adapters: int = 0,
     ) -> None:
         self.blocks = blocks
+        self.adapters = AdapterRoom(max_adapters)
         self.depth = depth  # number of stages: as many cohorts keep the pipeline full
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -85,8 +88,8 @@ class Scheduler:
         self.epoch = 0
         self.admitted: list[str] = []  # requests that left the waiting queue in the last `schedule`
         self._fairness = Fairness(max_num_seqs, blocks.num_blocks, slack=max_num_batched_tokens, policy=policy)
-        self._waiting = WaitingQueue(self._fairness)
-        self._running = Running(blocks, max_num_seqs)
+        self._waiting = WaitingQueue(self._fairness, self.adapters)
+        self._running = Running(blocks, max_num_seqs, self.adapters)
         self.speculation: Speculation | None = None
         self._results = Results(self._running)
         self._in_flight: dict[int, Step] = {}  # by step id
@@ -108,6 +111,8 @@ class Scheduler:
                 f"prompt and max_tokens need room for {needed} tokens, this engine holds "
                 f"{self.max_model_len}: shorten them"
             )
+        if request.adapter is not None and not self.adapters.count:
+            raise RequestRejected("this engine has no room for adapters: set model.max_loaded_adapters")
 
     def speculate(self, proposer: Proposer | None, tokens: int | None = None) -> None:
         """What is added from now on is drafted, so many tokens of each in a step (None: as many as pay), or not."""
@@ -171,6 +176,7 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next batch, or None if nothing can be computed before an `update`."""
         self.admitted = []
+        self._waiting.unpark()
         self._make_way()
         decodes, chunks = self._choose()
         if not len(decodes) and not chunks:
@@ -265,6 +271,7 @@ class Scheduler:
             for load in self.blocks.host.forget_orders():
                 self.blocks.let_go(load.blocks)
         self.blocks.forget()
+        self.adapters.forget()
         self.epoch += 1
         self._next_step = 0
         for seq in self._waiting:

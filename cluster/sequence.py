@@ -16,6 +16,13 @@ MAX_PENDING_TOKENS = 2  # of a sequence: at most one token ahead of what is know
 NO_TOKEN = -1  # as the token of an event that has none
 
 
+class AdapterRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA adapter: what it is, and where its files are on every node with a stage."""
+
+    digest: str  # see model.adapters.AdapterFiles
+    path: str
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt to continue. `output_ids` holds what an earlier attempt already emitted (see `resume`)."""
 
@@ -29,11 +36,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     num_prompt_logprobs: int = 0  # an earlier engine has given already
     deaths: int = 0  # in a row, of the engines or stages that had it before: see Scheduler.restart
     cache_salt: str = ""  # only prompts with the same one share cached keys and values
+    adapter: AdapterRef | None = None  # what is added to the model for it
 
     @property
     def chain_root(self) -> bytes:
         """What its keys and values depend on beside its tokens, and who may share them: the one place that says it."""
-        return root(self.cache_salt)
+        return root(self.cache_salt) if self.adapter is None else root(self.cache_salt, self.adapter.digest)
 
     def resume(self, emitted: list[int]) -> "Request":
         """The same request, to be continued elsewhere after `emitted` tokens: same seed, same budget, same draws."""

@@ -21,6 +21,7 @@ from cluster.pipeline import Doing, max_in_flight
 from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
 from cluster.stage_loop import LINK_MARGIN_S, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
+from model.adapters.store import AdapterArgs, StageAdapters
 from model.block_copier import STAGING_BYTES, window_of
 from model.config import ModelConfig, StageLayers, product_of
 from model.group import DecoderGroup
@@ -133,6 +134,9 @@ class StageActor:
         if len(decoders) > 1 and self._device.type == "cuda":
             most = max(config.scheduler.max_num_batched_tokens, config.max_decodes)
             self._group.connect(most, config.pipeline.step_timeout_s + LINK_MARGIN_S)
+        model = config.model
+        args = AdapterArgs(model.num_adapters, model.max_adapter_rank)
+        self._adapters = StageAdapters(self._group, args) if args.on_device else None
         self._loaded = 1.0
         num_blocks = self._num_blocks() if predecessor is None else predecessor.num_blocks
         places, window = self._num_places(), min(map(window_of, self._block_bytes()))
@@ -202,7 +206,9 @@ class StageActor:
         The end of the start, once for all epochs.
         """
         cache, scheduler = self._spec.config.cache, self._spec.config.scheduler
-        self._stage = Stage(self._group, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype())
+        self._stage = Stage(
+            self._group, num_blocks, cache.block_size, scheduler.max_num_seqs, self._kv_dtype(), self._adapters
+        )
         if self._device.type == "cuda":
             self._stage.capture(
                 scheduler.max_num_batched_tokens,

@@ -8,7 +8,7 @@ import torch
 
 from cluster.link import Link
 from cluster.pipeline import Activity, Doing
-from cluster.transport import StageChannel, StepOrder, StopRequested
+from cluster.transport import AdapterLoaded, LoadAdapter, StageChannel, StepOrder, StopRequested
 from model.batch import SAMPLED, Batch, Copied, Copies, LateMasks, SampledTokens, StageTiming
 from model.block_copier import Copying
 from model.sampling import Sampled
@@ -17,6 +17,7 @@ from model.timing import Span, Stopwatch
 from model.transfer import to_device
 
 POLL_S = 20e-6  # between looks at the device and at the control channel while a step is being computed
+READING_S = 1e-3  # the same while nothing is computed and an adapter is read
 LINK_MARGIN_S = 1.0  # a stage waits so much longer for its neighbour than the engine does for the step
 
 
@@ -52,6 +53,7 @@ class StageLoop:
         self._index, self._stage, self._channel, self._epoch = index, stage, channel, epoch
         self._upstream, self._downstream, self._tokens = upstream, downstream, tokens
         self._max_in_flight = max_in_flight
+        self._adapters = stage.adapters
         self._stopwatch = Stopwatch(stage.decoder.device)
         self._inbox: deque[StepOrder | Copies] = deque()
         self._copying: deque[Copying] = deque()
@@ -110,7 +112,8 @@ class StageLoop:
 
     def _take_orders(self) -> None:
         """All that have arrived; waits for one if there is nothing else to do."""
-        wait = not self._may_launch() and not self._outbox and not self._copying
+        reading = self._adapters is not None and self._adapters.is_reading
+        wait = not self._may_launch() and not self._outbox and not self._copying and not reading
         if wait:
             self._receive_tokens(self._expected)  # nothing is delayed by that now
         while (order := self._channel.receive(wait)) is not None:
@@ -125,6 +128,9 @@ class StageLoop:
                 if order.epoch == self._epoch:
                     self._inbox.append(order)
                 continue
+            if isinstance(order, LoadAdapter):
+                self._load_adapter(order)
+                continue
             batch = order.batch
             if (batch.epoch, batch.step_id) != (self._epoch, self._expected):
                 expected = f"{self._expected} of epoch {self._epoch}"
@@ -133,8 +139,22 @@ class StageLoop:
             self._inbox.append(order)
             if self._is_fed and len(batch.sample_rows):
                 self._awaiting_tokens.append(order)
-        if (self._outbox or self._copying) and not self._may_launch():
-            time.sleep(POLL_S)
+        if reading:
+            self._report_adapters()
+        if not self._may_launch() and (self._outbox or self._copying or reading):
+            time.sleep(POLL_S if self._outbox or self._copying else READING_S)
+
+    def _load_adapter(self, order: LoadAdapter) -> None:
+        if self._adapters is None:
+            raise RuntimeError("got an adapter, and there is no room for any")
+        self._adapters.drop(order.drop)
+        self._adapters.load(order.digest, order.path)
+
+    def _report_adapters(self) -> None:
+        """Those that have been read by now."""
+        assert self._adapters is not None
+        for loaded in self._adapters.take_loaded():
+            self._channel.send(AdapterLoaded(self._index, loaded.digest, loaded.error))
 
     def _may_sample(self, batch: Batch) -> bool:
         return not batch.awaited or batch.step_id in self._masks

@@ -46,8 +46,24 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     timeout_s: float
 
 
-FromStage = Ready | StepOutput | StageTiming | Copied
-ToStage = StepOrder | SampledTokens | LateMasks | Copies
+class LoadAdapter(msgspec.Struct, frozen=True, array_like=True, tag="load"):
+    """To all stages: read this adapter beside the steps, and say when that is done; let go of others."""
+
+    digest: str
+    path: str
+    drop: list[str]
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded"):
+    """A stage has its part of an adapter in its host's memory, or cannot have it."""
+
+    stage: int
+    digest: str
+    error: str | None
+
+
+FromStage = Ready | StepOutput | StageTiming | Copied | AdapterLoaded
+ToStage = StepOrder | SampledTokens | LateMasks | Copies | LoadAdapter
 STOP = b""  # to a stage: leave the loop
 
 encode = msgspec.msgpack.Encoder(enc_hook=encode_array).encode
@@ -127,6 +143,11 @@ class Control(ABC):
         payload = encode(copies)
         for stage in range(self._last + 1):
             self._put(stage, payload)
+
+    def send_adapter(self, order: LoadAdapter) -> None:
+        """To all stages. Raises `zmq.ZMQError` if one is not connected."""
+        for stage in range(self._last + 1):
+            self._put(stage, encode(order))
 
     def receive(self, timeout: float | None) -> FromStage | None:
         """The next reply, or None after a wakeup or `timeout` seconds. Raises `msgspec.DecodeError` on nonsense."""

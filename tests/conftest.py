@@ -18,8 +18,10 @@ from cluster.host_tier import HostTier
 from cluster.local_pipeline import LocalPipeline
 from cluster.scheduler import Scheduler
 from cluster.sequence import Request, TokenEvent
+from model.adapters.store import AdapterArgs, StageAdapters
 from model.batch import Batch, Int32Array, StageTiming
 from model.config import ModelConfig, split_layers
+from model.group import DecoderGroup
 from model.llama import Decoder
 from model.sampling_params import SamplingParams
 from model.stage import Stage
@@ -71,25 +73,17 @@ def make_stages(
     block_size: int = 4,
     seed: int = 0,
     device: str = "cpu",
+    adapters: int = 0,
+    checkpoint: DummyCheckpoint | None = None,
 ) -> list[Stage]:
-    """On a GPU with captured decode steps, as they are served."""
-    checkpoint = DummyCheckpoint(config, seed)
-    made = [
-        Stage(
-            Decoder(
-                config,
-                part,
-                checkpoint.tensors(part.tensor_names(config)),
-                torch.float32,
-                torch.device(device),
-                config.max_position_embeddings,
-            ),
-            num_blocks,
-            block_size,
-            num_slots=64,
-        )
-        for part in split_layers(config, stages)
-    ]
+    """On a GPU with captured decode steps, as they are served; with room for so many adapters."""
+    checkpoint = checkpoint or DummyCheckpoint(config, seed)
+    made = []
+    for part in split_layers(config, stages):
+        tensors, longest = checkpoint.tensors(part.tensor_names(config)), config.max_position_embeddings
+        group = DecoderGroup([Decoder(config, part, tensors, torch.float32, torch.device(device), longest)])
+        room = StageAdapters(group, AdapterArgs(adapters, 64)) if adapters else None
+        made.append(Stage(group, num_blocks, block_size, num_slots=64, adapters=room))
     if device == "cuda":
         for stage in made:
             stage.capture(512, lambda done, total: None)
@@ -170,9 +164,12 @@ def make_engine() -> Iterator[MakeEngine]:
         device: str = "cpu",
         host_places: int = 0,
         copies: Path | None = None,
+        adapters: int = 0,
+        max_host_adapters: int = 64,
+        checkpoint: DummyCheckpoint | None = None,
     ) -> tuple[Engine, Collector]:
         """With `host_places`, blocks are copied to files in `copies`."""
-        made = make_stages(config, stages, num_blocks, block_size, device=device)
+        made = make_stages(config, stages, num_blocks, block_size, 0, device, adapters, checkpoint)
         host = HostTier(host_places, 8, stages) if host_places else None
         if host is not None:  # a model as small as this one computes faster than anybody copies
             host.is_worth = lambda num_blocks, block_size: num_blocks > 0  # type: ignore[method-assign]
@@ -186,9 +183,12 @@ def make_engine() -> Iterator[MakeEngine]:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=config.max_position_embeddings,
+            max_adapters=adapters,
         )
         collector = Collector()
-        engine = Engine(scheduler, pipeline, collector, vocab_size=config.vocab_size)
+        engine = Engine(
+            scheduler, pipeline, collector, vocab_size=config.vocab_size, max_host_adapters=max_host_adapters
+        )
         engine.start()
         engines.append(engine)
         return engine, collector

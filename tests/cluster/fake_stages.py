@@ -26,9 +26,9 @@ def mixed(*values: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
-def with_token(context: int, token_id: int, position: int) -> int:
-    """The key and value of a token: as in a deeper layer they depend on everything before it."""
-    return mixed(context, token_id, position)
+def with_token(context: int, token_id: int, position: int, adapter: str = "") -> int:
+    """The key and value of a token: as in a deeper layer they depend on everything before it, and on the adapter."""
+    return mixed(context, token_id, position, adapter)
 
 
 def context_of(kv: Cells) -> int:
@@ -67,6 +67,7 @@ class FakeStages:
         self._newest[:] = -7
         self._tables[:] = NOWHERE
         self._rules: dict[int, tuple[Rules, dict[int, int]]] = {}  # by slot, with what has come
+        self._adapters: dict[int, str] = {}  # by slot of adapters
 
     def run(self, batch: Batch, late: LateMasks | None) -> StepOutput:
         masks = batch.masks | (late.masks if late is not None else {})
@@ -77,11 +78,14 @@ class FakeStages:
         new_blocks = np.split(batch.new_blocks, np.cumsum(batch.num_new_blocks)[:-1])
         for slot, stop, blocks in zip(batch.slots, batch.num_blocks(self._block_size), new_blocks, strict=True):
             self._tables[slot, stop - len(blocks) : stop] = blocks
+        self._adapters |= {placed.slot: placed.digest for placed in batch.placed}
+        adapters = [self._adapters[i] if i else "" for i in batch.adapters.tolist()] or [""] * batch.num_seqs
         contexts, at, stays = [], 0, True
         fed = batch.token_ids[np.cumsum(batch.query_lens) - 1].tolist()
-        for slot, start, count in zip(batch.slots, batch.num_computed_tokens, batch.query_lens, strict=True):
+        runs = zip(batch.slots, batch.num_computed_tokens, batch.query_lens, adapters, strict=True)
+        for slot, start, count, adapter in runs:
             token_ids = [int(self._newest[slot]) if t == SAMPLED else int(t) for t in batch.token_ids[at:][:count]]
-            contexts.append(self._compute(self._tables[slot], int(start), token_ids))
+            contexts.append(self._compute(self._tables[slot], int(start), token_ids, adapter))
             at += count
         tokens: list[int] = []
         ends = (batch.num_computed_tokens + batch.query_lens).tolist()
@@ -112,12 +116,12 @@ class FakeStages:
             kv[block] = there[1] if there is not None and there[0] == name else 77
         return bad
 
-    def _compute(self, table: Table, start: int, token_ids: list[int]) -> int:
+    def _compute(self, table: Table, start: int, token_ids: list[int], adapter: str) -> int:
         """Write the tokens' KV; returns the hash of all there is then, read from the cache."""
         where = np.arange(start + len(token_ids))
         cells = table[where // self._block_size] * self._block_size + where % self._block_size
         for position, token_id in enumerate(token_ids, start):
-            written = with_token(context_of(self._kv[cells[:position]]), token_id, position)
+            written = with_token(context_of(self._kv[cells[:position]]), token_id, position, adapter)
             if written in self._kills:
                 raise StageDied(f"token {token_id} at {position}")
             self._kv[cells[position]] = written
@@ -155,9 +159,10 @@ def mask_of(answer: list[int]) -> bytes:
 def said(request: Request, constrained: bool) -> tuple[list[int], list[int]]:
     """The whole answer, computed for this request alone, and the keys and values of prompt and answer."""
     p, tokens = request.sampling, list(request.token_ids)
+    adapter = request.adapter.digest if request.adapter is not None else ""
     cache, end = np.zeros(len(tokens) + p.max_tokens, np.uint64), len(tokens)
     for position, token_id in enumerate(tokens):
-        cache[position] = with_token(context_of(cache[:position]), token_id, position)
+        cache[position] = with_token(context_of(cache[:position]), token_id, position, adapter)
     answer: list[int] = []
     while len(answer) < p.max_tokens and not (answer and answer[-1] in p.stop_token_ids):
         seen = tokens if p.repetition_penalty != 1.0 else answer
@@ -168,7 +173,7 @@ def said(request: Request, constrained: bool) -> tuple[list[int], list[int]]:
         counts = {t: answer.count(t) for t in seen}
         context = context_of(cache[:end])
         answer.append(draw(context, len(tokens), rules, counts, mask_of(answer) if constrained else b""))
-        cache[end] = with_token(context, answer[-1], end)
+        cache[end] = with_token(context, answer[-1], end, adapter)
         tokens.append(answer[-1])
         end += 1
     return answer, cache[:end].tolist()

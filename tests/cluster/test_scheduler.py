@@ -5,6 +5,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from cluster.block_manager import BlockManager
@@ -13,7 +14,8 @@ from cluster.fairness import Policy
 from cluster.host_tier import HostTier
 from cluster.pipeline import max_in_flight
 from cluster.scheduler import Scheduler, SchedulerStats
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import AdapterRef, Request, TokenEvent
+from cluster.waiting_queue import OVERTAKEN
 from model.batch import Batch, Copied, Copies, LateMasks
 from model.sampling_params import SamplingParams
 from model.text.constraint import Constraint
@@ -44,6 +46,9 @@ class Case:
     num_drafted: int | None
     host_places: int = 0  # of copies of blocks; 0: there is no host tier
     damage_rate: float = 0.0  # how often some of them are damaged or lost, or all cached content is forgotten
+    max_adapters: int = 0  # slots for adapters; 0: nobody has one
+    adapters: str = ""  # that there are: letters
+    load_rate: float = 1.0  # how many of those that are wanted have been read between two looks
     requests: list[Request] = field(default_factory=list)
     failing: dict[str, int] = field(default_factory=dict)  # request -> tokens after which its matcher fails
     constrained: set[str] = field(default_factory=set)
@@ -74,6 +79,9 @@ def case(seed: int) -> Case:
         wrong_rate=[None, 0.0, 0.1, 0.5, 1.0][seed % 5],
         num_drafted=[None, 1, 2, 4, 8][seed // 5 % 5],
     )
+    if seed % 2:
+        made.max_adapters, made.adapters = rng.choice([1, 1, 2, 3]), rng.choice(["x", "xyz", "stuvwxyz"])
+        made.load_rate = rng.choice([1.0, 0.5, 0.1])
     stems = [[rng.randrange(VOCABULARY) for _ in range(longest)] for _ in range(2)]
     tenants, priorities = rng.choice(["a", "ab", "abc"]), rng.choice([[0], [0], [0, 0, 5, -1]])
     for i in range(rng.randint(3, 24)):
@@ -109,6 +117,7 @@ def _add_request(
             tenant=rng.choice(tenants),
             weight=rng.choice([1.0, 1.0, 4.0]),
             priority=rng.choice(priorities),
+            adapter=AdapterRef(rng.choice(made.adapters), "") if made.adapters and rng.random() < 0.7 else None,
         )
     )  # fmt: skip
 
@@ -145,6 +154,7 @@ class Run:
             max_num_batched_tokens=made.max_num_batched_tokens,
             max_model_len=1000,
             policy=made.policy,
+            max_adapters=made.max_adapters,
         )
         if made.wrong_rate is not None:
             answers = {name: answer for name, (answer, _) in self.expected.items()}
@@ -186,9 +196,9 @@ class Run:
         """Fill the pipeline, and take the oldest result."""
         while len(self._in_flight) < max_in_flight(self.case.depth) and self._schedule():
             pass
-        made, copied = self._make_masks(), self._copy()
+        made, copied, loaded = self._make_masks(), self._copy(), self._load_adapters()
         if not self._in_flight:
-            some = self._to_come or made or copied
+            some = self._to_come or made or copied or loaded
             assert some or not self.scheduler.has_work, "nothing is computed any more"
         elif not self._in_flight[0][0].awaited or self._in_flight[0][0].step_id in self._late:
             self._finish()
@@ -290,6 +300,12 @@ class Run:
                 matcher.make()
         while (late := self.scheduler.next_masks()) is not None:
             self._late[late.step_id] = late
+        return bool(missing)
+
+    def _load_adapters(self) -> bool:
+        """Some of those that are wanted; False if all are there."""
+        missing = set(self.case.adapters) - self.scheduler.adapters.held
+        self.scheduler.adapters.held |= {name for name in sorted(missing) if self.rng.random() < self.case.load_rate}
         return bool(missing)
 
     def check(self) -> None:
@@ -400,3 +416,60 @@ def test_a_death_that_nobody_is_to_blame_for_costs_a_few_steps() -> None:
         run.step()
         steps += 1
     assert steps < 100
+
+
+def with_adapter(name: str, adapter: str, tokens: int = 20, tenant: str = "a") -> Request:
+    made = request(name, [1, 2, 3], max_tokens=tokens)
+    return msgspec.structs.replace(made, adapter=AdapterRef(adapter, "") if adapter else None, tenant=tenant)
+
+
+def test_who_waits_for_a_slot_holds_nobody_up() -> None:
+    """Of two adapters and one slot the second waits; what comes after it, without one or with the first, does not."""
+    requests = [with_adapter("0", "x", 200), with_adapter("1", "y"), with_adapter("2", ""), with_adapter("3", "x")]
+    made = undisturbed(requests, depth=2)
+    made.max_adapters, made.adapters = 1, "xy"
+    run = Run(made)
+    run.scheduler.adapters.held |= {"x", "y"}
+    run.come()
+    while len(run.events["3"]) < 20 or len(run.events["2"]) < 20:
+        run.step()
+    assert not run.events["1"]
+    assert len(run.events["0"]) < 100
+    run.run()
+    run.check()
+
+
+def test_who_has_been_overtaken_often_gets_a_slot() -> None:
+    """A stream of requests with one adapter, of which always one runs: the other one's turn comes all the same."""
+    requests = [with_adapter(str(i), "x", 6 + i % 5) for i in range(3)] + [with_adapter("late", "y", 4)]
+    requests += [with_adapter(str(i), "x", 6 + i % 5) for i in range(3, 400)]
+    made = undisturbed(requests, depth=1)
+    made.max_adapters, made.adapters, made.max_num_seqs = 1, "xy", 3
+    run = Run(made)
+    run.scheduler.adapters.held |= {"x", "y"}
+    run.come()
+    while not run.events["late"]:
+        run.step()
+    done = sum(bool(events) and events[-1].finish_reason is not None for events in run.events.values())
+    assert OVERTAKEN <= done <= OVERTAKEN + 10
+    run.run()
+    run.check()
+
+
+def test_a_new_version_does_not_meet_the_blocks_of_the_old_one() -> None:
+    """Nor those of no adapter: the same prompt, one after another, each of which finds its own again."""
+    made = undisturbed([], depth=1)
+    made.max_adapters, made.adapters = 2, "xy"
+    run = Run(made)
+    run.scheduler.adapters.held |= {"x", "y"}
+    hits = []
+    for i, adapter in enumerate(["", "x", "y", "", "x", "y"]):
+        one = msgspec.structs.replace(with_adapter(str(i), adapter), token_ids=list(range(40)))
+        run.expected[one.request_id], run.events[one.request_id] = said(one, False), []
+        run.scheduler.add(one)
+        before = run.scheduler.stats().prefix_hit_tokens
+        while run.scheduler.has_work:
+            run.step()
+        assert [e.token_id for e in run.events[one.request_id]] == run.expected[one.request_id][0]
+        hits.append(run.scheduler.stats().prefix_hit_tokens - before)
+    assert hits == [0, 0, 0, 36, 36, 36]

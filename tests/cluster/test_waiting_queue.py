@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from cluster.account import INPUT_WEIGHT, OUTPUT_WEIGHT
+from cluster.adapters import AdapterRoom
 from cluster.block_manager import BlockManager
 from cluster.fairness import Fairness, Policy
 from cluster.scheduler import Scheduler
@@ -22,7 +23,7 @@ def of(tenant: str, name: str, tokens: int = 10, max_tokens: int = 16, **more: o
 
 
 def queue_of(*requests: Request, slack: float = 0.0, policy: Policy = "fcfs") -> WaitingQueue:
-    queue = WaitingQueue(Fairness(max_num_seqs=8, num_blocks=100, slack=slack, policy=policy))
+    queue = WaitingQueue(Fairness(max_num_seqs=8, num_blocks=100, slack=slack, policy=policy), AdapterRoom(0))
     for arrival, request_ in enumerate(requests):
         queue.add(Sequence(request_, arrival))
     return queue
