@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.adapters.layout import Part
 from model.adapters.slots import blocks_of
 from model.batch import Batch
-from model.kernels import AdapterRows, LowRank, kernels_for
+from model.kernels import AdapterRows, LowRank, Part, kernels_for
 from model.kernels.reference import ReferenceKernels
 from tests.conftest import DEVICES, ints
 
