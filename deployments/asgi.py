@@ -22,6 +22,7 @@ from deployments.gateway.guard import OPEN_PATHS, Guard
 from deployments.limits.shared import Ledger
 from deployments.live import page as live
 from deployments.metrics import MetricsRecorder
+from deployments.routes import adapters as adapter_routes
 from deployments.routes import openai, operators, tokens
 from deployments.routes.hosted.drop_in import DropIn, drop_ins
 from deployments.routes.openapi import add_docs
@@ -73,6 +74,8 @@ def create_gateway(
     app.add_exception_handler(Exception, _internal_error)
     app.include_router(openai.router(gateway))
     app.include_router(tokens.router(gateway))
+    if gateway.adapters.any:
+        app.include_router(adapter_routes.router(gateway))
     app.include_router(live.router(gateway))
     app.include_router(operators.router(gateway))
 

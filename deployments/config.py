@@ -192,6 +192,11 @@ def parse_app_config(args: dict[str, Any]) -> AppConfig:
         raise ConfigError("resources.stage_gpus: must be 1 where pipeline.tensor_parallel says how many a stage has")
     if config.pipeline.device == "cpu" and config.cache.memory_gb is None:
         raise ConfigError("cache.memory_gb: required on cpu: how much memory each stage may use for its KV cache")
+    model = config.model
+    if twice := sorted({model.name, *model.aliases} & model.adapters.keys()):
+        raise ConfigError(f"model.adapters: {twice[0]}: is the model's own name or alias: take another one")
+    if model.adapters and not model.num_adapters:
+        raise ConfigError("model.max_loaded_adapters: is 0, but model.adapters names some: raise it")
     return config
 
 

@@ -18,7 +18,10 @@ SAMPLES, SAMPLE_BYTES = 32, 65_536  # of each file: reading all of 140 GB at eve
 
 LIBRARIES = ("torch", "triton", "tokenizers", "sentencepiece", "xgrammar")  # that compute, or say what a text is
 CHANGES_NO_TOKEN = {
-    "model": {"path", "name", "aliases"},  # of the path, what is there counts
+    "model": {
+        "path", "name", "aliases", "adapters", "adapter_dir", "max_loaded_adapters", "max_adapter_rank",
+        "max_host_adapters",
+    },  # of the path, what is there counts
     "pipeline": {
         "step_timeout_s", "hang_timeout_s", "recovery_attempts", "spare", "start_timeout_s", "link",
         "network_interface",
@@ -39,6 +42,11 @@ def fingerprint(config: AppConfig) -> str:
     layout = config.model_dump(mode="json", include=set(EngineConfig.model_fields), exclude=CHANGES_NO_TOKEN)
     parts = [json.dumps(layout, sort_keys=True), *_libraries(), code_digest(), _weights(config.model.path)]
     return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def with_adapter(base: str, digest: str) -> str:
+    """The same of answers that an adapter has a part in."""
+    return "fp_" + hashlib.sha256(f"{base} {digest}".encode()).hexdigest()[:12]
 
 
 def _libraries() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """One pipeline as a Ray Serve replica: what Serve calls, what the engine calls, and what is done every now and then."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -14,12 +15,14 @@ import ray
 from ray import serve
 from ray.serve import metrics as serve_metrics
 
+from cluster.config import ModelArgs
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected, StageDied
 from cluster.launch import launch_engine
 from cluster.prefix import Digest
-from cluster.sequence import Matcher, Request, TokenEvent
+from cluster.sequence import AdapterRef, Matcher, Request, TokenEvent
 from deployments import logs
+from deployments.adapters.names import configured
 from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config
 from deployments.engine import board
 from deployments.engine.engine_metrics import EngineMetrics
@@ -85,6 +88,7 @@ class EngineReplica:
             engine = self._engine = launch_engine(config, group, first_stage(config), self, self._on_progress)
             path = resolve_path(config.model.path)
             self._masks = Masks(lambda: load_tokenizer(path), engine.pipeline.wake)
+            self._load_configured(engine, config.model, config.pipeline.start_timeout_s)
             self._health.await_probe(engine)
             longest = min(config.scheduler.max_num_batched_tokens, engine.scheduler.max_model_len - 1)
             self._health.await_probe(engine, longest)
@@ -124,6 +128,19 @@ class EngineReplica:
 
     async def awake(self) -> None:
         """Nothing to do: to be called is enough, for Serve starts an engine then if none runs."""
+
+    async def load_adapter(self, digest: str, path: str) -> None:
+        """Have all stages read an adapter. Raises `RequestRejected` if it cannot be served."""
+        assert self._engine is not None
+        try:
+            await asyncio.wrap_future(self._engine.load_adapter(AdapterRef(digest, path)))
+        except ValueError as error:
+            raise RequestRejected(str(error)) from error
+
+    def _load_configured(self, engine: Engine, model: ModelArgs, timeout_s: float) -> None:
+        """What the configuration names is there before the first request. Raises `ValueError`."""
+        for named in configured(model)[: model.max_host_adapters]:
+            engine.load_adapter(named.ref).result(timeout_s)
 
     async def _matcher(self, request: Request) -> Matcher | None:
         """For a request with a constraint. Its grammar was compiled before, by a gateway; it may still take a while."""

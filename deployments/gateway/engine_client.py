@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, Protocol
 
 import grpc  # type: ignore[import-untyped]
@@ -14,9 +14,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import CaravanError, EngineStopped
 from cluster.prefix import Chain
-from cluster.sequence import Request, TokenEvent
+from cluster.sequence import AdapterRef, Request, TokenEvent
 from deployments import logs
-from deployments.engine import board
+from deployments.adapters.names import AdapterClient
+from deployments.engine import adapter_board, board
 from deployments.engine.board import ReplicaStatus
 from deployments.engine.token_link import Inbox, TokenReceiver
 from deployments.metrics import MetricsRecorder
@@ -43,7 +44,7 @@ _GONE = (
 _encode_request = msgspec.msgpack.Encoder().encode
 
 
-class EngineClient(Protocol):
+class EngineClient(AdapterClient, Protocol):
     """What the gateway needs; tests give it scripted tokens through the same door."""
 
     def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
@@ -79,6 +80,7 @@ class ServeEngineClient:
         self._waking: asyncio.Task[None] | None = None
         self._load = load
         self._generate: Any = handle.options(method_name="generate", stream=True, _by_reference=False)
+        self._load_adapter: Any = handle.options(method_name="load_adapter", _by_reference=False)
         self._app = app
         self._block_size = block_size
         self._recorder = recorder
@@ -137,6 +139,22 @@ class ServeEngineClient:
                 raise
             log.info("no engine answers yet: %s", type(error).__name__)
         await asyncio.sleep(CALL_AGAIN_S if not ASSIGNMENTS.running else 0.0)
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        """By one engine, whichever is routed to; the others read it when they are asked for it."""
+        try:
+            await self._load_adapter.remote(digest=adapter.digest, path=adapter.path)
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, CaravanError) else EngineStopped("the engine failed")) from error
+        except _GONE as error:
+            raise EngineStopped(f"the engine went away: {type(error).__name__}") from error
+
+    async def named_adapters(self) -> Mapping[str, AdapterRef]:
+        return await asyncio.to_thread(adapter_board.read, self._app)
+
+    async def name_adapters(self, named: Mapping[str, AdapterRef]) -> None:
+        await asyncio.to_thread(adapter_board.write, self._app, dict(named))
 
     def _open_receiver(self) -> TokenReceiver:
         self._keep(self._watch())

@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from cluster.sequence import Request as EngineRequest
+from deployments.adapters.names import AdapterNames, Named
 from deployments.config import AppConfig
 from deployments.errors import ApiError, TimeExceeded
-from deployments.fingerprint import fingerprint
+from deployments.fingerprint import fingerprint, with_adapter
 from deployments.gateway.accounting import Accounting, Usage
 from deployments.gateway.admission import Admission, Ticket
 from deployments.gateway.constraints import ConstraintChecker
@@ -81,6 +82,7 @@ class Gateway:
         self.accounting = Accounting(
             recorder, self.limits, self.load, self.tokenizer if config.logging.log_prompts else None
         )
+        self.adapters = AdapterNames(config.model, engine)
         self.engine = ResumingEngineClient(engine, g.resume_attempts, g.resume_timeout_s, recorder)
         self.admission = Admission(config, self.engine.replicas)
 
@@ -101,6 +103,18 @@ class Gateway:
 
     def _on_gateways(self, count: int) -> None:
         self.admission.alone = count == 1
+
+    async def named(self, name: str | None, param: str = "model") -> Named | None:
+        """The adapter that a request names; None: the model itself. Raises `ApiError`, 404 for what is neither."""
+        if name is None or name in self.bounds.names:
+            return None
+        if (found := await self.adapters.find(name)) is None:
+            self.bounds.check_name(name, param)
+        return found
+
+    def fingerprint_of(self, adapter: Named | None) -> str:
+        """See `fingerprint`."""
+        return self.fingerprint if adapter is None else with_adapter(self.fingerprint, adapter.ref.digest)
 
     def close(self) -> None:
         """End what was started beside this process."""
@@ -142,6 +156,7 @@ class Gateway:
                 weight=request.tenant.weight,
                 priority=request.priority,
                 cache_salt=request.salt,
+                adapter=request.adapter.ref if request.adapter is not None else None,
             )
         )
         rules = TextRules(

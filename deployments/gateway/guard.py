@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 ASSETS = "/docs/assets"
 PAGE_FILES = frozenset(f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"))
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/ping", "/docs", "/openapi.json"}) | PAGE_FILES  # need no key
-NEED_NO_ENGINE = frozenset({"/tokenize", "/detokenize", "/ml/v1/text/tokenization"})  # however busy engines are
+NEED_NO_ENGINE = frozenset(
+    {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize", "/detokenize", "/ml/v1/text/tokenization"}
+)  # however busy engines are
 CLOSE = {"Connection": "close"}  # what else the client sends is not read
 MOST_DIGITS = 18  # of a Content-Length; Python refuses to make a number of thousands
 LARGE_BODY = 1_000_000  # bytes; what such a request has filled is given back to the system

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from deployments.adapters.names import Named
 from deployments.config import AppConfig
 from deployments.errors import bad_request, unknown_model
 from deployments.gateway.prompts import Prompt
@@ -31,6 +32,7 @@ class GenerationRequest:
     cache_salt: str = ""  # keys and values are shared only with requests of the same, within what the key shares
     calls: CallSyntax | None = None  # how functions are called in it; None: whatever it says is text
     control_tokens: bool = False  # whether their names are shown in the text
+    adapter: Named | None = None
 
     @property
     def salt(self) -> str:

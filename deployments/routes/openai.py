@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from deployments.adapters.names import Named
 from deployments.errors import bad_request
 from deployments.gateway.constraints import make_constraint
 from deployments.gateway.exchange import AnswerFormat, answer, or_disconnect, read_json, request_id, tenant
@@ -76,9 +77,10 @@ class OpenAI:
     async def chat(self, http: Request) -> Response:
         request = parse(ChatRequest, await self._body(http))
         use = request.tool_use()
-        one = await self.chat_request(http, "chat", request, use)
+        adapter = await self._gateway.named(request.model)
+        one = replace(await self.chat_request(http, "chat", request, use), adapter=adapter)
         answers = request.n or 1
-        written = ChatFormat(self._head("chatcmpl", request), one.prompt.token_ids, answers, use)
+        written = ChatFormat(self._head("chatcmpl", request, adapter), one.prompt.token_ids, answers, use)
         return await self._answer(http, one.copies(answers), written, request)
 
     async def respond(self, http: Request) -> Response:
@@ -86,8 +88,11 @@ class OpenAI:
         request = parse(ResponsesRequest, await self._body(http))
         with named_as_here():
             chat = request.as_chat()
+            adapter = await self._gateway.named(request.model)
             one = await self.chat_request(http, "responses", chat, chat.tool_use())
-        return await self._answer(http, [one], ResponsesFormat(request, self._name), chat)
+        one = replace(one, adapter=adapter)
+        written = ResponsesFormat(request, adapter.name if adapter else self._name)
+        return await self._answer(http, [one], written, chat)
 
     async def chat_request(
         self, http: Request, endpoint: str, request: ChatRequest, use: ToolUse | None
@@ -108,6 +113,7 @@ class OpenAI:
 
     async def completion(self, http: Request) -> Response:
         request = parse(CompletionRequest, await self._body(http))
+        adapter = await self._gateway.named(request.model)
         self._check(request)
         prompts = await self._completion_prompts(tenant(http), request)
         answers: list[GenerationRequest] = []
@@ -115,9 +121,10 @@ class OpenAI:
             max_tokens = self._gateway.bounds.max_tokens(prompt, request.budget, DEFAULT_COMPLETION_TOKENS)
             # The engine gives a prompt's logprobs with a first token, wanted or not; that one needs no room.
             one = await self._one(http, "completions", request, prompt, max(1, max_tokens))
+            one = replace(one, adapter=adapter)
             answers += one.copies(request.candidates)
         written = CompletionFormat(
-            self._head("cmpl", request),
+            self._head("cmpl", request, adapter),
             [prompt.token_ids for prompt in prompts],
             [self._echo(request, i, prompt) for i, prompt in enumerate(prompts)],
             request.n or 1,
@@ -220,16 +227,15 @@ class OpenAI:
         return given if isinstance(given, str) else self._gateway.tokenizer.decode(prompt.token_ids)
 
     def _check(self, request: SamplingFields) -> None:
-        self._gateway.bounds.check_name(request.model)
         self._gateway.bounds.check_token_ids(map(int, request.logit_bias or ()), "logit_bias")
         self._gateway.bounds.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
         self._gateway.bounds.check_answers(request.n or 1)
 
-    def _head(self, kind: str, request: SamplingFields) -> Head:
+    def _head(self, kind: str, request: SamplingFields, adapter: Named | None) -> Head:
         return Head(
             response_id=f"{kind}-{secrets.token_hex(12)}",
-            model=self._name,
-            fingerprint=self._gateway.fingerprint,
+            model=adapter.name if adapter is not None else self._name,
+            fingerprint=self._gateway.fingerprint_of(adapter),
             usage=request.wants_usage,
             continuous_usage=request.wants_continuous_usage,
             token_ids=bool(request.return_token_ids),
@@ -242,18 +248,22 @@ class OpenAI:
     # -- models -------------------------------------------------------------------------------------------------------
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card()]}
+        adapters = [self._card(name) for name in await self._gateway.adapters.names()]
+        return {"object": "list", "data": [self._card(), *adapters]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        self._gateway.bounds.check_name(name)
-        return self._card()
+        adapter = await self._gateway.named(name)
+        return self._card(adapter.name if adapter is not None else None)
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, adapter: str | None = None) -> dict[str, Any]:
+        """Of the model, or of an adapter of it."""
         return {
-            "id": self._name,
+            "id": adapter or self._name,
             "object": "model",
             "created": self._gateway.created,
             "owned_by": "caravan",
+            "root": adapter or self._name,
+            "parent": self._name if adapter is not None else None,
             "max_model_len": self._gateway.bounds.max_model_len,
             "sampling_defaults": self._gateway.sampling_defaults,
         }

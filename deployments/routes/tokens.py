@@ -56,7 +56,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/tokenize", summary="Token ids of a text or a chat", **documented(TokenizeRequest, examples, answer))
     async def tokenize(http: Request) -> Response:
         request = parse_body(TokenizeRequest, await read_json(http, limit))
-        gateway.bounds.check_name(request.model)
+        await gateway.named(request.model)
         ids = await _ids(gateway, tenant(http), request)
         return await written(http, len(ids), lambda: answer_of(request, ids))
 
@@ -82,7 +82,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/detokenize", summary="The text of token ids", **backwards)
     async def detokenize(http: Request) -> Response:
         request = parse_body(DetokenizeRequest, await read_json(http, limit))
-        gateway.bounds.check_name(request.model)
+        await gateway.named(request.model)
         ids = gateway.prompts.ids(request.tokens, "tokens").token_ids if request.tokens else []
         return await written(http, len(ids), lambda: {"prompt": gateway.tokenizer.decode(ids)})
 

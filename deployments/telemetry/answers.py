@@ -21,6 +21,8 @@ ENDPOINTS = {
     "/v1/completions": "completions",
     "/v1/responses": "responses",
     "/v1/models": "models",
+    "/v1/load_lora_adapter": "adapters",
+    "/v1/unload_lora_adapter": "adapters",
     "/tokenize": "tokens",
     "/detokenize": "tokens",
     **dict.fromkeys(("/health", "/ready", "/version", "/ping"), PROBE),
