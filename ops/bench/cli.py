@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ops.bench.adapters_command import adapters
 from ops.bench.options import (
     DEFAULT_URL,
     Longest,
@@ -25,6 +26,7 @@ bench = typer.Typer(
     help="Measure: the engine alone, a service over HTTP, how pipelines scale, reading a checkpoint, perplexity.",
     no_args_is_help=True,
 )
+bench.command(name="adapters", epilog="Example: caravan bench adapters ray_config.yaml --streams 8")(adapters)
 
 
 @bench.callback()
@@ -460,23 +462,6 @@ def rules(
 
     result = bench_rules(read_app_config(config), streams, output_tokens, turns, arrivals)
     report(rules_table(result), result, output)
-
-
-@bench.command(epilog="Example: caravan bench adapters ray_config.yaml --streams 8 --rank 16")
-def adapters(
-    config: Annotated[Path, typer.Argument(help="the Serve configuration whose model to take")],
-    streams: Annotated[int, typer.Option(min=2, help="at once")] = 64,
-    rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
-    count: Annotated[int, typer.Option(min=1, help="adapters at once")] = 8,
-    output_tokens: Annotated[int, typer.Option(min=2, help="of each stream")] = 128,
-    turns: Annotated[int, typer.Option(min=1, help="of each kind, one after another")] = 3,
-    output: Output = None,
-) -> None:
-    """LoRA adapters: a step of one stage with none, one and several, and what swapping one in costs others."""
-    from ops.bench.engine.adapters import adapters_table, bench_adapters
-
-    result = bench_adapters(read_app_config(config), streams, rank, count, output_tokens, turns)
-    report(adapters_table(result), result, output)
 
 
 @bench.command(epilog="Example: caravan bench perplexity ray_config.yaml --tokens 20000 --quantizations none,fp8")
