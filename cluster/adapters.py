@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict
 
+from cluster.errors import RequestRejected
 from model.batch import Placed
 
 
@@ -22,6 +23,11 @@ class AdapterRoom:
         self._drained: set[str] = set()
         self._free = list(range(count, 0, -1))
         self._placed: list[Placed] = []  # what stages have not been told yet
+
+    def validate(self, wants_one: bool) -> None:
+        """Raise `RequestRejected` if a request with an adapter can never run."""
+        if wants_one and not self.count:
+            raise RequestRejected("this engine has no room for adapters: set model.max_loaded_adapters")
 
     def is_placed(self, digest: str) -> bool:
         return digest in self._slots

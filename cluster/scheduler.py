@@ -39,8 +39,6 @@ MIN_PREFILL_CHUNK = 64
 GUILTY = 3  # stage deaths in a row
 FATAL = f"a stage died {GUILTY} times while computing it, in the end with nothing else under way"
 PREFILL_TURNS = 4  # of the pipeline, that prompts are spread over: fewer make steps less equal, more delay first tokens
-
-
 NOBODY: Slots = np.empty(0, np.intp)
 
 
@@ -111,8 +109,7 @@ class Scheduler:
                 f"prompt and max_tokens need room for {needed} tokens, this engine holds "
                 f"{self.max_model_len}: shorten them"
             )
-        if request.adapter is not None and not self.adapters.count:
-            raise RequestRejected("this engine has no room for adapters: set model.max_loaded_adapters")
+        self.adapters.validate(request.adapter is not None)
 
     def speculate(self, proposer: Proposer | None, tokens: int | None = None) -> None:
         """What is added from now on is drafted, so many tokens of each in a step (None: as many as pay), or not."""

@@ -318,7 +318,9 @@ def add(
     requests_per_minute: Annotated[int | None, typer.Option(help="more get 429")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="prompt and output; beyond it, 429")] = None,
     priority: Annotated[int | None, typer.Option(help="the most urgent priority it may ask for; default 0")] = None,
-    operator: Annotated[bool | None, typer.Option("--operator", help="it may reset the engines' caches, load and unload adapters")] = None,
+    operator: Annotated[
+        bool | None, typer.Option("--operator", help="it may reset the engines' caches, load and unload adapters")
+    ] = None,
     cache_salt: Annotated[str | None, typer.Option(help="cached prompts are shared only with the same salt")] = None,
 ) -> None:
     """Make an API key. It is shown once and kept nowhere; the file gets its sha256."""

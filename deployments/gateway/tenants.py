@@ -50,7 +50,9 @@ class Tenant(Strict):
     cache_salt: Annotated[str, Field(pattern=r"^[!-~]{0,256}$")] = Field(
         default="", description="it shares cached keys and values only with tenants of the same salt"
     )
-    operator: bool = Field(default=False, description="it may change the service itself: reset caches, load and unload adapters")
+    operator: bool = Field(
+        default=False, description="it may change the service itself: reset caches, load and unload adapters"
+    )
     tokens_per_minute: PositiveInt | None = Field(default=None, description="prompt and output; beyond it, 429")
 
 
