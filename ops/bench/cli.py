@@ -22,10 +22,8 @@ from ops.bench.options import (
     sizes,
 )
 
-bench = typer.Typer(
-    help="Measure: the engine alone, a service over HTTP, how pipelines scale, reading a checkpoint, perplexity.",
-    no_args_is_help=True,
-)
+HELP = "Measure: the engine alone, a service over HTTP, how pipelines scale, reading a checkpoint, perplexity."
+bench = typer.Typer(help=HELP, no_args_is_help=True)
 bench.command(name="adapters", epilog="Example: caravan bench adapters ray_config.yaml --streams 8")(adapters)
 
 
