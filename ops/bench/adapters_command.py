@@ -18,7 +18,7 @@ def adapters(
     output: Output = None,
 ) -> None:
     """LoRA adapters: a step of one stage with none, one and several, and what swapping one in costs others."""
-    from ops.bench.engine.adapters import adapters_table, bench_adapters
+    from ops.bench.adapters.run import adapters_table, bench_adapters
 
     result = bench_adapters(read_app_config(config), streams, rank, count, output_tokens, turns)
     report(adapters_table(result), result, output)

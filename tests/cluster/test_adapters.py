@@ -22,7 +22,7 @@ from cluster.sequence import AdapterRef, Request
 from model.adapters import CONFIG, SAFE, AdapterFiles, open_adapter
 from model.adapters.merge import MergedCheckpoint
 from model.weights.dummy import DummyCheckpoint
-from ops.bench.engine.adapters import write_adapter
+from ops.bench.adapters.run import write_adapter
 from tests.conftest import TINY, Collector, MakeEngine, request
 
 PROMPT = [5, 17, 250, 3, 9, 88]
