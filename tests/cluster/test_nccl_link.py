@@ -236,6 +236,7 @@ def last_stage(
     monkeypatch.setattr(stage_loop, "Stopwatch", lambda device: SimpleNamespace(start=lambda: None, stop=span))
     stage: Any = SimpleNamespace(
         group=SimpleNamespace(check=lambda: None),
+        adapters=None,
         layers=SimpleNamespace(is_first=False, is_last=True),
         decoder=SimpleNamespace(device=CPU, dtype=torch.float32),
         hidden_shape=lambda batch: (1, 8),

@@ -69,6 +69,7 @@ def make_batch(step_id: int, **of_sampler: Any) -> Batch:
 def last_stage(**methods: Any) -> Any:
     return SimpleNamespace(
         group=SimpleNamespace(check=lambda: None),
+        adapters=None,
         layers=SimpleNamespace(is_first=False, is_last=True),
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
         hidden_shape=lambda batch: (1, 8),
