@@ -158,6 +158,7 @@ def first_stage(batches: list[Batch], max_in_flight: int, monkeypatch: pytest.Mo
     engine: Any = Timings(batches)
     stage: Any = SimpleNamespace(
         group=SimpleNamespace(check=lambda: None),
+        adapters=None,
         layers=SimpleNamespace(is_first=True, is_last=False),
         decoder=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
         compute=lambda batch, hidden: happened.append(f"compute {batch.step_id}") or torch.zeros(1, 8),  # type: ignore[func-returns-value]
