@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from cluster.adapters import AdapterRoom
-from cluster.sequence import AdapterRef
+from cluster.scheduling.adapters import AdapterRoom
+from cluster.scheduling.sequence import AdapterRef
 from cluster.transport import AdapterLoaded, LoadAdapter
 
 log = logging.getLogger(__name__)

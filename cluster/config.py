@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.fairness import Policy
-from cluster.speculation import MOST_DECODES, MOST_DRAFTED
+from cluster.scheduling.fairness import Policy
+from cluster.scheduling.speculation import MOST_DECODES, MOST_DRAFTED
 from model.adapters import MAX_RANK, NAME
 from model.config import INT4_BLOCK, Int4Layout, ModelConfig, float8_products
 from model.text.prompt_formats import PROMPT_FORMATS, PromptFormatName

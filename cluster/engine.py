@@ -18,8 +18,8 @@ from cluster.adapter_library import AdapterLibrary
 from cluster.errors import CaravanError, Cause, EngineStopped, RequestRejected, StageDied
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline, max_in_flight
-from cluster.scheduler import Scheduler
-from cluster.sequence import AdapterRef, Matcher, Request, Start, TokenEvent
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import AdapterRef, Matcher, Request, Start, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput
 
 log = logging.getLogger(__name__)

@@ -4,15 +4,15 @@ import logging
 
 from ray.util.placement_group import PlacementGroup
 
-from cluster.block_manager import BlockManager
 from cluster.config import EngineConfig, in_8_bits, read_model
 from cluster.engine import Engine, Listener
-from cluster.host_tier import HostTier
-from cluster.ngram import NgramProposer
 from cluster.patience import Patience
 from cluster.pipeline import Pipeline
 from cluster.ray_pipeline import Progress, RayPipeline
-from cluster.scheduler import Scheduler
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.host_tier import HostTier
+from cluster.scheduling.ngram import NgramProposer
+from cluster.scheduling.scheduler import Scheduler
 from model.config import ModelConfig, StageLayers, split_layers
 from model.shards import shards
 

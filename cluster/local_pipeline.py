@@ -7,9 +7,9 @@ import time
 import torch
 
 from cluster.errors import LinkBroken, StageDied
-from cluster.link import FROM_PREVIOUS, TO_NEXT, close_all
 from cluster.pipeline import ControlledPipeline, at_fault, max_in_flight
-from cluster.stage_loop import StageLoop
+from cluster.stages.link import FROM_PREVIOUS, TO_NEXT, close_all
+from cluster.stages.stage_loop import StageLoop
 from cluster.transport import Control, StageChannel, identity_of
 from model.stage import Stage
 

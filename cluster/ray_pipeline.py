@@ -15,8 +15,8 @@ from ray.util.placement_group import PlacementGroup
 from cluster.config import EngineConfig
 from cluster.errors import Cause, EngineStopped, LinkBroken, StageDied
 from cluster.pipeline import ControlledPipeline, Doing, Place, at_fault
-from cluster.stage_actor import LoadReport, StageSpec
-from cluster.stage_handle import ASK_S, StageHandle, doing_of
+from cluster.stages.stage_actor import LoadReport, StageSpec
+from cluster.stages.stage_handle import ASK_S, StageHandle, doing_of
 from cluster.transport import ControlServer, Ready, Wakeup, interface_address
 from model.config import StageLayers
 

@@ -12,12 +12,12 @@ from model.adapters.slots import AdapterSlots, StepAdapters
 from model.adapters.store import StageAdapters
 from model.attention import prepare
 from model.batch import SAMPLED, Batch, Int32Array, LateMasks, Rules, StepOutput
-from model.block_copier import BlockCopier, window_of
 from model.config import StageLayers
 from model.follower import Follower
 from model.graphs import StepGraphs
 from model.group import DecoderGroup
-from model.host_arena import SHARED, HostArena, near
+from model.host_copies.arena import SHARED, HostArena, near
+from model.host_copies.copier import BlockCopier, window_of
 from model.kv_cache import KVCache
 from model.llama import Decoder
 from model.sampler import Sampler

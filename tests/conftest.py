@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, StageDied
-from cluster.host_tier import HostTier
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.host_tier import HostTier
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
 from model.adapters.store import AdapterArgs, StageAdapters
 from model.batch import Batch, Int32Array, StageTiming
 from model.config import ModelConfig, split_layers

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cluster.config import ModelArgs
 from cluster.errors import RequestRejected
-from cluster.sequence import AdapterRef
+from cluster.scheduling.sequence import AdapterRef
 from deployments.errors import ApiError, bad_request
 from model.adapters import NAME, AdapterError, AdapterFiles
 from model.errors import CheckpointError

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from cluster.sequence import AdapterRef
+from cluster.scheduling.sequence import AdapterRef
 from deployments.engine.board import NAMESPACE
 
 Named = dict[str, AdapterRef]

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from cluster.prefix import Digest
+from cluster.scheduling.prefix import Digest
 
 State = Literal["loading", "ready", "stalled", "failed"]
 NAMESPACE, DIGESTS, RESETS = b"caravan", b"caravan-digests", b"caravan-resets"

@@ -5,7 +5,7 @@ from collections import Counter, deque
 
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.pipeline import Place
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from deployments.engine.board import PastRecovery, StageStatus
 from deployments.engine.health import PROBE_PREFIX
 from deployments.metrics import Recorder

@@ -5,9 +5,9 @@ import time
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
+from cluster.engine_rates import EngineRates
 from cluster.errors import EngineStopped
-from cluster.rates import EngineRates
-from cluster.sequence import Request
+from cluster.scheduling.sequence import Request
 from deployments.engine.board import ReplicaStatus, State
 from deployments.routing.outlook import Report
 from model.sampling_params import SamplingParams

@@ -3,7 +3,7 @@
 import time
 
 from cluster.engine import Engine
-from cluster.rates import EngineRates
+from cluster.engine_rates import EngineRates
 from deployments.config import AppConfig
 
 FADES = 0.98  # with every answer that ends, what those before say of the mean length counts so much less

@@ -19,8 +19,8 @@ from cluster.config import ModelArgs
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, EngineStopped, RequestRejected, StageDied
 from cluster.launch import launch_engine
-from cluster.prefix import Digest
-from cluster.sequence import AdapterRef, Matcher, Request, TokenEvent
+from cluster.scheduling.prefix import Digest
+from cluster.scheduling.sequence import AdapterRef, Matcher, Request, TokenEvent
 from deployments import logs
 from deployments.adapters.names import configured
 from deployments.config import AppConfig, ConfigError, parse_app_config, with_user_config

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.errors import CaravanError, EngineStopped, RequestRejected
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from deployments.engine.load import EngineLoad
 from deployments.engine.token_link import GatewayLost, ReplyAddress, TokenSender
 

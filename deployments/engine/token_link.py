@@ -20,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from cluster.errors import CaravanError
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from cluster.transport import bracketed
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class Usage:
     given: float = field(default_factory=time.monotonic)  # when it was to be given to an engine
     completion_tokens: int = 0
     cached_tokens: int = 0
-    accepted_tokens: int = 0  # of completion_tokens: they were drafted, see cluster/speculation.py
+    accepted_tokens: int = 0  # of completion_tokens: they were drafted, see cluster/scheduling/speculation.py
     outcome: str = "cancelled"  # until something else is known
     ticket: Ticket | None = None  # from when it is admitted
     answer: str = ""  # kept only to be logged, with `logging.log_prompts`

@@ -13,8 +13,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import CaravanError, EngineStopped
-from cluster.prefix import Chain
-from cluster.sequence import AdapterRef, Request, TokenEvent
+from cluster.scheduling.prefix import Chain
+from cluster.scheduling.sequence import AdapterRef, Request, TokenEvent
 from deployments import logs
 from deployments.adapters.names import AdapterClient
 from deployments.engine import adapter_board, board

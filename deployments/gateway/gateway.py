@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from cluster.sequence import Request as EngineRequest
+from cluster.scheduling.sequence import Request as EngineRequest
 from deployments.adapters.names import AdapterNames, Named
 from deployments.config import AppConfig
 from deployments.errors import ApiError, TimeExceeded

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.errors import CaravanError, RequestFailed, RequestFatal, RequestRejected
-from cluster.sequence import Start, TokenEvent
+from cluster.scheduling.sequence import Start, TokenEvent
 from model.batch import TokenLogprobs
 from model.text.constraint import TOO_DEAR
 from model.text.tokenizer import Detokenizer, Tokenizer, padded_bytes

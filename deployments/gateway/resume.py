@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from cluster.errors import EngineLeaving, EngineStopped, MoveCause
-from cluster.sequence import MAX_PENDING_TOKENS, Request, TokenEvent
+from cluster.scheduling.sequence import MAX_PENDING_TOKENS, Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.gateway.engine_client import EngineClient
 from deployments.metrics import MetricsRecorder

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from cluster.prefix import Digest, Held, Shorts
+from cluster.scheduling.prefix import Digest, Held, Shorts
 
 STALE_S = 5.0  # replicas report twice a second
 LAST = 1e9  # seconds of a replica that is chosen only if there is no other one

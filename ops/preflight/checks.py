@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.gpu_guard import OWN_BYTES
+from cluster.stages.gpu_guard import OWN_BYTES
 from ops.preflight.facts import NodeFacts
 from ops.preflight.links import LinkFigures
 

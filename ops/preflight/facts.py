@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cluster.gpu_guard import Holder, holders
+from cluster.stages.gpu_guard import Holder, holders
 from cluster.transport import interface_address
 from deployments.fingerprint import code_digest, samples
 from model.config import split_layers

@@ -8,8 +8,8 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster.errors import LinkBroken
-from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
-from cluster.rendezvous import Rendezvous, join, make_link
+from cluster.stages.link import DOWNSTREAM, UPSTREAM, Link, close_all
+from cluster.stages.rendezvous import Rendezvous, join, make_link
 
 ROUNDS, PIECE_BYTES, PIECES = 20, 2**20, 32
 TIMEOUT_S = 10.0

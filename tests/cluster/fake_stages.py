@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from cluster.errors import StageDied
-from cluster.prefix import HASH_BYTES
-from cluster.sequence import Request
+from cluster.scheduling.prefix import HASH_BYTES
+from cluster.scheduling.sequence import Request
 from model.batch import SAMPLED, Batch, Copies, LateMasks, Rules, StepOutput
 from model.sampling import uniform
 

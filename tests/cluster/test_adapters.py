@@ -18,7 +18,7 @@ import torch
 
 from cluster.engine import Engine
 from cluster.errors import RequestRejected
-from cluster.sequence import AdapterRef, Request
+from cluster.scheduling.sequence import AdapterRef, Request
 from model.adapters import CONFIG, SAFE, AdapterFiles, open_adapter
 from model.adapters.merge import MergedCheckpoint
 from model.weights.dummy import DummyCheckpoint
@@ -57,9 +57,9 @@ def said(refs: dict[str, AdapterRef]) -> dict[str, list[int]]:
 
 
 def alone(checkpoint: Any) -> list[int]:
-    from cluster.block_manager import BlockManager
     from cluster.local_pipeline import LocalPipeline
-    from cluster.scheduler import Scheduler
+    from cluster.scheduling.block_manager import BlockManager
+    from cluster.scheduling.scheduler import Scheduler
     from tests.conftest import make_stages
 
     collector = Collector()

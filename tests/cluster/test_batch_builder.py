@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.block_manager import BlockManager
-from cluster.scheduler import Scheduler
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
 from cluster.transport import StepOrder, encode
 from model.batch import Batch, StepOutput
 from tests.conftest import request

@@ -5,10 +5,10 @@ import random
 import msgspec
 import pytest
 
-from cluster.block_manager import BlockManager
-from cluster.prefix import Chain
-from cluster.scheduler import Scheduler
-from cluster.sequence import Sequence
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.prefix import Chain
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Sequence
 from model.batch import StepOutput
 from tests.conftest import request
 

@@ -11,10 +11,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cluster import scheduler
 from cluster.engine import Engine
 from cluster.errors import StageDied
-from cluster.sequence import Request
+from cluster.scheduling import scheduler
+from cluster.scheduling.sequence import Request
 from model.batch import StageTiming, StepOutput
 from model.text.constraint import Constraint
 from model.text.grammar import Masks

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.errors import EngineStopped, RequestRejected, StageDied
 from cluster.local_pipeline import LocalPipeline
 from cluster.patience import Patience
-from cluster.scheduler import Scheduler
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
 from model.batch import Batch, Rules
 from tests.conftest import TINY, Collector, MakeEngine, ints, make_stages, request
 

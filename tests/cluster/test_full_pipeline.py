@@ -4,11 +4,11 @@ from collections import deque
 
 import pytest
 
-from cluster.block_manager import BlockManager
-from cluster.fairness import Policy
 from cluster.pipeline import max_in_flight
-from cluster.scheduler import Scheduler
-from cluster.sequence import TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.fairness import Policy
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import TokenEvent
 from model.batch import Batch, StepOutput
 from ops.bench import workload
 from ops.bench.engine.simulated import SimulatedStages

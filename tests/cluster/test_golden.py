@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
 from model.batch import Batch, TokenLogprobs
 from model.config import split_layers
 from model.group import DecoderGroup

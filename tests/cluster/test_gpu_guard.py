@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster import gpu_guard
-from cluster.gpu_guard import Holder, check_free, holders, parse
+from cluster.stages import gpu_guard
+from cluster.stages.gpu_guard import Holder, check_free, holders, parse
 
 LISTING = """GPU-aa, 4711, 70210, python train.py, --fast
 GPU-bb, 12, [N/A], /usr/bin/other

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cluster.errors import StageDied
-from cluster.host_tier import HostTier
-from cluster.prefix import HASH_BYTES
-from cluster.rates import Durations
+from cluster.scheduling.host_tier import HostTier
+from cluster.scheduling.prefix import HASH_BYTES
+from cluster.scheduling.rates import Durations
 from model.batch import Copies
-from model.host_arena import HostArena
+from model.host_copies.arena import HostArena
 from tests.conftest import Collector, MakeEngine, request
 
 DEVICES = [

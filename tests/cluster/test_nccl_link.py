@@ -20,19 +20,19 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster import rendezvous as meeting
-from cluster import stage_loop
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
 from cluster.engine import Engine
 from cluster.errors import LinkBroken
-from cluster.gloo_link import GlooLink
 from cluster.launch import launch_engine
-from cluster.link import DOWNSTREAM, UPSTREAM
-from cluster.nccl_link import NcclLink
 from cluster.ray_pipeline import RayPipeline
-from cluster.rendezvous import Rendezvous, fits_nccl, join, make_link
-from cluster.stage_actor import StageActor
-from cluster.stage_loop import StageLoop
+from cluster.stages import rendezvous as meeting
+from cluster.stages import stage_loop
+from cluster.stages.gloo_link import GlooLink
+from cluster.stages.link import DOWNSTREAM, UPSTREAM
+from cluster.stages.nccl_link import NcclLink
+from cluster.stages.rendezvous import Rendezvous, fits_nccl, join, make_link
+from cluster.stages.stage_actor import StageActor
+from cluster.stages.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested, interface_of
 from model.batch import Batch, StepOutput
 from model.sampling import Sampled
@@ -51,7 +51,7 @@ def pair(identities: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> list[A
     """What both ends get, on devices of these identities; NCCL is asked for, not used."""
     asked = threading.local()
     monkeypatch.setattr(meeting, "identity", lambda device: identities[asked.rank])
-    monkeypatch.setattr("cluster.nccl_link.connect", lambda store, rank, *_: f"nccl-{rank}")
+    monkeypatch.setattr("cluster.stages.nccl_link.connect", lambda store, rank, *_: f"nccl-{rank}")
     rendezvous = Rendezvous(HOST, 5.0)
 
     def end(rank: int) -> Any:

@@ -7,9 +7,9 @@ import sys
 import msgspec
 import numpy as np
 
-from cluster.block_manager import BlockManager
-from cluster.prefix import MAX_DIGEST, Chain, Digest, Held, root
-from cluster.sequence import Sequence
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.prefix import MAX_DIGEST, Chain, Digest, Held, root
+from cluster.scheduling.sequence import Sequence
 from tests.conftest import request
 
 SIZE = 4
@@ -17,7 +17,7 @@ SIZE = 4
 
 def test_hashes_are_the_same_in_every_process_and_version() -> None:
     """Gateways and engines make them apart from each other; host copies outlive the process that named them."""
-    code = "from cluster.prefix import *; print(Chain(root('a')).hash([*range(8)], 1, 4).hex())"
+    code = "from cluster.scheduling.prefix import *; print(Chain(root('a')).hash([*range(8)], 1, 4).hex())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == Chain(root("a")).hash([*range(8)], 1, SIZE).hex() == "a8441a06e4bc1a2f77af0d7128ca2cc1"
 

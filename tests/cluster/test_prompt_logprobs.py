@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.errors import StageDied
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from model.batch import Batch, StageTiming, StepOutput, TokenLogprobs
 from tests.cluster.test_engine import PROMPTS
 from tests.conftest import MakeEngine, make_stages, request

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.errors import RequestRejected, StageDied
 from cluster.local_pipeline import LocalPipeline
 from cluster.pipeline import Doing, at_fault
-from cluster.scheduler import Scheduler
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
 from tests.cluster.test_engine import PROMPTS
 from tests.conftest import TINY, Collector, MakeEngine, make_stages, request
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.errors import LinkBroken
 from cluster.local_pipeline import LocalPipeline
 from cluster.patience import Patience
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request
 from tests.cluster.test_engine import PROMPTS
 from tests.conftest import Collector, make_stages, request
 

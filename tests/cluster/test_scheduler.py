@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from cluster.block_manager import BlockManager
 from cluster.errors import StageDied
-from cluster.fairness import Policy
-from cluster.host_tier import HostTier
 from cluster.pipeline import max_in_flight
-from cluster.scheduler import Scheduler, SchedulerStats
-from cluster.sequence import AdapterRef, Request, TokenEvent
-from cluster.waiting_queue import OVERTAKEN
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.fairness import Policy
+from cluster.scheduling.host_tier import HostTier
+from cluster.scheduling.scheduler import Scheduler, SchedulerStats
+from cluster.scheduling.sequence import AdapterRef, Request, TokenEvent
+from cluster.scheduling.waiting_queue import OVERTAKEN
 from model.batch import Batch, Copied, Copies, LateMasks
 from model.sampling_params import SamplingParams
 from model.text.constraint import Constraint

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.local_pipeline import LocalPipeline
-from cluster.ngram import NgramDrafter, NgramProposer
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
-from cluster.speculation import Proposer
-from cluster.step_times import StepTimes
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.ngram import NgramDrafter, NgramProposer
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
+from cluster.scheduling.speculation import Proposer
+from cluster.scheduling.step_times import StepTimes
 from model.batch import Batch, StepOutput
 from ops.bench.engine.speculation import ReplayProposer
 from tests.cluster.fake_stages import FakeMatcher

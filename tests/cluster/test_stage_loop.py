@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import stage_loop
-from cluster.stage_loop import StageLoop
+from cluster.stages import stage_loop
+from cluster.stages.stage_loop import StageLoop
 from cluster.transport import StepOrder, StopRequested
 from model.batch import Batch, LateMasks, StageTiming, StepOutput
 from model.sampling import Sampled

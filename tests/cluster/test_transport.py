@@ -14,9 +14,9 @@ import torch
 import zmq
 
 from cluster.errors import LinkBroken
-from cluster.gloo_link import GlooLink
-from cluster.link import DOWNSTREAM, UPSTREAM
-from cluster.rendezvous import Rendezvous, join
+from cluster.stages.gloo_link import GlooLink
+from cluster.stages.link import DOWNSTREAM, UPSTREAM
+from cluster.stages.rendezvous import Rendezvous, join
 from cluster.transport import (
     ControlAddress,
     ControlClient,

@@ -17,13 +17,13 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster.block_manager import BlockManager
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
 from cluster.engine import Engine
 from cluster.launch import launch_engine
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
 from model.config import ModelConfig
 from ops.bench.engine.loading import hf_config
 from tests.conftest import DEVICES, Collector, MakeEngine, make_stages, request

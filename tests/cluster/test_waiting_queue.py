@@ -6,13 +6,13 @@ from collections import deque
 import msgspec
 import pytest
 
-from cluster.account import INPUT_WEIGHT, OUTPUT_WEIGHT
-from cluster.adapters import AdapterRoom
-from cluster.block_manager import BlockManager
-from cluster.fairness import Fairness, Policy
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, Sequence
-from cluster.waiting_queue import WaitingQueue
+from cluster.scheduling.account import INPUT_WEIGHT, OUTPUT_WEIGHT
+from cluster.scheduling.adapters import AdapterRoom
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.fairness import Fairness, Policy
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, Sequence
+from cluster.scheduling.waiting_queue import WaitingQueue
 from model.batch import StepOutput
 from tests.cluster.test_engine import PROMPTS, naive
 from tests.conftest import MakeEngine, request

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import torch
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine, StepReport
 from cluster.errors import CaravanError
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.engine.token_link import Inbox, deliver
 from model.batch import StageTiming

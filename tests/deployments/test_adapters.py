@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.errors import RequestRejected
-from cluster.sequence import AdapterRef
+from cluster.scheduling.sequence import AdapterRef
 from deployments.adapters import names
 from deployments.asgi import create_gateway
 from deployments.config import ConfigError, parse_app_config

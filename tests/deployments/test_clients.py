@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from huggingface_hub import InferenceClient
 from langchain_openai import ChatOpenAI, OpenAI
 
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
 from deployments.errors import ApiError

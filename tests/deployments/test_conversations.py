@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from cluster.prefix import Chain, root
+from cluster.scheduling.prefix import Chain, root
 from deployments import serve_file
 from model.weights import resolve_path
 from ops.local import await_ready, ray_head

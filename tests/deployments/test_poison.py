@@ -20,15 +20,15 @@ import ray
 from ray.serve.exceptions import RequestCancelledError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster import stage_handle
-from cluster.block_manager import BlockManager
 from cluster.config import CacheArgs, EngineConfig, ModelArgs, PipelineArgs, SchedulerArgs
 from cluster.engine import Engine, RecoveryReport
 from cluster.launch import launch_engine
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
-from cluster.stage_actor import StageActor
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
+from cluster.stages import stage_handle
+from cluster.stages.stage_actor import StageActor
 from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.gateway import engine_client

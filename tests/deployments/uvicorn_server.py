@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 
 import uvicorn
 
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
 from tests.deployments.gateway.test_gateway import ARGS, Recorded, ScriptedEngine

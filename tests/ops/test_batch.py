@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.asgi import create_gateway
 from deployments.config import parse_app_config
 from deployments.errors import ApiError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.gpu_guard import Holder
+from cluster.stages.gpu_guard import Holder
 from deployments.config import parse_app_config
 from model.config import split_layers
 from model.weights import open_checkpoint, resolve_path

@@ -17,11 +17,11 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine, StepReport
 from cluster.local_pipeline import LocalPipeline
-from cluster.scheduler import Scheduler
-from cluster.sequence import AdapterRef, Request
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import AdapterRef, Request
 from deployments.config import AppConfig
 from model.adapters import CONFIG, SAFE, STEMS, AdapterFiles, product_shape
 from model.adapters.store import AdapterArgs, StageAdapters

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from cluster.engine import Engine
-from cluster.sequence import Request
+from cluster.scheduling.sequence import Request
 from deployments.config import AppConfig
 from model.sampling_params import SamplingParams
 from model.text.constraint import Constraint

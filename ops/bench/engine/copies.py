@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cluster.config import read_model
 from cluster.engine import Engine
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from deployments.config import AppConfig
 from ops.bench import workload
 from ops.bench.engine.run import Run, engine_in, placed, serve_all, submit

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
-from cluster.block_manager import BlockManager
 from cluster.pipeline import max_in_flight
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams
 from ops.bench.engine.simulated import SimulatedStages

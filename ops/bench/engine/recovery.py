@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster.engine import Engine, RecoveryReport
 from cluster.ray_pipeline import RayPipeline
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from deployments.config import AppConfig
 from ops.bench import workload
 from ops.bench.engine.run import Run, placed, submit

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine
 from cluster.local_pipeline import LocalPipeline
 from cluster.pipeline import max_in_flight
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request, TokenEvent
 from cluster.transport import ControlClient, ControlServer, Ready, StepOrder, Wakeup, encode
 from deployments.config import AppConfig
 from model.batch import Batch, StepOutput

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.block_manager import BlockManager
 from cluster.engine import Engine, RecoveryReport, StepReport
 from cluster.errors import CaravanError, StageDied
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.config import AppConfig
 from deployments.placement import bundles
 from model.batch import StageTiming

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from cluster.config import read_model
 from cluster.engine import Engine
-from cluster.ngram import NgramProposer
-from cluster.sequence import Drafter, Request
-from cluster.speculation import Proposer
+from cluster.scheduling.ngram import NgramProposer
+from cluster.scheduling.sequence import Drafter, Request
+from cluster.scheduling.speculation import Proposer
 from deployments.config import AppConfig
 from model.sampling import uniforms
 from model.sampling_params import SamplingParams

@@ -20,9 +20,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cluster.block_manager import BlockManager
-from cluster.scheduler import Scheduler
-from cluster.sequence import Request
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.sequence import Request
 from deployments.config import AppConfig, parse_app_config
 from model.batch import Batch, StepOutput
 from model.sampling_params import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from cluster.errors import EngineStopped
-from cluster.sequence import TokenEvent
+from cluster.scheduling.sequence import TokenEvent
 from deployments.engine.token_link import MAX_BACKLOG, GatewayLost, Inbox, ReplyAddress, TokenReceiver, TokenSender
 
 HOST = "127.0.0.1"

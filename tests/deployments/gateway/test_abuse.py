@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.gateway.prompts import LONG_TEXT, Prompts
 from deployments.gateway.tenants import ANONYMOUS, Tenant, add_key
 from model.text.constraint import TOO_DEAR

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.engine import StepReport
-from cluster.rates import EngineRates
+from cluster.engine_rates import EngineRates
 from deployments.config import parse_app_config
 from deployments.engine.board import ReplicaStatus
 from deployments.errors import ApiError

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cluster.errors import EngineStopped
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments import logs
 from deployments.asgi import create_gateway
 from deployments.config import AppConfig, parse_app_config

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
-from cluster.sequence import NO_TOKEN, TokenEvent
+from cluster.scheduling.sequence import NO_TOKEN, TokenEvent
 from deployments.gateway.pieces import Piece, TextRules, pieces
 from model.batch import TokenLogprobs
 from model.text.tokenizer.dummy import DummyTokenizer

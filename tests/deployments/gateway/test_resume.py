@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import EngineStopped, RequestRejected
-from cluster.sequence import NO_TOKEN, Request, TokenEvent
+from cluster.scheduling.sequence import NO_TOKEN, Request, TokenEvent
 from deployments.engine.board import ReplicaStatus
 from deployments.gateway import resume
 from deployments.gateway.resume import ResumingEngineClient

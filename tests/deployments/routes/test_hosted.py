@@ -11,7 +11,7 @@ import httpx
 import pytest
 from botocore.eventstream import EventStreamBuffer
 
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.asgi import create_gateway
 from deployments.config import ConfigError, parse_app_config
 from deployments.errors import ApiError

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.errors import EngineStopped
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments import fingerprint as fingerprints
 from deployments.config import parse_app_config
 from deployments.gateway import pieces as texts

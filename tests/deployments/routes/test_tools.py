@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import EngineStopped
-from cluster.sequence import Request, TokenEvent
+from cluster.scheduling.sequence import Request, TokenEvent
 from deployments.gateway import resume
 from model.weights import read_config, resolve_path
 from tests import golden

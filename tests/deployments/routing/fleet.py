@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from cluster.prefix import Chain, Digest, root
+from cluster.scheduling.prefix import Chain, Digest, root
 from deployments.routing.outlook import Outlook, Prompt, Report
 
 BLOCK = 16

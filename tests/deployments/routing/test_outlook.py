@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cluster.prefix import Chain, Digest, root
+from cluster.scheduling.prefix import Chain, Digest, root
 from deployments.routing.outlook import NOTICED_S, STALE_S, Outlook, Prompt, Report
 from tests.deployments.routing.fleet import Outcome, simulate
 

@@ -7,7 +7,7 @@ needs it is being computed, and reaches the last stage before it samples: so con
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from cluster.sequence import Sequence
+from cluster.scheduling.sequence import Sequence
 from model.batch import LateMasks
 
 

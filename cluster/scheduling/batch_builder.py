@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cluster.awaited_masks import Unmasked
-from cluster.running import Running, Slots, places
-from cluster.sequence import Sequence
+from cluster.scheduling.awaited_masks import Unmasked
+from cluster.scheduling.running import Running, Slots, places
+from cluster.scheduling.sequence import Sequence
 from model.batch import SAMPLED, Batch, Int32Array, PromptRow, Rules
 
 

@@ -9,9 +9,9 @@ to an equal share.
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from cluster.account import Account, Held
-from cluster.running import Running, Vacancy
-from cluster.sequence import Sequence
+from cluster.scheduling.account import Account, Held
+from cluster.scheduling.running import Running, Vacancy
+from cluster.scheduling.sequence import Sequence
 
 Policy = Literal["fcfs", "longest_first"]
 

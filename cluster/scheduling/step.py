@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.running import Slots
-from cluster.sequence import Sequence
+from cluster.scheduling.running import Slots
+from cluster.scheduling.sequence import Sequence
 from model.batch import Int32Array
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.running import Running, Slots, places
-from cluster.sequence import NO_TOKEN, Matcher, Sequence, TokenEvent
-from cluster.speculation import Speculation
-from cluster.step import Step
+from cluster.scheduling.running import Running, Slots, places
+from cluster.scheduling.sequence import NO_TOKEN, Matcher, Sequence, TokenEvent
+from cluster.scheduling.speculation import Speculation
+from cluster.scheduling.step import Step
 from model.batch import Batch, StepOutput, TokenLogprobs
 
 

@@ -3,7 +3,7 @@
 Texts repeat what they are about: an edit its original, a quote its source, a form its names.
 """
 
-from cluster.sequence import Drafter, Request
+from cluster.scheduling.sequence import Drafter, Request
 
 TOKENS = 3  # that must be the same for a draft
 INDEXED = 2048  # tokens that one call looks at: the rest of a long prompt follows with later ones

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.link import Link
 from cluster.pipeline import Activity, Doing
+from cluster.stages.link import Link
 from cluster.transport import AdapterLoaded, LoadAdapter, StageChannel, StepOrder, StopRequested
 from model.batch import SAMPLED, Batch, Copied, Copies, LateMasks, SampledTokens, StageTiming
-from model.block_copier import Copying
+from model.host_copies.copier import Copying
 from model.sampling import Sampled
 from model.stage import Stage, Unsampled, to_output
 from model.timing import Span, Stopwatch

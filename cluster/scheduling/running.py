@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.account import Account
-from cluster.adapters import AdapterRoom
-from cluster.block_manager import BlockManager
-from cluster.host_tier import Load
-from cluster.sequence import Found, Sequence
+from cluster.scheduling.account import Account
+from cluster.scheduling.adapters import AdapterRoom
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.host_tier import Load
+from cluster.scheduling.sequence import Found, Sequence
 from model.batch import Int32Array
 
 Slots = NDArray[np.intp]

@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.account import Account
-from cluster.prefix import Chain, root
+from cluster.scheduling.account import Account
+from cluster.scheduling.prefix import Chain, root
 from model.batch import TokenLogprobs
 from model.sampling_params import SamplingParams
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from cluster.link import FROM_PREVIOUS, TO_NEXT, broken_if_it_fails
+from cluster.stages.link import FROM_PREVIOUS, TO_NEXT, broken_if_it_fails
 
 
 class GlooLink:

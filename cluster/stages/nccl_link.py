@@ -20,7 +20,7 @@ import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cluster.errors import LinkBroken
-from cluster.link import FROM_PREVIOUS, TO_NEXT, UPSTREAM, broken_if_it_fails
+from cluster.stages.link import FROM_PREVIOUS, TO_NEXT, UPSTREAM, broken_if_it_fails
 from cluster.transport import interface_of
 
 WATCH_S = 0.05  # between looks at the deadlines

@@ -7,9 +7,9 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from cluster import nccl_link
-from cluster.gloo_link import GlooLink
-from cluster.link import FROM_LAST, TO_FIRST, Link, broken_if_it_fails
+from cluster.stages import nccl_link
+from cluster.stages.gloo_link import GlooLink
+from cluster.stages.link import FROM_LAST, TO_FIRST, Link, broken_if_it_fails
 
 
 class Rendezvous:

@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.prefix import short
-from cluster.rates import Durations, Rate
+from cluster.scheduling.prefix import short
+from cluster.scheduling.rates import Durations, Rate
 from model.batch import Copied, Copies, Int32Array
 
 NOTHING = 0  # the content of a place

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import LinkBroken, StageDied
 from cluster.pipeline import Doing
-from cluster.stage_actor import LoadReport, StageActor, StageSpec
+from cluster.stages.stage_actor import LoadReport, StageActor, StageSpec
 
 log = logging.getLogger(__name__)
 

@@ -18,19 +18,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.adapters import AdapterRoom
-from cluster.awaited_masks import AwaitedMasks
-from cluster.batch_builder import build_batch, in_order
-from cluster.block_manager import BlockManager
 from cluster.errors import RequestRejected
-from cluster.fairness import Fairness, Policy
-from cluster.host_tier import HostStats
-from cluster.results import Results
-from cluster.running import Running, Slots, places
-from cluster.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
-from cluster.speculation import MOST_DECODES, Proposer, Speculation
-from cluster.step import Step
-from cluster.waiting_queue import WaitingQueue
+from cluster.scheduling.adapters import AdapterRoom
+from cluster.scheduling.awaited_masks import AwaitedMasks
+from cluster.scheduling.batch_builder import build_batch, in_order
+from cluster.scheduling.block_manager import BlockManager
+from cluster.scheduling.fairness import Fairness, Policy
+from cluster.scheduling.host_tier import HostStats
+from cluster.scheduling.results import Results
+from cluster.scheduling.running import Running, Slots, places
+from cluster.scheduling.sequence import MAX_PENDING_TOKENS, NO_TOKEN, Matcher, Request, Sequence, TokenEvent
+from cluster.scheduling.speculation import MOST_DECODES, Proposer, Speculation
+from cluster.scheduling.step import Step
+from cluster.scheduling.waiting_queue import WaitingQueue
 from model.batch import Batch, Copied, Copies, LateMasks, StepOutput
 
 MASK_SECONDS = 0.03  # a batch starts without masks that take threads no longer altogether: while it is computed

@@ -11,9 +11,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.host_tier import HostTier
-from cluster.prefix import Digest, short
-from cluster.sequence import Sequence
+from cluster.scheduling.host_tier import HostTier
+from cluster.scheduling.prefix import Digest, short
+from cluster.scheduling.sequence import Sequence
 
 NO_CONTENT = 0
 

@@ -1,10 +1,6 @@
-"""How fast an engine is, as its last steps show: what admission in front of it reckons with."""
+"""How fast something is, and how long work of some size takes, as was seen last."""
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cluster.engine import StepReport
 
 MEMORY_S = 5.0  # steps so many busy seconds ago weigh 1/e
 
@@ -52,16 +48,3 @@ class Durations:
         if slope <= 0:
             return self._y / self._n * max(1.0, size * self._n / self._x)
         return max(0.0, (self._y - slope * self._x) / self._n) + slope * size
-
-
-class EngineRates:
-    """Fed with the report of every step."""
-
-    def __init__(self) -> None:
-        self.prefill = Rate()  # prompt tokens, in steps that compute some
-        self.decode = Rate()  # output tokens, in all steps
-
-    def add(self, report: "StepReport") -> None:
-        if report.num_prefill_tokens:
-            self.prefill.add(report.num_prefill_tokens, report.seconds)
-        self.decode.add(report.num_sampled, report.seconds)

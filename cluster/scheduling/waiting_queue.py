@@ -8,10 +8,10 @@ that is kept free for it.
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
-from cluster.account import Account
-from cluster.adapters import AdapterRoom
-from cluster.fairness import Fairness
-from cluster.sequence import Sequence
+from cluster.scheduling.account import Account
+from cluster.scheduling.adapters import AdapterRoom
+from cluster.scheduling.fairness import Fairness
+from cluster.scheduling.sequence import Sequence
 
 OVERTAKEN = 64  # admissions of others that somebody parked puts up with
 

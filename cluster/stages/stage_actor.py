@@ -15,17 +15,17 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster.config import FLOAT8_NEEDS_CUDA, EngineConfig, PipelineArgs, in_8_bits, read_model
-from cluster.gpu_guard import check_free
-from cluster.link import DOWNSTREAM, UPSTREAM, Link, close_all
 from cluster.pipeline import Doing, max_in_flight
-from cluster.rendezvous import Rendezvous, join, make_link, make_token_link
-from cluster.stage_loop import LINK_MARGIN_S, StageLoop
+from cluster.stages.gpu_guard import check_free
+from cluster.stages.link import DOWNSTREAM, UPSTREAM, Link, close_all
+from cluster.stages.rendezvous import Rendezvous, join, make_link, make_token_link
+from cluster.stages.stage_loop import LINK_MARGIN_S, StageLoop
 from cluster.transport import ControlAddress, ControlClient, Ready, interface_address
 from model.adapters.store import AdapterArgs, StageAdapters
-from model.block_copier import STAGING_BYTES, window_of
 from model.config import ModelConfig, StageLayers, product_of
 from model.group import DecoderGroup
 from model.heap import freed_blocks_returned, freeze_heap
+from model.host_copies.copier import STAGING_BYTES, window_of
 from model.kv_cache import FLOAT8, KVCache
 from model.llama import Decoder
 from model.memory import kv_budgets

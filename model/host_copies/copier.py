@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from model.batch import Copies
-from model.host_arena import HASH_BYTES, HostArena
+from model.host_copies.arena import HASH_BYTES, HostArena
 from model.kv_cache import KVCache
 
 STAGING_BYTES = 256_000_000  # for what goes out, and as much for what comes in

@@ -14,9 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.running import Running, Slots
-from cluster.sequence import NO_TOKEN, Drafter, Request
-from cluster.step_times import StepTimes
+from cluster.scheduling.running import Running, Slots
+from cluster.scheduling.sequence import NO_TOKEN, Drafter, Request
+from cluster.scheduling.step_times import StepTimes
 
 MOST_DRAFTED = 16  # tokens of one sequence in a step
 MOST_DECODES = 64  # tokens of a step that only decodes, if no more sequences than that run: captured on a GPU

@@ -1,0 +1,1 @@
+"""The processes that compute: one stage each, its loop, its links to the neighbours."""

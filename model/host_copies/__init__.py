@@ -1,0 +1,1 @@
+"""Copies of KV blocks in host memory, which outlives the process."""
