@@ -348,6 +348,6 @@ def test_the_fingerprint_changes_with_weights_code_and_layout(tmp_path: Path, mo
             seen += [] if silent else [found]
     weights.write_bytes(bytes(250_000) + b"\1" + bytes(249_999))
     seen += [of()]
-    monkeypatch.setattr(fingerprints, "_code", lambda: "another version")
+    monkeypatch.setattr(fingerprints, "code_digest", lambda: "another version")
     seen += [of()]
     assert len(set(seen)) == len(seen)
