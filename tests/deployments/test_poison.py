@@ -29,12 +29,15 @@ from cluster.scheduling.scheduler import Scheduler
 from cluster.scheduling.sequence import Request, TokenEvent
 from cluster.stages import stage_handle
 from cluster.stages.stage_actor import StageActor
+from deployments.config import AppConfig
+from deployments.engine.load import EngineLoad
 from deployments.engine.streams import Streams
 from deployments.engine.token_link import ReplyAddress, TokenSender
 from deployments.gateway import engine_client
 from deployments.gateway.engine_client import ServeEngineClient
 from deployments.gateway.resume import ResumingEngineClient
 from deployments.routing.assignments import ASSIGNMENTS
+from deployments.routing.gateway_load import GatewayLoad
 from model.batch import Batch
 from model.stage import Stage
 from ops.bench.engine.loading import hf_config
@@ -76,7 +79,7 @@ class Replica(Collector):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.streams = Streams(TokenSender(name))
+        self.streams = Streams(TokenSender(name), EngineLoad(AppConfig.model_construct()))
         self.engine: Engine
 
     async def generate(self, payload: bytes, reply_to: tuple[str, str]) -> None:
@@ -203,7 +206,7 @@ class Client:
     def __init__(self, replicas: dict[str, Replica]) -> None:
         self._replicas = replicas
         handle: Any = Handle(replicas)
-        self._serve = ServeEngineClient(handle, "app", 4, Recorded())
+        self._serve = ServeEngineClient(handle, "app", 4, Recorded(), GatewayLoad())
         self.engines = ResumingEngineClient(self._serve, 5, 60.0, Recorded())
         self.longest_pause = 0.0
         self.errors: dict[str, list[TokenEvent]] = {}

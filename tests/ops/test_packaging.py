@@ -29,7 +29,7 @@ NAMES = {
     "prometheus_client": "prometheus-client",
 }
 BROUGHT = {  # by a dependency that is named
-    "ray", "fastapi", "starlette", "protobuf",  # ray[serve]; sentencepiece's messages
+    "ray", "fastapi", "starlette", "protobuf", "opentelemetry",  # ray[serve]; sentencepiece's messages
     "triton",  # torch, where there is a GPU
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ SERVED: dict[str, Any] = {
     "parallel_tool_calls": False, "functions": [FUNCTION], "function_call": "none", "add_generation_prompt": False,
     "continue_final_message": True, "chat_template_kwargs": {"x": 1}, "input": "hi", "instructions": "Be brief.",
     "max_output_tokens": 5, "text": {"format": {"type": "text"}}, "include": ["message.output_text.logprobs"],
-    "truncation": "disabled", "metadata": {"a": "b"},
+    "truncation": "disabled", "metadata": {"a": "b"}, "cache_salt": "x",
 }  # fmt: skip
 MODEL = "/v1/chat/completions", "logprobs"  # a flag there, a number elsewhere
 

@@ -395,7 +395,7 @@ def test_the_document_has_every_body_with_an_example() -> None:
     async def test(service: Service) -> None:
         paths = (await service.client.get("/openapi.json")).json()["paths"]
         for path, operations in paths.items():
-            if "post" in operations:
+            if "post" in operations and path != "/v1/cache/reset":  # which has none
                 content = operations["post"]["requestBody"]["content"]["application/json"]
                 assert content.get("example") or content.get("examples"), path
         example = paths["/generate"]["post"]["requestBody"]["content"]["application/json"]["example"]

@@ -115,7 +115,7 @@ def test_a_thousand_forced_calls_are_valid() -> None:
 
 
 def test_auto_is_text_or_calls_and_never_half_a_call() -> None:
-    check_auto(range(3), 40)
+    check_auto(range(2), 24)
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def test_spans_reach_a_collector_by_otlp(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"caravan completions", "body", "tokenise", "decode"} <= set(names)
 
 
+@pytest.mark.slow
 def test_what_tracing_costs_at_256_streams(capsys: pytest.CaptureFixture[str]) -> None:
     """Processor time of what tracing adds to a request, beside that of one of 256 streams of 64 tokens at a gateway."""
     served = min(seconds_a_stream() for _ in range(3))
