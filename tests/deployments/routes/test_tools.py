@@ -32,7 +32,9 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "description": "
 
 
 def serve(test: Any) -> None:
-    with_service(test, max_model_len=2048, num_blocks=2500)
+    """A model with random weights, which writes whatever it may."""
+    config = replace(TINY, vocab_size=read_config(resolve_path(golden.MODEL)).vocab_size)
+    with_engine(test, made_up_model(config, 2048, num_blocks=5000))
 
 
 async def streamed(service: Service, **body: Any) -> tuple[Json, str]:
@@ -99,13 +101,11 @@ def check_forced(seeds: range, at_once: int) -> None:
             found = await asyncio.gather(*(forced(service, s) for s in range(start, min(start + at_once, seeds.stop))))
             assert [wrong for wrong in found if wrong] == []
 
-    config = replace(TINY, vocab_size=read_config(resolve_path(golden.MODEL)).vocab_size)
-    with_engine(test, made_up_model(config, 2048, num_blocks=5000))
+    serve(test)
 
 
 def test_forced_calls_are_valid() -> None:
-    """Of a model with random weights, which writes whatever it may."""
-    check_forced(range(30), 10)  # each of them whole and streamed
+    check_forced(range(12), 6)  # each of them whole and streamed
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def check_auto(seeds: range, max_tokens: int) -> None:
                 assert "tool_calls" not in whole["message"]
             assert "<tool_call>" not in (message["content"] or "")
 
-    serve(test)
+    with_service(test, max_model_len=2048, num_blocks=2500)
 
 
 def test_a_call_survives_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
