@@ -5,6 +5,7 @@ leaves (`make demo`). Nothing of it touches another Ray on the machine: own dire
 """
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,8 +74,12 @@ def free_port(preferred: int = 0) -> int:
 
 
 def free_low_ports(count: int) -> list[int]:
-    """Free ports below the range in which Ray puts its workers, for the parts that do not choose one themselves."""
-    found = [port for port in range(6380, 7000) if free_port(port) == port][:count]
+    """Free ports below the range in which Ray puts its workers, for the parts that do not choose one themselves.
+
+    Any of them, for another cluster may look at the same moment.
+    """
+    ports = random.sample(range(6380, 7000), 620)
+    found = list(islice((port for port in ports if free_port(port) == port), count))
     if len(found) < count:
         raise LocalError("this machine has too few free ports between 6380 and 7000")
     return found
