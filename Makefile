@@ -13,7 +13,7 @@ TARGET ?= cpu
 BASE ?= docker.io/library/python:3.11-slim-bookworm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve clients test test-golden test-faults test-long chaos chaos-network check format bench lock image chart clean
+.PHONY: help setup demo serve clients test test-integration test-golden test-faults test-long chaos chaos-network check format bench lock image chart clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,13 +59,16 @@ $(CHART): tests/clients/chart.lock $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(dir $@) -r $<
 	@touch $@
 
-test: $(READY) $(CLIENTS) $(CHART)  ## all tests but the long ones (about 14 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -m "not slow and not faults and not golden"
+test: $(READY)  ## all tests but those of the next lines
+	@$(BIN)/python -m pytest -q -m "not slow and not faults and not golden and not integration"
+
+test-integration: $(READY) $(CLIENTS) $(CHART)  ## with real processes, clients and charts (about 10 minutes)
+	@$(BIN)/python -m pytest -q -m "integration and not slow and not faults and not golden"
 
 test-golden: $(READY)  ## the default model's tokens in chunks, on three stages, preempted, sampled, without a cache (2 minutes)
 	@$(BIN)/python -m pytest -q -m "golden and not slow"
 
-test-faults: $(READY)  ## a deployed service through faults and an update, and what is left of commands that are ended (4 minutes)
+test-faults: $(READY)  ## a deployed service through faults and an update, and what is left of commands that are ended (18 minutes)
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
 test-long: $(READY) $(CLIENTS) $(AGENTS) $(CHART)  ## all tests

@@ -24,7 +24,7 @@ from cluster.transport import ControlServer
 from tests import golden
 from tests.conftest import Collector, request
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 
 def engine_config(stages: int, **pipeline: Any) -> EngineConfig:

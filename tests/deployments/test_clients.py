@@ -36,6 +36,8 @@ from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, default_model, running
 from tests.deployments.served import served
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 NAME, HOSTED = "smollm2-135m-instruct", "meta.llama2-13b-chat-v1"
 QUESTION = "What is the capital of France?"

@@ -31,7 +31,7 @@ from tests.deployments.test_transport import Server, head, statuses
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 class Service:

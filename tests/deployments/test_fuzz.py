@@ -45,7 +45,7 @@ from tests.deployments.gateway.test_gateway import Recorded
 from tests.deployments.local_engine import LocalEngine, made_up_model, running
 from tests.deployments.served import served
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 LONGEST, PATIENCE_S = 256, 60.0  # tokens of a sequence; an answer must have come by then
 ARGS: dict[str, Any] = {

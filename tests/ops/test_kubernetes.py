@@ -15,6 +15,8 @@ from deployments.config import AppConfig, parse_app_config
 from deployments.placement import bundles
 from ops.kubernetes.generate import CHART
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / ".venv" / "chart"))  # where `make` puts them: they are too large to be everybody's
 helm = pytest.importorskip("helm_python", reason="Helm as a library: make .venv/chart/.ready")

@@ -23,6 +23,8 @@ from model.text.tokenizer import Tokenizer, longest_token
 from tests.deployments.gateway.test_gateway import tokenizer
 from tests.deployments.gateway.test_tenants import Guarded
 
+pytestmark = pytest.mark.integration
+
 Messages = list[dict[str, Any]]
 
 

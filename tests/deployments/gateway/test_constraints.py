@@ -24,6 +24,8 @@ from tests import golden
 from tests.cluster.test_constraints import SCHEMAS
 from tests.deployments.local_service import Service, with_service
 
+pytestmark = pytest.mark.integration
+
 PERSON = {
     "type": "object",
     "properties": {

@@ -12,6 +12,8 @@ from deployments.gateway.tenants import ANONYMOUS, Tenant
 from deployments.limits.ledger import LedgerActor, LostLedger, RayLedger, Take, Verdict
 from deployments.limits.shared import SharedLimits
 
+pytestmark = pytest.mark.integration
+
 TENANT = Tenant(name="t", requests_per_minute=60, tokens_per_minute=6000)
 
 

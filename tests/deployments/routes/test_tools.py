@@ -19,6 +19,8 @@ from tests.deployments.local_engine import made_up_model
 from tests.deployments.local_service import Service, with_engine, with_service
 from tests.deployments.tool_cases import Json, choice, problem, tool_set
 
+pytestmark = pytest.mark.integration
+
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 WEATHER = {
     "type": "object",
