@@ -275,11 +275,11 @@ def test_a_compiler_that_hangs_or_dies_is_replaced(monkeypatch: pytest.MonkeyPat
             with monkeypatch.context() as patch:
                 patch.setattr(grammar_judge, "ANSWER_S", 0.1)
                 patch.setattr(grammar_judge, "WALL", 0.0)
-                made._timeout_s = 0.3
+                made.timeout_s = 0.3
                 with pytest.raises(ApiError, match="takes longer"):
                     await made.accept(ANONYMOUS, regex("b+"), "p")
             assert process.returncode == -signal.SIGKILL
-            made._timeout_s = 60.0
+            made.timeout_s = 60.0
             await made.accept(ANONYMOUS, regex("c+"), "p")
             process = made._judge._process
             assert process is not None
